@@ -1,0 +1,1 @@
+"""How gradients become integers that can be summed, and back. Codecs know no transport."""

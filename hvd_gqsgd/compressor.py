@@ -1,0 +1,230 @@
+"""The Horovod ``Compressor``: ``compress``, ``decompress``, and nothing else of weight.
+
+``compress`` hands Horovod a probe in place of the gradient and starts the exchange of the gradient
+itself; ``decompress`` reads from the reduced probe what Horovod was asked to do, waits for the
+exchange and makes the gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from horovod.torch.compression import Compressor
+from torch import Tensor
+
+from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.names import ParameterNames, is_compressible
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.pipeline import ORDER, Pipeline, Ticket
+from hvd_gqsgd.probe import PROBE_BYTES, Reading, everyone, make_probe
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports.horovod import HorovodTransport
+
+__all__ = ["GlobalQSGD"]
+
+_log = logging.getLogger("hvd_gqsgd")
+_instances = itertools.count()
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _ClassOrInstanceMethod(Generic[P, R]):
+    """A method that, called on the class, works on its default instance.
+
+    Horovod's own compressors are classes with static methods, and ``compression=GlobalQSGD`` is
+    what its users would write.
+    """
+
+    def __init__(self, method: Callable[Concatenate[GlobalQSGD, P], R]) -> None:
+        self._method = method
+        functools.update_wrapper(self, method)  # type: ignore[arg-type]
+
+    def __get__(self, instance: GlobalQSGD | None, owner: type[GlobalQSGD]) -> Callable[P, R]:
+        return self._method.__get__(instance if instance is not None else owner._default())
+
+
+class _Context(NamedTuple):
+    """What ``decompress`` needs to know of a tensor."""
+
+    ticket: Ticket
+    like: Tensor
+    world_size: int
+
+
+class GlobalQSGD(Compressor):  # type: ignore[misc]
+    """Sums gradients as quantized integers, inside Horovod's own allreduce.
+
+    Use the class itself for the defaults, or an instance::
+
+        opt = hvd.DistributedOptimizer(opt, named_parameters=model.named_parameters(),
+                                       compression=GlobalQSGD)
+        opt = hvd.DistributedOptimizer(opt, named_parameters=model.named_parameters(),
+                                       compression=GlobalQSGD(bits=4, seed=7))
+
+    All options must be the same on all ranks.
+
+    Args:
+        bits: lane width on the wire, 2 to 16 bits per element. The sum over all ranks must fit:
+            there are floor((2^bits - 1) / (2 * ranks)) levels a side.
+        block_size: consecutive elements that share a norm; None for one norm per tensor.
+        correlated: draw the dither of the ranks from strata of one shared number, so that their
+            rounding errors cancel; False for independent dither.
+        seed: of the dither. The same seed and gradients give the same bits.
+        min_numel: tensors with fewer elements go to Horovod as they are.
+        bucket_mb: megabytes of gradients that are exchanged in one message.
+        named_parameters: ``model.named_parameters()``; lets gradients come in another order on
+            another rank. Without it they are told apart by their order of arrival, and a difference
+            is an error.
+        process_set: the Horovod process set that the gradients are reduced over, as given to
+            ``hvd.DistributedOptimizer``; None for all ranks.
+
+    Raises:
+        TypeError: an option is of the wrong type.
+        ValueError: an option is out of range.
+    """
+
+    _default_instance: GlobalQSGD | None = None
+
+    def __init__(
+        self,
+        bits: int = 8,
+        *,
+        block_size: int | None = 1024,
+        correlated: bool = True,
+        seed: int = 0,
+        min_numel: int = 4096,
+        bucket_mb: float = 25,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
+        process_set: Any = None,
+    ) -> None:
+        self.options = Options(
+            bits=bits,
+            block_size=block_size,
+            correlated=correlated,
+            seed=seed,
+            min_numel=min_numel,
+            bucket_mb=bucket_mb,
+        )
+        self._names = ParameterNames(named_parameters) if named_parameters is not None else None
+        self._transport = HorovodTransport(process_set) if process_set else HorovodTransport()
+        self._stats = Stats()
+        self._pipeline: Pipeline | None = None
+
+    @classmethod
+    def _default(cls) -> GlobalQSGD:
+        if cls._default_instance is None:
+            cls._default_instance = cls()
+        return cls._default_instance
+
+    @_ClassOrInstanceMethod
+    def compress(self, tensor: Tensor) -> tuple[Tensor, _Context | None]:
+        """Starts the exchange of a gradient and returns at once.
+
+        Args:
+            tensor: of any shape and layout. It must stay as it is until ``decompress``; it is never
+                written to. Integer, complex and sparse tensors, those smaller than ``min_numel``,
+                and those that autograd must differentiate through are not compressed.
+
+        Returns:
+            What Horovod is to allreduce instead of it, and the context for ``decompress``.
+
+        Raises:
+            ValueError: ``bits`` is too small for the number of ranks.
+            NotImplementedError: the tensor is on a device for which there are no kernels.
+        """
+        self._stats.tensors += 1
+        if not self._compresses(tensor):
+            self._stats.tensors_bypassed += 1
+            self._stats.bypassed_bytes += _nbytes(tensor)
+            return tensor, None
+        if self._pipeline is None:
+            self._pipeline = self._start()
+        name = self._names.find(tensor) if self._names is not None else None
+        flat = tensor.detach().contiguous().view(-1)
+        ticket = self._pipeline.submit(flat, name)
+        probe = make_probe(self._transport.rank, ticket.item.identity)
+        self._stats.compressed_bytes_on_wire += PROBE_BYTES
+        return probe, _Context(ticket, tensor.detach(), self._transport.size)
+
+    @_ClassOrInstanceMethod
+    def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
+        """Waits for the exchange of a gradient and returns what Horovod was asked for.
+
+        Args:
+            tensor: what Horovod made of the first value that ``compress`` returned.
+            ctx: the second one. With None, ``tensor`` is returned.
+
+        Returns:
+            A tensor of the shape, dtype and device of the gradient, in memory that is used for
+            another one only after nothing refers to it any more.
+
+        Raises:
+            AgreementError: the reduction is not linear (Min, Max, Product, Adasum), is over other
+                ranks than ``process_set``, or the ranks disagree on the options or the order of
+                tensors. It is raised on all ranks.
+            HorovodInternalError: Horovod could not complete the exchange.
+        """
+        if ctx is None:
+            return tensor
+        assert self._pipeline is not None, "the context is another compressor's"
+        reading = Reading.of(tensor)
+        complete = reading.matches(everyone(ctx.world_size))
+        if complete and not reading.same_tensor():
+            raise AgreementError(f"the ranks compress their tensors in another order; {ORDER}")
+        contribution = self._pipeline.wait(ctx.ticket)
+        if not complete and not reading.matches(contribution):
+            raise AgreementError(
+                "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "
+                "factors) over the ranks of its process_set. Got another one: op=hvd.Min, Max, "
+                "Product or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
+            )
+        if not reading.same_tensor():
+            raise AgreementError(f"the ranks compress their tensors in another order; {ORDER}")
+        scale = reading.scale(contribution.count, ctx.world_size)
+        flat = self._pipeline.decode(ctx.ticket, scale)
+        if ctx.like.is_contiguous():
+            return flat.view(ctx.like.shape)
+        return torch.empty_like(ctx.like).copy_(flat.view(ctx.like.shape))
+
+    @_ClassOrInstanceMethod
+    def stats(self) -> Stats:
+        """Bytes before and on the wire, ratio and bypassed tensors so far; of this rank."""
+        return self._stats
+
+    def _compresses(self, tensor: Tensor) -> bool:
+        return (
+            tensor.layout == torch.strided
+            and is_compressible(tensor.dtype)
+            and tensor.numel() >= self.options.min_numel
+            # A result of hvd.allreduce() that is differentiated needs Horovod's autograd function.
+            and not (tensor.requires_grad and torch.is_grad_enabled())
+            # Horovod has its own error for a tensor from a process outside of the process set.
+            and self._transport.included
+        )
+
+    def _start(self) -> Pipeline:
+        if self._transport.rank == 0:
+            _log.info("GlobalQSGD on %d ranks: %s", self._transport.size, self.options)
+        return Pipeline(
+            self.options,
+            self._transport,
+            # Numbered by first use: it happens in the same order on all ranks, and again from zero
+            # in every process.
+            name=f"gqsgd{next(_instances)}",
+            plan=self._names.plan(self.options) if self._names is not None else None,
+            stats=self._stats,
+        )
+
+
+def _nbytes(tensor: Tensor) -> int:
+    if tensor.layout == torch.strided:
+        return tensor.nbytes
+    if tensor.layout == torch.sparse_coo:
+        return tensor._values().nbytes + tensor._indices().nbytes
+    return tensor.numel() * tensor.element_size()

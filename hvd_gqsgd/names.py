@@ -1,0 +1,70 @@
+"""Which parameter a gradient belongs to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.buckets import BucketPlan, kind_of
+from hvd_gqsgd.options import Options
+
+__all__ = ["ParameterNames"]
+
+
+class ParameterNames:
+    """Finds the name of the parameter whose ``.grad`` a tensor is.
+
+    Raises:
+        TypeError: not (name, parameter) pairs.
+        ValueError: a name or a parameter comes twice.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
+        self._pairs = list(named_parameters)
+        for pair in self._pairs:
+            if not (
+                isinstance(pair, tuple)
+                and len(pair) == 2
+                and isinstance(pair[0], str)
+                and isinstance(pair[1], Tensor)
+            ):
+                raise TypeError(
+                    "named_parameters must be (name, parameter) pairs as from "
+                    f"model.named_parameters(), got {pair!r}"
+                )
+        if len({name for name, _ in self._pairs}) < len(self._pairs):
+            raise ValueError("named_parameters has a name twice")
+        if len({id(parameter) for _, parameter in self._pairs}) < len(self._pairs):
+            raise ValueError("named_parameters has a parameter twice")
+        # Gradients come about in reverse order, and in the same order as in the step before: the one
+        # after the last one found is the first guess.
+        self._pairs.reverse()
+        self._guess = 0
+
+    def find(self, tensor: Tensor) -> str | None:
+        """The name of the parameter with this very gradient; None if there is none."""
+        count = len(self._pairs)
+        for i in range(self._guess, self._guess + count):
+            name, parameter = self._pairs[i % count]
+            if parameter.grad is tensor:
+                self._guess = (i + 1) % count
+                return name
+        return None
+
+    def plan(self, options: Options) -> BucketPlan:
+        """Buckets of the parameters whose gradients will be compressed."""
+        return BucketPlan.of(
+            (
+                (name, kind_of(p.dtype, p.device), p.numel() * p.dtype.itemsize)
+                for name, p in self._pairs
+                if p.requires_grad and is_compressible(p.dtype) and p.numel() >= options.min_numel
+            ),
+            options.bucket_bytes,
+        )
+
+
+def is_compressible(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for elements of this type."""
+    return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

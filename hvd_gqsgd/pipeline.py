@@ -1,0 +1,263 @@
+"""Buckets in flight: norms out, codes out, gradient back. Knows no transport from another.
+
+A tensor is handed in by ``submit`` and joins a bucket. A full bucket starts the Max of its block
+norms and is left alone; whoever calls next (``submit`` or ``wait``) finds the norms reduced, rounds
+the tensors to codes on them and starts the Sum. ``wait`` returns when the Sum is there, and
+``decode`` makes the gradient. Nothing before ``wait`` blocks, and nothing before ``wait`` raises for
+what another rank did: every rank must come to the point where all of them learn of it.
+
+**Steps.** A step begins with the first ``submit`` after all earlier tickets were decoded or dropped.
+Numbers that ranks must share (names of messages, dither) count from the start of the step, so that a
+rank which lost a step, or joined later, falls in line with the next one. The step number itself is
+the largest of all ranks', carried by the norms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from collections import Counter
+from collections.abc import Hashable
+
+from torch import Tensor
+
+from hvd_gqsgd.buckets import Bucket, BucketPlan, Contribution, Item, Kind, State, kind_of
+from hvd_gqsgd.buffers import BufferPool
+from hvd_gqsgd.codecs.linear import LinearCodec
+from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports import Handle, Transport
+
+__all__ = ["Pipeline", "Ticket"]
+
+ORDER = (
+    "without named_parameters tensors are told apart by their order of arrival, so pass "
+    "GlobalQSGD(named_parameters=model.named_parameters()) if that may differ between ranks"
+)
+
+
+class Ticket:
+    """A tensor on its way. Dropping it is how to say that its result is not wanted any more."""
+
+    __slots__ = ("__weakref__", "bucket", "item")
+
+    def __init__(self, bucket: Bucket, item: Item) -> None:
+        self.bucket = bucket
+        self.item = item
+
+
+class Pipeline:
+    """One rank's exchange of many tensors.
+
+    Args:
+        options: the same on all ranks.
+        transport: what moves the bytes.
+        name: begins the names of all messages; no two pipelines in flight may share it.
+        plan: buckets of tensors with names; without one, and for tensors without a name, buckets
+            fill in order of arrival.
+        step: number of the first step.
+        stats: where to count.
+    """
+
+    def __init__(
+        self,
+        options: Options,
+        transport: Transport,
+        *,
+        name: str = "gqsgd",
+        plan: BucketPlan | None = None,
+        step: int = 0,
+        stats: Stats | None = None,
+    ) -> None:
+        self.options = options
+        self.stats = stats or Stats()
+        self._transport = transport
+        self._name = name
+        self._plan = plan
+        self._pool = BufferPool()
+        self._next_step = step
+        self._options_digest = options.digest()
+        self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()
+        self._open: dict[Hashable, Bucket] = {}
+        self._in_flight: list[Bucket] = []
+        self._orphans: list[Handle] = []
+        self._step = step
+        self._codec: LinearCodec | None = None
+        self._arrivals = itertools.count()
+        self._repeats: Counter[Hashable] = Counter()
+        self._opened: Counter[Hashable] = Counter()
+
+    def submit(self, x: Tensor, name: str | None = None) -> Ticket:
+        """Hands in a flat, contiguous tensor, which must stay as it is until it is decoded.
+
+        Raises:
+            ValueError: the lanes are too narrow for the number of ranks.
+        """
+        if not self._live:
+            self._begin_step()
+        self.poll()
+
+        label = name if name is not None else next(self._arrivals)
+        repeat = self._repeats[label]
+        self._repeats[label] += 1
+        kind = kind_of(x.dtype, x.device)
+        planned = self._plan.places.get(name) if self._plan and name is not None else None
+        if planned is not None:
+            number, position = planned
+            key: Hashable = number
+        else:
+            key, position = kind, self._repeats.total()
+
+        bucket = self._open.get(key) or self._open_bucket(key, kind)
+        identity = digest((label, repeat, x.numel(), str(x.dtype)))
+        item = Item(x, x.numel(), x.dtype, x.device, position, identity)
+        bucket.add(item)
+        ticket = Ticket(bucket, item)
+        self._live.add(ticket)
+
+        if planned is not None and self._plan is not None:
+            full = len(bucket.items) == self._plan.sizes[number]
+        else:
+            full = bucket.nbytes >= self.options.bucket_bytes
+        if full:
+            self._launch(key)
+        return ticket
+
+    def poll(self) -> None:
+        """Moves on whatever has come back. Returns at once; failures wait for ``wait``."""
+        for bucket in list(self._in_flight):
+            if bucket.failure is None and bucket.handle is not None and bucket.handle.done():
+                self._advance(bucket)
+
+    def flush(self) -> None:
+        """Starts the buckets that are not full."""
+        for key in list(self._open):
+            self._launch(key)
+
+    def wait(self, ticket: Ticket) -> Contribution:
+        """Waits for the sum of a tensor's codes and tells which ranks are in it.
+
+        Raises:
+            AgreementError: ranks disagree on the options or on the tensors of a bucket.
+            Exception: whatever the transport raised.
+        """
+        self.flush()
+        while True:
+            self.poll()
+            for bucket in (ticket.bucket, *self._in_flight):
+                if bucket.failure is not None:
+                    raise bucket.failure
+            if ticket.bucket.state is State.DONE:
+                assert ticket.bucket.contribution is not None
+                return ticket.bucket.contribution
+            self._transport.idle()
+
+    def decode(self, ticket: Ticket, scale: float) -> Tensor:
+        """``scale`` times the sum over the ranks, flat; ``wait`` must have returned. Once a ticket."""
+        bucket, item = ticket.bucket, ticket.item
+        assert bucket.norms is not None and bucket.words is not None
+        assert bucket.codec is not None and bucket.contribution is not None
+        out = self._pool.take(item.numel, item.dtype, item.device)
+        bucket.codec.decode(
+            bucket.words[item.words], bucket.norms[item.norms], out,
+            bucket.contribution.count, scale,
+        )  # fmt: skip
+        item.x = None
+        bucket.undecoded -= 1
+        if not bucket.undecoded:
+            bucket.norms = bucket.words = None
+        self._live.discard(ticket)
+        return out
+
+    def _begin_step(self) -> None:
+        """Leaves behind whatever was not decoded, and counts from the start again."""
+        self._orphans += [bucket.handle for bucket in self._in_flight if bucket.handle is not None]
+        self._orphans = [handle for handle in self._orphans if not _reaped(handle)]
+        self._open.clear()
+        self._in_flight.clear()
+        self._arrivals = itertools.count()
+        self._repeats.clear()
+        self._opened.clear()
+        self._pool.next_step()
+        rank, size = self._transport.rank, self._transport.size
+        if self._codec is None or (self._codec.rank, self._codec.world_size) != (rank, size):
+            self._codec = LinearCodec.from_options(self.options, rank, size)
+        self._step = self._next_step
+        self._next_step += 1
+        self.stats.steps += 1
+
+    def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
+        planned = isinstance(key, int)
+        label = f"planned{key}" if planned else f"{kind[1].type}-{str(kind[0])[6:]}"
+        bucket = Bucket(f"{self._name}.{label}.{self._opened[key]}", kind)
+        self._opened[key] += 1
+        self._open[key] = bucket
+        return bucket
+
+    def _launch(self, key: Hashable) -> None:
+        """Takes this rank's norms of a bucket and starts their maximum."""
+        assert self._codec is not None
+        bucket = self._open.pop(key)
+        num_norms, num_words = bucket.lay_out(self._codec)
+        norm_dtype, device = bucket.kind
+        bucket.norms = self._pool.take(num_norms, norm_dtype, device)
+        bucket.words = self._pool.take(num_words, self._codec.word_dtype, device)
+        bucket.write_norm_header(self._options_digest, self._step)
+        for item in bucket.items:
+            assert item.x is not None
+            self._codec.norms(item.x, bucket.norms[item.norms])
+        self.stats.compressed_bytes_before += bucket.nbytes
+        self.stats.compressed_bytes_on_wire += bucket.norms.nbytes + bucket.words.nbytes
+        self._in_flight.append(bucket)
+        bucket.state = State.NORMS
+        bucket.handle = self._transport.max_async(bucket.norms, f"{bucket.name}.norms")
+
+    def _advance(self, bucket: Bucket) -> None:
+        """Takes a bucket whose operation is done one state further."""
+        assert bucket.handle is not None
+        handle, bucket.handle = bucket.handle, None
+        try:
+            handle.wait()
+            if bucket.state is State.NORMS:
+                self._send_codes(bucket)
+            else:
+                bucket.contribution = bucket.read_code_header()
+                bucket.state = State.DONE
+                self._in_flight.remove(bucket)
+        except Exception as error:
+            # Kept for wait(): raised here, in the middle of one rank's backward pass, it would
+            # leave the others waiting for tensors that never come.
+            bucket.failure = error
+
+    def _send_codes(self, bucket: Bucket) -> None:
+        """Rounds a bucket's tensors on the global norms and starts the sum."""
+        assert bucket.norms is not None and bucket.words is not None and bucket.codec is not None
+        options_agree, tensors_agree, step = bucket.read_norm_header()
+        if not options_agree:
+            raise AgreementError(
+                f"{bucket.name}: the ranks use different options; this rank has {self.options}"
+            )
+        if not tensors_agree:
+            raise AgreementError(
+                f"{bucket.name}: the ranks handed in different tensors, or in another order; {ORDER}"
+            )
+        self._next_step = max(self._next_step, step + 1)
+        bucket.write_code_header(bucket.codec.rank)
+        for item in bucket.items:
+            assert item.x is not None
+            bucket.codec.encode(
+                item.x, bucket.norms[item.norms], bucket.words[item.words], step, item.identity
+            )
+        bucket.state = State.CODES
+        bucket.handle = self._transport.sum_async(bucket.words, f"{bucket.name}.codes")
+
+
+def _reaped(handle: Handle) -> bool:
+    """Clears away an operation that nobody waits for any more, if it is done."""
+    if not handle.done():
+        return False
+    with contextlib.suppress(Exception):
+        handle.wait()
+    return True

@@ -1,0 +1,58 @@
+"""What went over the wire, and what would have without quantization."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Stats"]
+
+
+@dataclass
+class Stats:
+    """Counts since the compressor was made or its ``reset_stats()`` was called, of this rank.
+
+    Bytes are those handed to collectives, each once: a ring sends 2(n-1)/n times as many. Those of
+    compressed tensors include norms, headers, padding and probes.
+    """
+
+    steps: int = 0
+    """Rounds of exchange: one a training step, one a plain ``hvd.allreduce``."""
+    tensors: int = 0
+    """Tensors that were handed to the compressor."""
+    tensors_bypassed: int = 0
+    """Those that went to Horovod as they are: small, integer, sparse, or needing autograd."""
+    compressed_bytes_before: int = 0
+    """Gradient bytes of the tensors that were compressed."""
+    compressed_bytes_on_wire: int = 0
+    """What they took on the wire."""
+    bypassed_bytes: int = 0
+    """Bytes of the tensors that were not compressed, before and on the wire."""
+
+    @property
+    def bytes_before(self) -> int:
+        """Gradient bytes of all tensors."""
+        return self.compressed_bytes_before + self.bypassed_bytes
+
+    @property
+    def bytes_on_wire(self) -> int:
+        """Bytes on the wire for all tensors."""
+        return self.compressed_bytes_on_wire + self.bypassed_bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller all tensors became; 1 if there were none."""
+        return _ratio(self.bytes_before, self.bytes_on_wire)
+
+    @property
+    def compressed_ratio(self) -> float:
+        """The same for the tensors that were compressed."""
+        return _ratio(self.compressed_bytes_before, self.compressed_bytes_on_wire)
+
+    @property
+    def bypassed_share(self) -> float:
+        """The share of tensors that were not compressed, from 0 to 1."""
+        return self.tensors_bypassed / self.tensors if self.tensors else 0.0
+
+
+def _ratio(before: int, after: int) -> float:
+    return before / after if after else 1.0

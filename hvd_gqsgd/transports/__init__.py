@@ -1,0 +1,48 @@
+"""What the pipeline needs of whatever moves the bytes. Transports know no codec."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+__all__ = ["Handle", "Transport"]
+
+
+class Handle(Protocol):
+    """An operation in flight. Its tensor must not be touched until ``wait`` has returned."""
+
+    def done(self) -> bool:
+        """Whether ``wait`` would return, or raise, at once."""
+
+    def wait(self) -> None:
+        """Returns once the tensor holds the reduced values.
+
+        Raises:
+            AgreementError: the ranks' tensors do not match.
+            Exception: whatever the library below raises when the exchange fails.
+        """
+
+
+class Transport(Protocol):
+    """Collectives on integer tensors, in place, matched between ranks by name.
+
+    A name is free again as soon as its operation has been waited for.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This rank, from 0 to ``size`` - 1."""
+
+    @property
+    def size(self) -> int:
+        """How many ranks take part."""
+
+    def max_async(self, tensor: Tensor, name: str) -> Handle:
+        """Starts an elementwise maximum over all ranks of an int32 or int64 tensor."""
+
+    def sum_async(self, tensor: Tensor, name: str) -> Handle:
+        """Starts an elementwise sum over all ranks of an int32 or int64 tensor."""
+
+    def idle(self) -> None:
+        """Called again and again while there is nothing to do but wait; sleeps for a moment."""

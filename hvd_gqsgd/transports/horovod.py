@@ -1,0 +1,75 @@
+"""Stock Horovod's asynchronous allreduce, over whatever it was built with."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.torch as hvd
+from horovod.common.exceptions import HorovodInternalError
+from torch import Tensor
+
+from hvd_gqsgd.errors import AgreementError
+
+__all__ = ["HorovodTransport"]
+
+
+@dataclass
+class _HorovodHandle:
+    handle: int
+    name: str
+
+    def done(self) -> bool:
+        return bool(hvd.poll(self.handle))
+
+    def wait(self) -> None:
+        try:
+            hvd.synchronize(self.handle)
+        except HorovodInternalError as error:
+            # Horovod's controller compares shapes and types before it moves any data, and tells
+            # every rank. What else it raises is left alone: elastic training acts on it.
+            if "Mismatched" not in str(error):
+                raise
+            raise AgreementError(
+                f"ranks disagree on {self.name}: they use different options or different tensors. "
+                f"Horovod says: {error}"
+            ) from error
+
+
+@dataclass(frozen=True)
+class HorovodTransport:
+    """The ranks of one Horovod process set."""
+
+    process_set: Any = hvd.global_process_set
+
+    @property
+    def rank(self) -> int:
+        """This process's rank in the process set."""
+        return int(self.process_set.rank())
+
+    @property
+    def size(self) -> int:
+        """How many processes are in the process set."""
+        return int(self.process_set.size())
+
+    @property
+    def included(self) -> bool:
+        """Whether this process belongs to the process set."""
+        return bool(self.process_set.included())
+
+    def max_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._allreduce(tensor, name, hvd.Max)
+
+    def sum_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._allreduce(tensor, name, hvd.Sum)
+
+    def idle(self) -> None:
+        """Sleeps for less than one of Horovod's cycles, which take a millisecond."""
+        time.sleep(1e-4)
+
+    def _allreduce(self, tensor: Tensor, name: str, op: int) -> _HorovodHandle:
+        handle = hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set)
+        return _HorovodHandle(handle, name)

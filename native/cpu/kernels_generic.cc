@@ -1,0 +1,15 @@
+// The CPU kernels for the instruction set that the compiler was asked for: any processor.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels_inl.h"
+
+namespace gqsgd {
+
+const Kernels* generic_kernels() {
+  static const Kernels table{"generic", block_max_any, quantize_any, dequantize_any};
+  return &table;
+}
+
+}  // namespace gqsgd

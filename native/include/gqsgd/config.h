@@ -1,0 +1,26 @@
+// What the headers of this folder need from the compiler. They hold the per-element maths, which
+// the CPU and the CUDA kernels only loop over.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+// Forced inlining is not for speed alone: the CPU kernels are compiled once per instruction set,
+// and an out-of-line copy shared by the linker could be the one that this processor cannot run.
+#if defined(__CUDACC__)
+#define GQSGD_INLINE static __host__ __device__ __forceinline__
+#else
+#define GQSGD_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace gqsgd {
+
+template <class To, class From>
+GQSGD_INLINE To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs types of one size");
+  To to;
+  memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+}  // namespace gqsgd

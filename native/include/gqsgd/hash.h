@@ -1,0 +1,50 @@
+// Counter-based dither: the random number of an element is a hash of where it is, never the next
+// output of a generator. So it is the same on every rank, thread count and device.
+#pragma once
+
+#include "gqsgd/config.h"
+
+namespace gqsgd {
+
+// The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection on 64 bits.
+GQSGD_INLINE uint64_t mix64(uint64_t x) {
+  x ^= x >> 30;
+  x *= 0xbf58476d1ce4e5b9u;
+  x ^= x >> 27;
+  x *= 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// One stream of dither: of one tensor at one step, shared by all ranks or of one rank alone.
+// `stream` is 0 for the shared one and 1 + rank otherwise.
+GQSGD_INLINE uint64_t dither_key(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t stream) {
+  const uint64_t odd = 0x9e3779b97f4a7c15u;
+  uint64_t key = mix64(seed + odd);
+  key = mix64(key ^ (step + odd));
+  key = mix64(key ^ (tensor + 2 * odd));
+  return mix64(key ^ (stream + 3 * odd));
+}
+
+// The part of the key that is the same for all elements of one tile.
+GQSGD_INLINE uint64_t tile_key(uint64_t key, uint64_t tile) { return mix64(key + tile); }
+
+// 32 random bits for element `index` of a tile, the best of them on top. Two multiplications: the
+// constants are those of Chris Wellons' lowbias32, with half of the key added before the first
+// round and half before the second, so that no two tiles walk the same sequence.
+GQSGD_INLINE uint32_t dither_bits(uint64_t tile_key, uint32_t index) {
+  uint32_t x = index + static_cast<uint32_t>(tile_key);
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= (x >> 15) ^ static_cast<uint32_t>(tile_key >> 32);
+  x *= 0x846ca68bu;
+  return x;
+}
+
+// Correlated dithering: rank r of n uses xi_r = frac(U + ((r + h) mod n) / n) with U and h shared by
+// the ranks. U is uniform, so U + h/n modulo 1 is uniform too, and U is drawn in its place: the law
+// is the same and h need not be. In units of 2^-32, to be added to U modulo 2^32.
+GQSGD_INLINE uint32_t rank_offset(uint32_t rank, uint32_t world_size) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(rank) << 32) / world_size);
+}
+
+}  // namespace gqsgd

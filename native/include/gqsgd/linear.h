@@ -1,0 +1,62 @@
+// Linear dithering with s levels a side: an element x of a block with global norm M becomes the code
+// c = floor(x * s / M + xi), -s <= c <= s, and n summed codes become sum(c) * M / (s * n).
+// Global-QSGD (arXiv 2305.18627), the standard dithering with the infinity norm per block.
+//
+// The grid is in fixed point: x * s / M is taken to `fraction` binary places by one multiplication,
+// and the dither is added as an integer. Nothing is added in floating point, so there is nothing
+// that a compiler could fuse and every device and instruction set gives the same code; and values
+// on the grid, zero and the maximum among them, are never moved by the dither.
+#pragma once
+
+#include "gqsgd/config.h"
+
+namespace gqsgd {
+
+// As many binary places as an int32 holds beside s levels, at least 16 for lanes of up to 16 bits.
+GQSGD_INLINE int fraction_bits(int32_t levels) {
+  int fraction = 31;
+  while (levels >> (31 - fraction)) --fraction;
+  return fraction;
+}
+
+// How the elements of one block go to the grid: grid = (x * pre) * scale. `pre` is a power of two
+// (so that product is exact) and keeps the quotient in range from subnormal to largest norms.
+template <class Real>
+struct Grid {
+  Real pre;
+  Real scale;
+};
+
+GQSGD_INLINE float exponent_guard(float) { return 0x1p64f; }
+GQSGD_INLINE double exponent_guard(double) { return 0x1p512; }
+
+// A norm of zero gives the grid that takes all to zero; the norm must be finite.
+template <class Real>
+GQSGD_INLINE Grid<Real> make_grid(Real norm, int32_t levels, int fraction) {
+  const Real guard = exponent_guard(norm);
+  const Real pre = norm < 1 / guard ? guard : norm > guard ? 1 / guard : Real(1);
+  const Real one = static_cast<Real>(int64_t{levels} << fraction);
+  return {pre, norm > 0 ? one / (norm * pre) : Real(0)};
+}
+
+// The code of one element, from -levels to levels. `dither` is uniform on 32 bits.
+template <class Real>
+GQSGD_INLINE int32_t quantize_element(Real x, Grid<Real> grid, int32_t levels, int fraction,
+                              uint32_t dither) {
+  const Real limit = static_cast<Real>(int64_t{levels} << fraction);
+  Real place = (x * grid.pre) * grid.scale;
+  // The quotient may pass s by a rounding error; the sum of codes must not.
+  place = place < -limit ? -limit : place;
+  place = place > limit ? limit : place;
+  const int32_t fixed = static_cast<int32_t>(place);
+  return (fixed + static_cast<int32_t>(dither >> (32 - fraction))) >> fraction;
+}
+
+// A sum of codes, back in the units of the gradient. `ratio` is the wanted factor (1/n for the mean)
+// over the levels; it is applied before the norm, so that a subnormal norm loses nothing.
+template <class Real>
+GQSGD_INLINE Real dequantize_element(int32_t code_sum, Real ratio, Real norm) {
+  return (static_cast<Real>(code_sum) * ratio) * norm;
+}
+
+}  // namespace gqsgd
