@@ -69,6 +69,7 @@ class State(enum.Enum):
     NORMS = enum.auto()  # their maximum is being taken
     CODES = enum.auto()  # they are being summed
     DONE = enum.auto()
+    ABANDONED = enum.auto()
 
 
 class Bucket:
@@ -102,6 +103,12 @@ class Bucket:
         self.items.append(item)
         self.undecoded += 1
         self.nbytes += item.numel * item.dtype.itemsize
+
+    def abandon(self) -> None:
+        """Lets go of all memory; the exception too, whose traceback leads back here."""
+        self.state = State.ABANDONED
+        self.handle = self.failure = self.norms = self.words = None
+        self.items.clear()
 
     def lay_out(self, codec: LinearCodec) -> tuple[int, int]:
         """Gives every tensor its place; returns the lengths of the two messages in elements."""

@@ -8,7 +8,6 @@ exchange and makes the gradient.
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
@@ -17,10 +16,11 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
+from hvd_gqsgd.buckets import Contribution
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.names import ParameterNames, is_compressible
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.pipeline import ORDER, Pipeline, Ticket
+from hvd_gqsgd.pipeline import ORDER, Namespace, Pipeline, Ticket
 from hvd_gqsgd.probe import PROBE_BYTES, Reading, everyone, make_probe
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.horovod import HorovodTransport
@@ -28,7 +28,7 @@ from hvd_gqsgd.transports.horovod import HorovodTransport
 __all__ = ["GlobalQSGD"]
 
 _log = logging.getLogger("hvd_gqsgd")
-_instances = itertools.count()
+_namespace = Namespace()
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -174,18 +174,13 @@ class GlobalQSGD(Compressor):  # type: ignore[misc]
             return tensor
         assert self._pipeline is not None, "the context is another compressor's"
         reading = Reading.of(tensor)
-        complete = reading.matches(everyone(ctx.world_size))
-        if complete and not reading.same_tensor():
-            raise AgreementError(f"the ranks compress their tensors in another order; {ORDER}")
-        contribution = self._pipeline.wait(ctx.ticket)
-        if not complete and not reading.matches(contribution):
-            raise AgreementError(
-                "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "
-                "factors) over the ranks of its process_set. Got another one: op=hvd.Min, Max, "
-                "Product or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
-            )
-        if not reading.same_tensor():
-            raise AgreementError(f"the ranks compress their tensors in another order; {ORDER}")
+        contribution = everyone(ctx.world_size)
+        if not reading.matches(contribution) or reading.same_tensor():
+            contribution = self._pipeline.wait(ctx.ticket)
+        problem = _problem(reading, contribution)
+        if problem is not None:
+            self._pipeline.abandon()
+            raise AgreementError(problem)
         scale = reading.scale(contribution.count, ctx.world_size)
         flat = self._pipeline.decode(ctx.ticket, scale)
         if ctx.like.is_contiguous():
@@ -214,12 +209,23 @@ class GlobalQSGD(Compressor):  # type: ignore[misc]
         return Pipeline(
             self.options,
             self._transport,
-            # Numbered by first use: it happens in the same order on all ranks, and again from zero
-            # in every process.
-            name=f"gqsgd{next(_instances)}",
+            namespace=_namespace,
             plan=self._names.plan(self.options) if self._names is not None else None,
             stats=self._stats,
         )
+
+
+def _problem(reading: Reading, contribution: Contribution) -> str | None:
+    """Why there is no right answer, if so; the same on all ranks."""
+    if not reading.matches(contribution):
+        return (
+            "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale factors) "
+            "over the ranks of its process_set. Got another one: op=hvd.Min, Max, Product or Adasum, "
+            "or a process_set that GlobalQSGD(process_set=...) was not given"
+        )
+    if not reading.same_tensor():
+        return f"the ranks compress their tensors in another order; {ORDER}"
+    return None
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -1,15 +1,22 @@
 """Buckets in flight: norms out, codes out, gradient back. Knows no transport from another.
 
 A tensor is handed in by ``submit`` and joins a bucket. A full bucket starts the Max of its block
-norms and is left alone; whoever calls next (``submit`` or ``wait``) finds the norms reduced, rounds
-the tensors to codes on them and starts the Sum. ``wait`` returns when the Sum is there, and
-``decode`` makes the gradient. Nothing before ``wait`` blocks, and nothing before ``wait`` raises for
-what another rank did: every rank must come to the point where all of them learn of it.
+norms and is left alone; a later ``submit`` finds the norms reduced, rounds the tensors to codes on
+them and starts the Sum. ``wait`` returns when the Sum is there, and ``decode`` makes the gradient.
+Nothing before ``wait`` blocks, and nothing before ``wait`` raises for what another rank did: every
+rank must come to the point where all of them learn of it.
 
 **Steps.** A step begins with the first ``submit`` after all earlier tickets were decoded or dropped.
 Numbers that ranks must share (names of messages, dither) count from the start of the step, so that a
 rank which lost a step, or joined later, falls in line with the next one. The step number itself is
 the largest of all ranks', carried by the norms.
+
+**Turns.** When norms come back differs from rank to rank, but transports want every rank to start its
+operations in one order, and Horovod names what its users leave unnamed by counting the operations
+started so far. So sums are started in the order of the buckets, and at fixed points only: each full bucket brings two
+turns, right after its norms were sent off, to start the sum of an earlier one or to pass. Turns that
+were not passed are made up for in ``wait``, where the remaining sums are started too. So wherever
+the user's code runs, all ranks have started the same number of operations.
 """
 
 from __future__ import annotations
@@ -30,7 +37,10 @@ from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports import Handle, Transport
 
-__all__ = ["Pipeline", "Ticket"]
+__all__ = ["Namespace", "Pipeline", "Ticket"]
+
+# With one turn a bucket, a bucket whose norms were late once would hold up all later ones.
+TURNS = 2
 
 ORDER = (
     "without named_parameters tensors are told apart by their order of arrival, so pass "
@@ -48,13 +58,32 @@ class Ticket:
         self.item = item
 
 
+class Namespace:
+    """Numbers the pipelines that have tickets out, so that no two messages share a name.
+
+    A pipeline is numbered anew with each step, by what is in use then: a number kept for good would
+    differ between ranks for good once one of them had used a pipeline that another one had not.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+        """Steps that were abandoned: messages of later ones have other names."""
+        self._pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+    def join(self, pipeline: Pipeline) -> int:
+        """The smallest number that no other pipeline with tickets out has."""
+        self._pipelines.add(pipeline)
+        taken = {p.number for p in self._pipelines if p is not pipeline and p.active}
+        return next(number for number in itertools.count() if number not in taken)
+
+
 class Pipeline:
     """One rank's exchange of many tensors.
 
     Args:
         options: the same on all ranks.
         transport: what moves the bytes.
-        name: begins the names of all messages; no two pipelines in flight may share it.
+        namespace: shared by the pipelines of this process that share a transport.
         plan: buckets of tensors with names; without one, and for tensors without a name, buckets
             fill in order of arrival.
         step: number of the first step.
@@ -66,7 +95,7 @@ class Pipeline:
         options: Options,
         transport: Transport,
         *,
-        name: str = "gqsgd",
+        namespace: Namespace | None = None,
         plan: BucketPlan | None = None,
         step: int = 0,
         stats: Stats | None = None,
@@ -74,7 +103,7 @@ class Pipeline:
         self.options = options
         self.stats = stats or Stats()
         self._transport = transport
-        self._name = name
+        self._namespace = namespace or Namespace()
         self._plan = plan
         self._pool = BufferPool()
         self._next_step = step
@@ -84,10 +113,18 @@ class Pipeline:
         self._in_flight: list[Bucket] = []
         self._orphans: list[Handle] = []
         self._step = step
+        self.number = self._namespace.join(self)
         self._codec: LinearCodec | None = None
         self._arrivals = itertools.count()
         self._repeats: Counter[Hashable] = Counter()
         self._opened: Counter[Hashable] = Counter()
+        self._turns = 0
+        self._passes: list[Handle] = []
+
+    @property
+    def active(self) -> bool:
+        """Whether a ticket is neither decoded nor dropped."""
+        return bool(self._live)
 
     def submit(self, x: Tensor, name: str | None = None) -> Ticket:
         """Hands in a flat, contiguous tensor, which must stay as it is until it is decoded.
@@ -95,9 +132,8 @@ class Pipeline:
         Raises:
             ValueError: the lanes are too narrow for the number of ranks.
         """
-        if not self._live:
+        if not self.active:
             self._begin_step()
-        self.poll()
 
         label = name if name is not None else next(self._arrivals)
         repeat = self._repeats[label]
@@ -123,18 +159,20 @@ class Pipeline:
             full = bucket.nbytes >= self.options.bucket_bytes
         if full:
             self._launch(key)
+            for _ in range(TURNS):
+                self._take_turn()
         return ticket
-
-    def poll(self) -> None:
-        """Moves on whatever has come back. Returns at once; failures wait for ``wait``."""
-        for bucket in list(self._in_flight):
-            if bucket.failure is None and bucket.handle is not None and bucket.handle.done():
-                self._advance(bucket)
 
     def flush(self) -> None:
         """Starts the buckets that are not full."""
         for key in list(self._open):
             self._launch(key)
+
+    def advance(self) -> bool:
+        """Starts the sums whose turn it is; whether all buckets sent off are past that."""
+        while (bucket := self._next_to_sum()) is not None and self._advance(bucket):
+            pass
+        return bucket is None
 
     def wait(self, ticket: Ticket) -> Contribution:
         """Waits for the sum of a tensor's codes and tells which ranks are in it.
@@ -144,15 +182,18 @@ class Pipeline:
             Exception: whatever the transport raised.
         """
         self.flush()
-        while True:
-            self.poll()
-            for bucket in (ticket.bucket, *self._in_flight):
-                if bucket.failure is not None:
-                    raise bucket.failure
-            if ticket.bucket.state is State.DONE:
-                assert ticket.bucket.contribution is not None
-                return ticket.bucket.contribution
+        while not self._arrived(ticket.bucket):
+            failure = next((b.failure for b in self._in_flight if b.failure is not None), None)
+            if isinstance(failure, AgreementError):
+                self.abandon()
+            if failure is not None:
+                self._leave_behind()
+                raise failure
+            if ticket.bucket.state is State.ABANDONED:
+                raise AgreementError(f"{ticket.bucket.name} was given up after an earlier error")
             self._transport.idle()
+        assert ticket.bucket.contribution is not None
+        return ticket.bucket.contribution
 
     def decode(self, ticket: Ticket, scale: float) -> Tensor:
         """``scale`` times the sum over the ranks, flat; ``wait`` must have returned. Once a ticket."""
@@ -171,12 +212,33 @@ class Pipeline:
         self._live.discard(ticket)
         return out
 
-    def _begin_step(self) -> None:
-        """Leaves behind whatever was not decoded, and counts from the start again."""
-        self._orphans += [bucket.handle for bucket in self._in_flight if bucket.handle is not None]
-        self._orphans = [handle for handle in self._orphans if not _reaped(handle)]
+    def abandon(self) -> None:
+        """Ends the step for all its tickets, after an error that all ranks come to see.
+
+        Explicit, so that it does not hang on when each rank frees the tickets: an exception's
+        traceback may keep them for long. Sums that will not be started are passed.
+        """
+        self._turns += sum(bucket.state is State.NORMS for bucket in self._in_flight)
+        self._pass_turns()
+        self._namespace.failures += 1
+        self._leave_behind()
+
+    def _leave_behind(self) -> None:
+        for bucket in (*self._open.values(), *self._in_flight):
+            if bucket.handle is not None:
+                self._orphans.append(bucket.handle)
+            bucket.abandon()
+        self._orphans += self._passes
+        self._passes.clear()
         self._open.clear()
         self._in_flight.clear()
+        self._live.clear()
+
+    def _begin_step(self) -> None:
+        """Leaves behind whatever was not decoded, and counts from the start again."""
+        self._leave_behind()
+        self._turns = 0
+        self._orphans = [handle for handle in self._orphans if not _reaped(handle)]
         self._arrivals = itertools.count()
         self._repeats.clear()
         self._opened.clear()
@@ -184,6 +246,7 @@ class Pipeline:
         rank, size = self._transport.rank, self._transport.size
         if self._codec is None or (self._codec.rank, self._codec.world_size) != (rank, size):
             self._codec = LinearCodec.from_options(self.options, rank, size)
+        self.number = self._namespace.join(self)
         self._step = self._next_step
         self._next_step += 1
         self.stats.steps += 1
@@ -191,7 +254,7 @@ class Pipeline:
     def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
         planned = isinstance(key, int)
         label = f"planned{key}" if planned else f"{kind[1].type}-{str(kind[0])[6:]}"
-        bucket = Bucket(f"{self._name}.{label}.{self._opened[key]}", kind)
+        bucket = Bucket(f"{self._prefix()}.{label}.{self._opened[key]}", kind)
         self._opened[key] += 1
         self._open[key] = bucket
         return bucket
@@ -214,9 +277,43 @@ class Pipeline:
         bucket.state = State.NORMS
         bucket.handle = self._transport.max_async(bucket.norms, f"{bucket.name}.norms")
 
-    def _advance(self, bucket: Bucket) -> None:
-        """Takes a bucket whose operation is done one state further."""
-        assert bucket.handle is not None
+    def _prefix(self) -> str:
+        return f"gqsgd{self.number}.{self._namespace.failures}"
+
+    def _take_turn(self) -> None:
+        """Starts one sum if its norms are there, and passes otherwise."""
+        self._turns += 1
+        bucket = self._next_to_sum()
+        if bucket is None or not self._advance(bucket):
+            self._pass_turn()
+
+    def _pass_turn(self) -> None:
+        name = f"{self._prefix()}.pass.{len(self._passes)}"
+        self._passes.append(self._transport.pass_turn(name))
+        self.stats.compressed_bytes_on_wire += self._transport.turn_bytes
+
+    def _pass_turns(self) -> None:
+        """Makes up for the turns that were not passed."""
+        while len(self._passes) < self._turns:
+            self._pass_turn()
+
+    def _next_to_sum(self) -> Bucket | None:
+        """The oldest bucket whose codes are not out: sums start in the order of the buckets."""
+        return next((b for b in self._in_flight if b.state is State.NORMS), None)
+
+    def _arrived(self, bucket: Bucket) -> bool:
+        """Whether a bucket is done, with all sums started and all turns passed."""
+        if not self.advance():
+            return False
+        self._pass_turns()
+        for other in list(self._in_flight):
+            self._advance(other)
+        return bucket.state is State.DONE and all(handle.done() for handle in self._passes)
+
+    def _advance(self, bucket: Bucket) -> bool:
+        """Takes a bucket one state further if its operation is done; whether it was."""
+        if bucket.failure is not None or bucket.handle is None or not bucket.handle.done():
+            return False
         handle, bucket.handle = bucket.handle, None
         try:
             handle.wait()
@@ -226,10 +323,12 @@ class Pipeline:
                 bucket.contribution = bucket.read_code_header()
                 bucket.state = State.DONE
                 self._in_flight.remove(bucket)
+            return True
         except Exception as error:
             # Kept for wait(): raised here, in the middle of one rank's backward pass, it would
             # leave the others waiting for tensors that never come.
             bucket.failure = error
+            return False
 
     def _send_codes(self, bucket: Bucket) -> None:
         """Rounds a bucket's tensors on the global norms and starts the sum."""

@@ -59,6 +59,6 @@ def simulate(
     for rank in ranks:
         rank.flush()
     for rank in ranks:
-        rank.poll()
+        rank.advance()
     ranks[0].wait(tickets[0])
     return ranks[0].decode(tickets[0], 1 / world.size)

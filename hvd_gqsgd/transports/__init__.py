@@ -38,11 +38,21 @@ class Transport(Protocol):
     def size(self) -> int:
         """How many ranks take part."""
 
+    @property
+    def turn_bytes(self) -> int:
+        """What ``pass_turn`` sends."""
+
     def max_async(self, tensor: Tensor, name: str) -> Handle:
         """Starts an elementwise maximum over all ranks of an int32 or int64 tensor."""
 
     def sum_async(self, tensor: Tensor, name: str) -> Handle:
         """Starts an elementwise sum over all ranks of an int32 or int64 tensor."""
+
+    def pass_turn(self, name: str) -> Handle:
+        """Called where a sum could have been started and was not, as often on all ranks.
+
+        For transports that count operations; others return a handle that is done.
+        """
 
     def idle(self) -> None:
         """Called again and again while there is nothing to do but wait; sleeps for a moment."""

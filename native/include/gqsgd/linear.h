@@ -4,8 +4,8 @@
 //
 // The grid is in fixed point: x * s / M is taken to `fraction` binary places by one multiplication,
 // and the dither is added as an integer. Nothing is added in floating point, so there is nothing
-// that a compiler could fuse and every device and instruction set gives the same code; and values
-// on the grid, zero and the maximum among them, are never moved by the dither.
+// that a compiler could fuse and every device and instruction set gives the same code; and neither
+// zero nor the maximum is ever moved by the dither.
 #pragma once
 
 #include "gqsgd/config.h"
@@ -30,13 +30,20 @@ struct Grid {
 GQSGD_INLINE float exponent_guard(float) { return 0x1p64f; }
 GQSGD_INLINE double exponent_guard(double) { return 0x1p512; }
 
+// The next number above a positive one.
+GQSGD_INLINE float next_up(float x) { return bit_cast<float>(bit_cast<int32_t>(x) + 1); }
+GQSGD_INLINE double next_up(double x) { return bit_cast<double>(bit_cast<int64_t>(x) + 1); }
+
 // A norm of zero gives the grid that takes all to zero; the norm must be finite.
 template <class Real>
 GQSGD_INLINE Grid<Real> make_grid(Real norm, int32_t levels, int fraction) {
   const Real guard = exponent_guard(norm);
   const Real pre = norm < 1 / guard ? guard : norm > guard ? 1 / guard : Real(1);
   const Real one = static_cast<Real>(int64_t{levels} << fraction);
-  return {pre, norm > 0 ? one / (norm * pre) : Real(0)};
+  if (!(norm > 0)) return {pre, Real(0)};
+  // Where M * (s / M) falls short of s by a rounding error, the dither could move the maximum.
+  const Real scale = one / (norm * pre);
+  return {pre, (norm * pre) * scale < one ? next_up(scale) : scale};
 }
 
 // The code of one element, from -levels to levels. `dither` is uniform on 32 bits.
@@ -45,9 +52,10 @@ GQSGD_INLINE int32_t quantize_element(Real x, Grid<Real> grid, int32_t levels, i
                               uint32_t dither) {
   const Real limit = static_cast<Real>(int64_t{levels} << fraction);
   Real place = (x * grid.pre) * grid.scale;
-  // The quotient may pass s by a rounding error; the sum of codes must not.
-  place = place < -limit ? -limit : place;
-  place = place > limit ? limit : place;
+  // The quotient may pass s by a rounding error; the sum of codes must not. These comparisons take
+  // a NaN, which only an element that changed after its norm was taken can give, to -s.
+  place = place > -limit ? place : -limit;
+  place = place < limit ? place : limit;
   const int32_t fixed = static_cast<int32_t>(place);
   return (fixed + static_cast<int32_t>(dither >> (32 - fraction))) >> fraction;
 }

@@ -1,0 +1,21 @@
+"""The tests of ``ranks/`` are for several processes: ``test_ranks.py`` starts them.
+
+To run them by hand: ``mpirun -n 4 python -m pytest tests/ranks`` or ``horovodrun --gloo -np 4 ...``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+LAUNCHED = bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
+
+collect_ignore = [] if LAUNCHED else ["ranks"]
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Says what is being tested."""
+    from hvd_gqsgd import build_info
+
+    return [f"hvd_gqsgd: {build_info()}"]

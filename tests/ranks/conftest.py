@@ -1,0 +1,73 @@
+"""Every rank runs every test, in the same order; rank 0 reports, and a failure ends the job."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+
+import horovod.torch as hvd
+import pytest
+import torch
+
+EVEN = hvd.ProcessSet([0])
+ODD = hvd.ProcessSet([0])
+
+
+def _size_before_init() -> int:
+    for variable in ("HOROVOD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if variable in os.environ:
+            return int(os.environ[variable])
+    return 1
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter was made
+def pytest_configure(config: pytest.Config) -> None:
+    """Joins the job."""
+    size = _size_before_init()
+    sets = []
+    if size >= 3:  # a process set must differ from the others and from all ranks
+        EVEN.ranks, ODD.ranks = list(range(0, size, 2)), list(range(1, size, 2))
+        sets = [EVEN, ODD]
+    hvd.init(process_sets=sets)
+    torch.set_num_threads(1)
+    if hvd.rank() != 0:
+        config.pluginmanager.unregister(name="terminalreporter")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A rank whose test has failed would leave the others waiting: it takes them along."""
+    outcome = yield
+    report = outcome.get_result()
+    if report.failed:
+        text = f"\nrank {hvd.rank()} of {hvd.size()}: {item.nodeid} failed\n{report.longreprtext}\n"
+        os.write(sys.__stderr__.fileno(), text.encode())
+        os._exit(1)
+
+
+@pytest.fixture(scope="session")
+def rank() -> int:
+    """This process's rank."""
+    return hvd.rank()
+
+
+@pytest.fixture(scope="session")
+def size() -> int:
+    """How many ranks there are."""
+    return hvd.size()
+
+
+@pytest.fixture
+def several(size: int) -> None:
+    """Skips a test that needs ranks to differ."""
+    if size == 1:
+        pytest.skip("needs two ranks")
+
+
+@pytest.fixture
+def process_set(rank: int, size: int) -> hvd.ProcessSet:
+    """The even or the odd ranks, whichever this rank belongs to."""
+    if size < 3:
+        pytest.skip("needs three ranks")
+    return EVEN if rank % 2 == 0 else ODD

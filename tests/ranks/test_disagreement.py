@@ -1,0 +1,100 @@
+"""What has no right answer is an error on every rank: no hang, no wrong gradient."""
+
+from __future__ import annotations
+
+import horovod.torch as hvd
+import pytest
+import torch
+from helpers import assert_same_on_all_ranks, bound, gradients
+from horovod.common.exceptions import HorovodInternalError
+
+from hvd_gqsgd import AgreementError, GlobalQSGD
+from hvd_gqsgd.codecs.linear import levels_for
+
+pytestmark = pytest.mark.usefixtures("several")
+
+
+@pytest.mark.parametrize("options", [
+    ({"bits": 8}, {"bits": 16}), ({"bits": 8}, {"bits": 7}), ({"block_size": 1024}, {"block_size": None}),
+    ({"block_size": 1024}, {"block_size": 1025}), ({"correlated": True}, {"correlated": False}),
+    ({"seed": 0}, {"seed": 1}), ({"bucket_mb": 25}, {"bucket_mb": 1}),
+])  # fmt: skip
+def test_options(rank, size, options):
+    compressor = GlobalQSGD(**options[rank == size - 1])
+    with pytest.raises(AgreementError, match="different options"):
+        hvd.allreduce(torch.ones(9000), compression=compressor)
+
+
+def test_options_that_average_out(rank, several):
+    """Three ranks with digests around the middle one's must not look alike to it."""
+    with pytest.raises(AgreementError, match="different options"):
+        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(seed=rank))
+
+
+def test_compressed_on_some_ranks_only(rank):
+    """Horovod itself sees that one sends a gradient and another a probe."""
+    with pytest.raises(HorovodInternalError, match="Mismatched"):
+        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(min_numel=10_000 * (rank == 0)))
+
+
+@pytest.mark.parametrize("name", ["Min", "Max", "Product", "Adasum"])
+def test_reductions_that_are_not_linear(rank, size, name):
+    if name == "Adasum" and (not hvd.mpi_enabled() or size & (size - 1)):
+        pytest.skip("Horovod's Adasum needs MPI and a power of two")
+    compressor = GlobalQSGD()
+    with pytest.raises(AgreementError, match="linear"):
+        hvd.allreduce(torch.ones(9000), op=getattr(hvd, name), compression=compressor)
+    everyone = gradients(size, 9000)
+    mean = hvd.allreduce(everyone[rank], compression=compressor)  # and it still works
+    assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
+
+
+def test_other_process_set_than_the_compressor_s(rank, process_set):
+    with pytest.raises(AgreementError, match="process_set"):
+        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(), process_set=process_set)
+
+
+def exchange_in_order(compressor, tensors, order):
+    """As an optimizer's hooks do: all gradients in, in some order, then all of them out."""
+    waiting = []
+    for name in order:
+        probe, context = compressor.compress(tensors[name])
+        waiting.append((name, hvd.allreduce_async_(probe, name=name), context))
+    return {
+        name: compressor.decompress(hvd.synchronize(handle), context)
+        for name, handle, context in waiting
+    }
+
+
+@pytest.mark.parametrize("numels", [(9000, 9000, 9000), (9000, 5000, 7000)])
+@pytest.mark.parametrize("bucket_mb", [25, 0.03])
+def test_other_order_without_names(rank, size, numels, bucket_mb):
+    tensors = {f"t{i}": torch.ones(numel) for i, numel in enumerate(numels)}
+    order = list(tensors)
+    if rank == size - 1:
+        order = [order[1], order[0], order[2]]
+    with pytest.raises(AgreementError, match="order"):
+        exchange_in_order(GlobalQSGD(bucket_mb=bucket_mb), tensors, order)
+    hvd.barrier()
+
+
+@pytest.mark.parametrize("numels", [(9000, 9000, 9000, 9000), (9000, 5000, 7000, 8000)])
+@pytest.mark.parametrize("bucket_mb", [25, 0.03, 0.06])
+def test_other_order_with_names(rank, size, numels, bucket_mb):
+    parameters = {f"p{i}": torch.nn.Parameter(torch.zeros(n)) for i, n in enumerate(numels)}
+    compressor = GlobalQSGD(named_parameters=parameters.items(), bucket_mb=bucket_mb)
+    for step in range(3):
+        everyone = {
+            name: gradients(size, p.numel(), seed=10 * step + i)
+            for i, (name, p) in enumerate(parameters.items())
+        }
+        for name, parameter in parameters.items():
+            parameter.grad = everyone[name][rank].clone()
+        order = list(parameters)
+        order = order[rank % 4 :] + order[: rank % 4]
+        grads = {name: p.grad for name, p in parameters.items()}
+        results = exchange_in_order(compressor, grads, order)
+        for name in parameters:
+            error = (results[name] - everyone[name].mean(0)).abs()
+            assert (error <= bound(everyone[name], levels_for(8, size))).all()
+            assert_same_on_all_ranks(results[name])

@@ -1,0 +1,443 @@
+"""The native kernels give the bits of the reference, on every instruction set and thread count."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    DTYPES,
+    WIDTHS,
+    as_numpy,
+    bits_of,
+    decode,
+    encode,
+    from_bits,
+    gradient_like,
+    instruction_set,
+    name,
+    norms,
+    random_floats,
+)
+from torch import Tensor
+
+from hvd_gqsgd import ops, reference
+
+BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
+SIZES = [0, 1, 3, 255, 1023, 1024, 1025, 2049, 5000]
+WORLDS = [(0, 1, True), (0, 1, False), (1, 2, True), (2, 3, False), (2, 3, True), (6, 7, True)]
+EVERY_PATTERN = np.arange(2**16, dtype=np.uint16).view(np.int16)
+
+
+def special_values(dtype: torch.dtype) -> Tensor:
+    """Numbers at the edges of a type, signed zeros, infinities and NaN."""
+    info = torch.finfo(dtype)
+    edges = [0.0, 1.0, 1e-45, 3.4e38, info.smallest_normal, info.smallest_normal / 2, info.max]
+    smallest = from_bits(np.array([1, 2, 3]), dtype)
+    positive = torch.cat([torch.tensor(edges, dtype=torch.float64).to(dtype), smallest])
+    odd = torch.tensor([torch.inf, torch.nan], dtype=dtype)
+    return torch.cat([positive, -positive, odd, -odd])
+
+
+def data(rng: np.random.Generator, kind: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """One of four kinds of numbers."""
+    x = gradient_like(rng, numel, dtype)
+    if kind == 1:  # blocks of quite different magnitude, up to overflow
+        exponents = np.repeat(rng.integers(-160, 140, numel // 100 + 1), 100)[:numel]
+        x = torch.from_numpy(rng.standard_normal(numel) * np.exp2(exponents)).to(dtype)
+    elif kind == 2:
+        x = random_floats(rng, numel, dtype)
+    elif kind == 3 and numel:
+        special = special_values(dtype)
+        at = rng.integers(0, numel, 1 + numel // 500)
+        x[at] = special[rng.integers(0, len(special), len(at))]
+    return x
+
+
+def assert_same(got: Tensor, expected: np.ndarray, what: object) -> None:
+    """Native and reference results have the same type, shape and bits."""
+    actual = as_numpy(got)
+    assert actual.dtype == expected.dtype, what
+    assert actual.shape == expected.shape, what
+    integers = f"i{actual.itemsize}"
+    different = np.flatnonzero(actual.view(integers) != expected.view(integers))
+    assert not len(different), (what, different[:5], actual[different[:5]], expected[different[:5]])
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
+    """Norms, words and decoded numbers: all sizes and blocks, on every instruction set."""
+    rng = np.random.default_rng(bits)
+    cases = itertools.cycle(itertools.product(range(4), WORLDS))
+    for block_size, numel in itertools.product(BLOCKS, SIZES):
+        kind, (rank, world_size, correlated) = next(cases)
+        world_size = min(world_size, (2**bits - 1) // 2)
+        rank = min(rank, world_size - 1)
+        s = reference.levels(bits, world_size)
+        x, other = data(rng, kind, numel, dtype), gradient_like(rng, numel, dtype)
+        place = {
+            "seed": int(rng.integers(-(2**63), 2**63 - 1)),
+            "step": int(rng.integers(0, 2**31)),
+            "tensor_id": int(rng.integers(0, 2**31)),
+            "rank": rank,
+            "world_size": world_size,
+            "correlated": correlated,
+        }
+        what = (block_size, numel, kind, place)
+
+        own = reference.norms(as_numpy(x), block_size)
+        shared = np.maximum(own, reference.norms(as_numpy(other), block_size))
+        xi = reference.dither(numel, block_size, **place)
+        codes = reference.codes(as_numpy(x), shared, block_size, s, xi)
+        words = reference.pack(codes, block_size, bits, s)
+        # Any sum of codes, not only one that could have come from these gradients.
+        most = world_size * s
+        sums = rng.integers(-most, most, numel, endpoint=True)
+        summed = reference.pack(sums, block_size, bits, most)
+        scale = float(rng.choice([1 / world_size, 1.0, -0.5, 3e-3]))
+        dense = reference.decode(sums, shared, block_size, s, scale, as_numpy(x).dtype)
+
+        assert abs(codes).max(initial=0) <= s
+        for isa in ops.instruction_sets():
+            with instruction_set(isa):
+                assert_same(norms(x, block_size), own, (isa, what))
+                to_send = encode(x, torch.from_numpy(shared), block_size, bits, s, **place)
+                assert_same(to_send, words, (isa, what))
+                received = decode(
+                    torch.from_numpy(summed), torch.from_numpy(shared), x, block_size, bits, s,
+                    world_size, scale,
+                )  # fmt: skip
+                assert_same(received, dense, (isa, what))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_unpacking_undoes_packing(bits: int) -> None:
+    """In the reference, which the kernels were just compared with."""
+    rng = np.random.default_rng(bits)
+    s = reference.levels(bits, 1)
+    for block_size, numel in itertools.product(BLOCKS, SIZES):
+        codes = rng.integers(-s, s, numel, endpoint=True)
+        words = reference.pack(codes, block_size, bits, s)
+        assert (reference.unpack(words, numel, block_size, bits, s, 1) == codes).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_special_values(dtype: torch.dtype) -> None:
+    """NaN and infinity make their block NaN, and each other number comes back as it was."""
+    x = special_values(dtype)
+    levels = 7
+    maxima = norms(x, 1)
+    assert_same(maxima, reference.norms(as_numpy(x), 1), "norms")
+    back = decode(encode(x, maxima, 1, 4, levels), maxima, x, 1, 4, levels)
+    finite = x.isfinite()
+    assert back[~finite].isnan().all()
+    # A zero has lost its sign; all else is a maximum, which no dither moves.
+    assert torch.equal(bits_of(back[finite]), bits_of(x[finite] + 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_zero_blocks(dtype: torch.dtype) -> None:
+    """Zeros decode to zeros, whatever the neighbouring blocks hold."""
+    x = torch.cat([torch.zeros(10), -torch.zeros(10), torch.full((10,), 1e30)]).to(dtype)
+    maxima = norms(x, 10)
+    assert maxima[:2].tolist() == [0, 0]
+    back = decode(encode(x, maxima, 10, 8, 127), maxima, x, 10, 8, 127)
+    assert torch.equal(bits_of(back[:20]), bits_of(torch.zeros(20, dtype=dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_widening_every_pattern(dtype: torch.dtype) -> None:
+    """The norm of each of the 65536 numbers is its magnitude in float32."""
+    x = from_bits(EVERY_PATTERN, dtype)
+    for isa in ops.instruction_sets():
+        with instruction_set(isa):
+            got = norms(x, 1)
+        number = ~x.isnan()
+        assert torch.equal(got[number], bits_of(x[number].float().abs()))
+        assert (got[~number] > 0x7F800000).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+@pytest.mark.parametrize("bits", [2, 8, 16])
+def test_every_pattern_comes_back(dtype: torch.dtype, bits: int) -> None:
+    """Alone in its block, each of the 65536 numbers is a maximum, and so exact."""
+    x = from_bits(EVERY_PATTERN, dtype)
+    s = reference.levels(bits, 1)
+    maxima = norms(x, 1)
+    for isa in ops.instruction_sets():
+        with instruction_set(isa):
+            back = decode(encode(x, maxima, 1, bits, s), maxima, x, 1, bits, s)
+        finite = x.isfinite()
+        assert torch.equal(bits_of(back[finite]), bits_of(x[finite] + 0))
+        assert back[~finite].isnan().all()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=name)
+def test_narrowing_rounds_as_torch_does(dtype: torch.dtype, sign: int) -> None:
+    """All numbers of 16 bits, the ties between them, and the floats next to both."""
+    patterns = torch.arange(0x7C00 if dtype == torch.float16 else 0x7F80)
+    numbers = bits_of(from_bits(patterns, dtype).float())
+    upper = bits_of(from_bits(patterns + 1, dtype).float())
+    if dtype == torch.float16:  # the one after the largest would be 2^16
+        upper[-1] = bits_of(torch.tensor(2.0**16))
+    # Of numbers, not of their bits, which are not evenly spaced where the numbers are subnormal.
+    midpoints = bits_of(torch.stack([numbers, upper]).view(torch.float32).double().mean(0).float())
+    if dtype == torch.bfloat16:
+        midpoints[-1] = 0x7F7F8000
+    chosen = torch.cat([numbers, midpoints]).unsqueeze(1) + torch.tensor([-1, 0, 1])
+    chosen = chosen.clamp(0, 0x7F7FFFFF).flatten().to(torch.int32)
+
+    like = torch.empty(len(chosen), dtype=dtype)
+    one = reference.pack(np.ones(len(chosen), np.int64), 1, 2, 1)
+    for isa in ops.instruction_sets():
+        with instruction_set(isa):
+            got = decode(torch.from_numpy(one), chosen, like, 1, 2, 1, scale=sign)
+        assert torch.equal(bits_of(got), bits_of((sign * chosen.view(torch.float32)).to(dtype)))
+
+
+def test_values_beyond_their_norm_are_cut_off() -> None:
+    """So a gradient that changes after its norm was taken cannot spill into another lane."""
+    for dtype in DTYPES:
+        x = torch.tensor([0.5, 2, -2, torch.inf, -torch.inf, torch.nan, 0, 1], dtype=dtype)
+        maxima = norms(torch.ones_like(x), None)
+        for bits in WIDTHS:
+            s = reference.levels(bits, 1)
+            words = encode(x, maxima, None, bits, s)
+            xi = reference.dither(
+                8, None, seed=0, step=0, tensor_id=0, rank=0, world_size=1, correlated=True
+            )
+            codes = reference.codes(as_numpy(x), maxima.numpy(), None, s, xi)
+            assert codes[1:].tolist() == [s, -s, s, -s, -s, 0, s]
+            assert_same(words, reference.pack(codes, None, bits, s), (dtype, bits))
+
+
+def test_flushed_subnormals() -> None:
+    """Where the processor takes subnormals for zero, their blocks are zero and no others suffer."""
+    x = torch.cat([torch.full((5,), 1e-40), torch.full((5,), 1.0)])
+    maxima = norms(x, 5)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormals")
+    try:
+        back = decode(encode(x, maxima, 5, 8, 127), maxima, x, 5, 8, 127)
+    finally:
+        torch.set_flush_denormal(False)
+    assert back.tolist() == [0.0] * 5 + [1.0] * 5
+
+
+@pytest.fixture
+def thread_count() -> Iterator[Callable[[int], None]]:
+    """Sets PyTorch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("block_size", [1, 1000, 1024, None])
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_threads_do_not_matter(
+    thread_count: Callable[[int], None], dtype: torch.dtype, block_size: int | None
+) -> None:
+    """Enough elements for several threads, each of which takes 65536 at the least."""
+    x = gradient_like(np.random.default_rng(0), 300_001, dtype)
+    results = []
+    for threads in (1, 2, 3, 5):
+        thread_count(threads)
+        maxima = norms(x, block_size)
+        words = encode(x, maxima, block_size, 5, 3, rank=2, world_size=5)
+        back = decode(words, maxima, x, block_size, 5, 3)
+        results.append((maxima, words, bits_of(back)))
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_extreme_codes_never_overflow(bits: int) -> None:
+    """All codes s, or all -s, or both by turns, from as many ranks as lanes of this width take."""
+    most = (2**bits - 1) // 2
+    worlds = range(1, most + 1) if bits <= 8 else [1, 2, 3, 5, 8, 100, most // 2, most - 1, most]
+    dtype = ops.word_dtype(bits)
+    lanes = torch.iinfo(dtype).bits // bits
+    numel = 3 * lanes + 1  # full words, and one that is not
+    signs = torch.ones(numel)
+    signs[1::2] = -1
+    for x in (torch.ones(numel), -torch.ones(numel), signs):
+        maxima = norms(x, None)
+        for world_size in worlds:
+            s = reference.levels(bits, world_size)
+            words = [
+                encode(x, maxima, None, bits, s, rank=rank, world_size=world_size)
+                for rank in (0, world_size - 1)
+            ]
+            assert torch.equal(*words)  # no dither moves a maximum
+            exact = [world_size * word for word in words[0].tolist()]
+            assert min(exact) >= torch.iinfo(dtype).min
+            assert max(exact) <= torch.iinfo(dtype).max
+            total = torch.tensor(exact, dtype=dtype)
+            sums = reference.unpack(total.numpy(), numel, None, bits, s, world_size)
+            assert (sums == world_size * s * x.numpy()).all()
+            # As a multiple of levels, which small integers are exactly.
+            back = decode(total, maxima, x, None, bits, s, world_size, float(s))
+            assert torch.equal(back, world_size * s * x)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_number_of_words(bits: int) -> None:
+    """The op takes buffers of just the length that ``words_for`` says."""
+    sizes = [1, 2, 11, 12, 13, 63, 64, 1023, 1024, 1025, 3000, 4096]
+    for numel, block in itertools.product(sizes, [1, 5, 12, 1023, 1024, 1025, 2048, 10**9]):
+        words = ops.words_for(numel, block, bits)
+        expected = reference.pack(np.zeros(numel, np.int64), block, bits, 1)
+        assert words == len(expected)
+        assert ops.word_dtype(bits) == torch.from_numpy(expected).dtype
+        x, maxima = torch.zeros(numel), torch.zeros(-(-numel // block), dtype=torch.int32)
+        for wrong in (words - 1, words + 1):
+            buffer = torch.empty(wrong, dtype=ops.word_dtype(bits))
+            message = f"words must have {words} elements, got {wrong}"
+            with pytest.raises(ValueError, match=message):
+                ops.quantize(x, maxima, buffer, block, bits, 1, 0, 0, 0, 0, 1, True)
+            with pytest.raises(ValueError, match=message):
+                ops.dequantize(buffer, maxima, x, block, bits, 1, 1, 1.0)
+
+
+X = torch.ones(100)
+NORMS = torch.zeros(10, dtype=torch.int32)
+WORDS = torch.zeros(30, dtype=torch.int32)
+TRANSPOSED = torch.ones(10, 10).t()
+DTYPE_MESSAGE = "the tensor must be float16, bfloat16, float32 or float64, got "
+LEVELS_MESSAGE = "levels must be from 1 to 127 for 8 bits, got "
+CONTRIBUTORS_MESSAGE = "contributors must be from 1 to "
+
+
+def quantize(
+    x: Tensor = X, norms: Tensor = NORMS, words: Tensor = WORDS, block_size: int = 10,
+    bits: int = 8, levels: int = 127, rank: int = 0, world_size: int = 1,
+) -> None:  # fmt: skip
+    """A valid call, of which each test spoils one argument."""
+    ops.quantize(x, norms, words, block_size, bits, levels, 0, 0, 0, rank, world_size, True)
+
+
+def dequantize(
+    words: Tensor = WORDS, norms: Tensor = NORMS, out: Tensor = X, block_size: int = 10,
+    bits: int = 8, levels: int = 127, contributors: int = 1,
+) -> None:  # fmt: skip
+    """The same for the other direction."""
+    out = out.clone() if out is X else out
+    ops.dequantize(words, norms, out, block_size, bits, levels, contributors, 1.0)
+
+
+def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
+    """Or the tests of errors would say little."""
+    ops.block_max(X, 10, NORMS.clone())
+    quantize()
+    dequantize()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.block_max(X.int(), 10, NORMS), TypeError, DTYPE_MESSAGE + "Int"),
+        (lambda: ops.block_max(X.cfloat(), 10, NORMS), TypeError, DTYPE_MESSAGE + "ComplexFloat"),
+        (lambda: ops.block_max(TRANSPOSED, 10, NORMS), ValueError, "the tensor must be contiguous"),
+        (lambda: ops.block_max(X, 0, NORMS), ValueError, "block_size must be at least 1, got 0"),
+        (lambda: ops.block_max(X, 10, NORMS[:9]), ValueError, "norms must have 10 elements, got 9"),
+        (lambda: ops.block_max(X, 10, NORMS.long()), TypeError, "norms must be Int, got Long"),
+        (lambda: ops.block_max(X.double(), 10, NORMS), TypeError, "norms must be Long, got Int"),
+        (lambda: quantize(x=X.int()), TypeError, DTYPE_MESSAGE + "Int"),
+        (lambda: quantize(x=TRANSPOSED), ValueError, "the tensor must be contiguous"),
+        (lambda: quantize(norms=NORMS[:9]), ValueError, "norms must have 10 elements, got 9"),
+        (lambda: quantize(norms=NORMS.float()), TypeError, "norms must be Int, got Float"),
+        (lambda: quantize(words=WORDS[:-1]), ValueError, "words must have 30 elements, got 29"),
+        (lambda: quantize(words=WORDS.long()), TypeError, "words must be Int, got Long"),
+        (lambda: quantize(words=WORDS.repeat(2)[::2]), ValueError, "words must be contiguous"),
+        (lambda: quantize(bits=7, levels=3), TypeError, "words must be Long, got Int"),
+        (lambda: quantize(block_size=-1), ValueError, "block_size must be at least 1, got -1"),
+        (lambda: quantize(bits=1), ValueError, "bits must be from 2 to 16, got 1"),
+        (lambda: quantize(bits=17), ValueError, "bits must be from 2 to 16, got 17"),
+        (lambda: quantize(levels=0), ValueError, LEVELS_MESSAGE + "0"),
+        (lambda: quantize(levels=128), ValueError, LEVELS_MESSAGE + "128"),
+        (lambda: quantize(rank=-1), ValueError, "rank must be from 0 to 0, got -1"),
+        (lambda: quantize(rank=3, world_size=3), ValueError, "rank must be from 0 to 2, got 3"),
+        (lambda: dequantize(out=X.int()), TypeError, DTYPE_MESSAGE + "Int"),
+        (lambda: dequantize(out=TRANSPOSED), ValueError, "the tensor must be contiguous"),
+        (lambda: dequantize(norms=NORMS[:9]), ValueError, "norms must have 10 elements, got 9"),
+        (lambda: dequantize(words=WORDS[:-1]), ValueError, "words must have 30 elements, got 29"),
+        (lambda: dequantize(bits=33), ValueError, "bits must be from 2 to 16, got 33"),
+        (lambda: dequantize(levels=200), ValueError, LEVELS_MESSAGE + "200"),
+        (
+            lambda: dequantize(contributors=0), ValueError,
+            CONTRIBUTORS_MESSAGE + "1 for 8 bits and 127 levels, got 0",
+        ),
+        (
+            lambda: dequantize(levels=31, contributors=5), ValueError,
+            CONTRIBUTORS_MESSAGE + "4 for 8 bits and 31 levels, got 5",
+        ),
+        (lambda: ops.use_instruction_set("z80"), ValueError, "no kernels for z80 here"),
+    ],
+)  # fmt: skip
+def test_errors(call: Callable[[], None], error: type[Exception], message: str) -> None:
+    """They say what is wrong, what was got, and what is accepted."""
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+@pytest.mark.parametrize("bits", [8, 5])
+def test_opcheck(dtype: torch.dtype, bits: int) -> None:
+    """Schemas tell what is written, and the ops pass through ``torch.compile``."""
+    x = gradient_like(np.random.default_rng(0), 1500, dtype)
+    maxima = norms(x, 1024)
+    words = encode(x, maxima, 1024, bits, 3)
+    torch.library.opcheck(ops.block_max, (x, 1024, torch.zeros_like(maxima)))
+    place = (7, 8, 9, 1, 3, True)
+    torch.library.opcheck(ops.quantize, (x, maxima, torch.zeros_like(words), 1024, bits, 3, *place))
+    torch.library.opcheck(
+        ops.dequantize, (words, maxima, torch.zeros_like(x), 1024, bits, 3, 1, 0.5)
+    )
+
+
+def runs_beside(work: Callable[[], object]) -> bool:
+    """Whether another Python thread gets to run while this one works.
+
+    Python is told to leave the interpreter lock with a thread that does not give it up by itself.
+    """
+    gate, ran = threading.Lock(), []
+    gate.acquire()
+
+    def other() -> None:
+        with gate:
+            ran.append(True)
+
+    thread = threading.Thread(target=other)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        thread.start()
+        gate.release()
+        for _ in range(20):  # the other thread may take its time to wake up
+            work()
+            if ran:
+                break
+        result = bool(ran)
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    return result
+
+
+def test_the_gil_is_released() -> None:
+    """While a big op runs, other threads get on with their work."""
+    x = torch.ones(2**24)
+    maxima = torch.zeros(2**14, dtype=torch.int32)
+    words = torch.zeros(2**22, dtype=torch.int32)
+    assert runs_beside(lambda: ops.block_max(x, 1024, maxima))
+    assert runs_beside(lambda: ops.quantize(x, maxima, words, 1024, 8, 127, 0, 0, 0, 0, 1, True))
+    assert runs_beside(lambda: ops.dequantize(words, maxima, x, 1024, 8, 127, 1, 1.0))
+    assert not runs_beside(lambda: sum(range(10**6)))  # nor would it, were the GIL kept

@@ -1,0 +1,642 @@
+"""The pipeline between several ranks of one process: right sums, agreement, steps and buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import DTYPES, as_numpy, bits_of, from_bits, gradient_like
+from torch import Tensor
+
+from hvd_gqsgd import AgreementError, reference
+from hvd_gqsgd.buckets import CODE_HEADER, NORM_HEADER, BucketPlan, kind_of, rank_weight
+from hvd_gqsgd.buffers import KEEP_STEPS, BufferPool
+from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.pipeline import Namespace, Pipeline, Ticket
+from hvd_gqsgd.transports import Handle
+from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
+
+CPU = torch.device("cpu")
+FLOAT = kind_of(torch.float32, CPU)
+
+Named = tuple[str | None, Tensor]
+
+
+class Group:
+    """A pipeline for each rank of a simulated world."""
+
+    def __init__(
+        self,
+        size: int = 2,
+        *,
+        options: Sequence[dict[str, Any]] = (),
+        steps: Sequence[int] = (),
+        transport: Callable[[SimulatedWorld, int], Any] = SimulatedTransport,
+        plan: BucketPlan | None = None,
+        **everywhere: Any,
+    ) -> None:
+        self.world = SimulatedWorld(size)
+        self.transports = [transport(self.world, rank) for rank in range(size)]
+        self.ranks = [
+            Pipeline(
+                Options(**everywhere, **(options[rank] if options else {})),
+                self.transports[rank],
+                plan=plan,
+                step=steps[rank] if steps else 0,
+            )
+            for rank in range(size)
+        ]
+
+    def submit(self, tensors: Sequence[Sequence[Named]]) -> list[list[Ticket]]:
+        """Hands in each rank's tensors, rank after rank."""
+        return [
+            [pipeline.submit(x, name) for name, x in own]
+            for pipeline, own in zip(self.ranks, tensors, strict=True)
+        ]
+
+    def settle(self) -> None:
+        """Lets all ranks come so far that none has to wait for another one."""
+        for pipeline in self.ranks:
+            pipeline.flush()
+        for pipeline in self.ranks:
+            pipeline.advance()
+
+    def exchange(self, tensors: Sequence[Sequence[Named]]) -> list[list[Tensor]]:
+        """Each rank's means, in the order in which it handed in the tensors."""
+        tickets = self.submit(tensors)
+        self.settle()
+        for pipeline, own in zip(self.ranks, tickets, strict=True):
+            for ticket in own:
+                pipeline.wait(ticket)
+        return [
+            [pipeline.decode(ticket, 1 / self.world.size) for ticket in own]
+            for pipeline, own in zip(self.ranks, tickets, strict=True)
+        ]
+
+    def errors(self, tensors: Sequence[Sequence[Named]]) -> list[str]:
+        """What each rank is told when it waits for its first tensor."""
+        tickets = self.submit(tensors)
+        self.settle()
+        messages = []
+        for pipeline, own in zip(self.ranks, tickets, strict=True):
+            with pytest.raises(AgreementError) as caught:
+                pipeline.wait(own[0])
+            messages.append(str(caught.value))
+        return messages
+
+
+def gradients(
+    ranks: int, shapes: Sequence[tuple[str | None, int]], dtype: torch.dtype = torch.float32
+) -> list[list[Named]]:
+    """Tensors of these names and lengths for each rank."""
+    rng = np.random.default_rng(len(shapes))
+    return [
+        [(name, gradient_like(rng, numel, dtype)) for name, numel in shapes] for _ in range(ranks)
+    ]
+
+
+def expected(
+    rows: Sequence[Tensor], label: str | int, *, repeat: int = 0, step: int = 0, bits: int = 8
+) -> Tensor:
+    """What the reference makes of one tensor of each rank."""
+    identity = digest((label, repeat, rows[0].numel(), str(rows[0].dtype)))
+    mean = reference.mean(
+        np.stack([as_numpy(x) for x in rows]), tensor_id=identity, step=step, bits=bits,
+        block_size=1024, correlated=True, seed=0,
+    )  # fmt: skip
+    return from_bits(mean.view(f"i{mean.itemsize}"), rows[0].dtype)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit."""
+    return a.dtype == b.dtype and torch.equal(bits_of(a), bits_of(b))
+
+
+def check_unnamed(
+    means: Sequence[Sequence[Tensor]], tensors: list[list[Named]], **known: Any
+) -> None:
+    """All ranks have the reference's mean of all tensors, told apart by their order."""
+    for i in range(len(tensors[0])):
+        right = expected([own[i][1] for own in tensors], i, **known)
+        assert all(same(own[i], right) for own in means), i
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_mixed_types(size: int) -> None:
+    """All types in one step, in two kinds of buckets: norms are 32 or 64 bits wide."""
+    tensors: list[list[Named]] = [[] for _ in range(size)]
+    for numel in (2000, 1, 0, 1025):
+        for dtype in DTYPES:
+            for own, more in zip(tensors, gradients(size, [(None, numel)], dtype), strict=True):
+                own += more
+    kept = [[x.clone() for _, x in own] for own in tensors]
+    group = Group(size)
+    check_unnamed(group.exchange(tensors), tensors)
+    check_unnamed(group.exchange(tensors), tensors, step=1)
+    for own, before in zip(tensors, kept, strict=True):
+        assert all(same(x, y) for (_, x), y in zip(own, before, strict=True))
+
+
+@pytest.mark.parametrize("bits", range(3, 17))
+def test_widths(bits: int) -> None:
+    """Words of 32 and of 64 bits."""
+    tensors = gradients(3, [(None, 1500), (None, 7)])
+    check_unnamed(Group(3, bits=bits).exchange(tensors), tensors, bits=bits)
+
+
+@dataclass(frozen=True)
+class Watched(SimulatedTransport):
+    """Notes what was started."""
+
+    turn_bytes: int = 4
+    started: list[str] = field(default_factory=list)
+
+    def max_async(self, tensor: Tensor, name: str) -> Handle:
+        self.started.append(name)
+        return super().max_async(tensor, name)
+
+    def sum_async(self, tensor: Tensor, name: str) -> Handle:
+        self.started.append(name)
+        return super().sum_async(tensor, name)
+
+    def pass_turn(self, name: str) -> Handle:
+        self.started.append(name)
+        return super().pass_turn(name)
+
+
+@pytest.mark.parametrize(
+    ("numels", "sent_off"),
+    [
+        ([1024], [1]),
+        ([1023], [0]),
+        ([1023, 1], [0, 1]),
+        ([1023, 2], [0, 1]),
+        ([512, 511, 1], [0, 0, 1]),
+        ([5000, 1], [1, 1]),
+        ([1024, 1024, 1023], [1, 2, 2]),
+        ([0, 0, 1024, 0], [0, 0, 1, 1]),
+    ],
+)
+def test_bucket_boundaries(numels: list[int], sent_off: list[int]) -> None:
+    """A bucket goes with the tensor that makes it full to the byte, and not before."""
+    tensors = gradients(2, [(None, numel) for numel in numels])
+    group = Group(2, transport=Watched, bucket_mb=4096 / 2**20)
+    tickets: list[list[Ticket]] = [[], []]
+    for pipeline, own, out in zip(group.ranks, tensors, tickets, strict=True):
+        for (_, x), buckets in zip(own, sent_off, strict=True):
+            out.append(pipeline.submit(x))
+            started = group.transports[pipeline is group.ranks[1]].started
+            assert sum(name.endswith(".norms") for name in started) == buckets
+    group.settle()
+    means = [[], []]
+    for pipeline, own, out in zip(group.ranks, tickets, means, strict=True):
+        for ticket in own:
+            pipeline.wait(ticket)
+            out.append(pipeline.decode(ticket, 0.5))
+    check_unnamed(means, tensors)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 400, 1000, 4000, 10**6])
+def test_bucket_size_does_not_change_the_bits(bucket_bytes: int) -> None:
+    tensors = gradients(3, [(None, 100 * i) for i in range(8)])
+    group = Group(3, bucket_mb=bucket_bytes / 2**20)
+    check_unnamed(group.exchange(tensors), tensors)
+
+
+@pytest.mark.parametrize("order", range(10))
+def test_operations_are_counted_alike(order: int) -> None:
+    """However the ranks take turns, they have started equally many operations at each point.
+
+    Horovod names what is left unnamed by such a count.
+    """
+    tensors = gradients(3, [(None, 300)] * 12)
+    group = Group(3, transport=Watched, bucket_mb=2000 / 2**20)
+    tickets: list[list[Ticket]] = [[], [], []]
+    counts: list[list[int]] = [[], [], []]
+    rng = np.random.default_rng(order)
+    for rank in rng.permutation(np.repeat(range(3), 12)):
+        _, x = tensors[rank][len(tickets[rank])]
+        tickets[rank].append(group.ranks[rank].submit(x))
+        counts[rank].append(len(group.transports[rank].started))
+    group.settle()
+    means: list[list[Tensor]] = [[], [], []]
+    for rank in rng.permutation(np.repeat(range(3), 12)):
+        ticket = tickets[rank][len(means[rank])]
+        group.ranks[rank].wait(ticket)
+        counts[rank].append(len(group.transports[rank].started))
+        means[rank].append(group.ranks[rank].decode(ticket, 1 / 3))
+    assert counts[0] == counts[1] == counts[2]
+    check_unnamed(means, tensors)
+    for transport in group.transports:
+        assert len(set(transport.started)) == len(transport.started)
+
+
+# --- names and plans -----------------------------------------------------------------------------
+
+
+def test_plan() -> None:
+    """Buckets fill by kind, and one is closed by the tensor that makes it full."""
+    double = kind_of(torch.float64, CPU)
+    plan = BucketPlan.of(
+        [("a", FLOAT, 50), ("b", double, 10), ("c", FLOAT, 50), ("d", FLOAT, 99), ("e", FLOAT, 1),
+         ("f", FLOAT, 300), ("g", double, 10)],
+        100,
+    )  # fmt: skip
+    assert {name: number for name, (number, _) in plan.places.items()} == {
+        "a": 0, "b": 1, "c": 0, "d": 2, "e": 2, "f": 3, "g": 1,
+    }  # fmt: skip
+    assert plan.sizes == [2, 2, 2, 1]
+    positions = [position for _, position in plan.places.values()]
+    assert positions == sorted(set(positions))
+
+
+SHAPES = [("a", 1000), ("b", 24), ("c", 2000), ("d", 5), ("e", 1024), ("f", 300)]
+
+
+def plan_of(shapes: Sequence[tuple[str, int]], bucket_bytes: int = 4096) -> BucketPlan:
+    """All in float32."""
+    return BucketPlan.of([(name, FLOAT, 4 * numel) for name, numel in shapes], bucket_bytes)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_order_with_a_plan(seed: int) -> None:
+    """Each rank has an order of its own."""
+    rng = np.random.default_rng(seed)
+    tensors = gradients(3, SHAPES)
+    right = {
+        name: expected([own[i][1] for own in tensors], name) for i, (name, _) in enumerate(SHAPES)
+    }
+    shuffled = [[own[i] for i in rng.permutation(len(own))] for own in tensors]
+    means = Group(3, plan=plan_of(SHAPES)).exchange(shuffled)
+    for own, results in zip(shuffled, means, strict=True):
+        for (name, _), mean in zip(own, results, strict=True):
+            assert same(mean, right[name]), name
+
+
+def test_unused_and_unknown_names() -> None:
+    """What never comes does not hold up its bucket; what no plan knows goes by order of arrival."""
+    tensors = gradients(2, [("c", 2000), ("new", 50), ("a", 1000), (None, 60), ("e", 1024)])
+    means = Group(2, plan=plan_of(SHAPES)).exchange(tensors)
+    for i, label in enumerate(["c", "new", "a", 0, "e"]):
+        right = expected([own[i][1] for own in tensors], label)
+        assert all(same(own[i], right) for own in means), label
+
+
+def test_a_name_twice_in_a_step() -> None:
+    """Both are right, and have dither of their own."""
+    tensors = gradients(2, [("a", 1000)])
+    twice = [own + own for own in tensors]
+    means = Group(2, plan=plan_of(SHAPES)).exchange(twice)
+    for repeat in (0, 1):
+        right = expected([own[0][1] for own in tensors], "a", repeat=repeat)
+        assert all(same(own[repeat], right) for own in means)
+    assert not same(means[0][0], means[0][1])
+
+
+def test_other_order_without_a_plan() -> None:
+    """All ranks are told, and how to help it; and then all go on."""
+    tensors = gradients(3, [(None, 100), (None, 200)])
+    group = Group(3)
+    other = [tensors[0], tensors[1][::-1], tensors[2]]
+    for message in group.errors(other):
+        assert "different tensors, or in another order" in message
+        assert "named_parameters" in message
+    check_unnamed(group.exchange(tensors), tensors, step=1)
+
+
+def test_other_types_without_a_plan() -> None:
+    """Same lengths, but float16 where the others have bfloat16."""
+    halves = gradients(2, [(None, 100)], torch.float16)
+    others = gradients(2, [(None, 100)], torch.bfloat16)
+    for message in Group(2).errors([halves[0], others[1]]):
+        assert "different tensors" in message
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"bits": 4},
+        {"bits": 16},
+        {"block_size": 2000},
+        {"block_size": None},
+        {"correlated": False},
+        {"seed": 1},
+        {"min_numel": 1},
+        {"bucket_mb": 24},
+    ],
+    ids=str,
+)
+def test_other_options(other: dict[str, Any]) -> None:
+    """Any option that differs on one rank is an error on all, which shows each its own."""
+    tensors = gradients(3, [(None, 1000)])
+    messages = Group(3, options=[{}, other, {}]).errors(tensors)
+    for rank, message in enumerate(messages):
+        assert "the ranks use different options" in message
+        assert str(Options(**(other if rank == 1 else {}))) in message
+
+
+# --- steps ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reached", ["submitted", "sent off", "summed", "waited for"])
+def test_dropped_tickets(reached: str) -> None:
+    """Wherever a step was given up by all ranks, the next one is as if nothing had happened."""
+    tensors = gradients(3, [(None, 1500), (None, 10)])
+    group = Group(3, bucket_mb=4096 / 2**20)
+    tickets = group.submit(tensors)
+    if reached == "sent off":
+        for pipeline in group.ranks:
+            pipeline.flush()
+    elif reached != "submitted":
+        group.settle()
+        if reached == "waited for":
+            for pipeline, own in zip(group.ranks, tickets, strict=True):
+                pipeline.wait(own[0])
+    del tickets
+    if reached == "waited for":
+        del pipeline, own
+    check_unnamed(group.exchange(tensors), tensors, step=1)
+    check_unnamed(group.exchange(tensors), tensors, step=2)
+
+
+def test_one_ticket_of_many_dropped() -> None:
+    """The others are still good, and the next step begins after them."""
+    tensors = gradients(2, [(None, 100), (None, 200), (None, 300)])
+    group = Group(2)
+    tickets = group.submit(tensors)
+    group.settle()
+    for own in tickets:
+        del own[1]
+    for pipeline, own in zip(group.ranks, tickets, strict=True):
+        for ticket, i in zip(own, (0, 2), strict=True):
+            pipeline.wait(ticket)
+            right = expected([mine[i][1] for mine in tensors], i)
+            assert same(pipeline.decode(ticket, 0.5), right)
+    del own, ticket
+    check_unnamed(group.exchange(tensors), tensors, step=1)
+
+
+def test_steps_begin_when_all_is_decoded() -> None:
+    """Not while a ticket is out, even if it has been waited for."""
+    tensors = gradients(2, [(None, 100)])
+    group = Group(2)
+    first = group.submit(tensors)
+    group.settle()
+    second = group.submit(tensors)
+    group.settle()
+    for pipeline, (one,), (two,) in zip(group.ranks, first, second, strict=True):
+        for number, ticket in enumerate((one, two)):
+            pipeline.wait(ticket)
+            right = expected([own[0][1] for own in tensors], number, step=0)
+            assert same(pipeline.decode(ticket, 0.5), right)
+        assert pipeline.stats.steps == 1
+
+
+@pytest.mark.parametrize("steps", [(0, 5, 3), (5, 0, 0), (0, 0, 2**30)])
+def test_the_largest_step_counts(steps: tuple[int, ...]) -> None:
+    """A rank that lost steps, or came later, falls in line."""
+    tensors = gradients(3, [(None, 1500), (None, 1500)])
+    group = Group(3, steps=steps, bucket_mb=4096 / 2**20)
+    check_unnamed(group.exchange(tensors), tensors, step=max(steps))
+    check_unnamed(group.exchange(tensors), tensors, step=max(steps) + 1)
+
+
+def test_the_world_changes_between_steps() -> None:
+    """Ranks and levels are taken anew each step."""
+    pipelines = Group(3).ranks
+    for step, size in enumerate((3, 2, 1, 3)):
+        world = SimulatedWorld(size)
+        group = Group(size)
+        group.ranks = pipelines[:size]
+        for rank, pipeline in enumerate(group.ranks):
+            pipeline._transport = SimulatedTransport(world, rank)
+        tensors = gradients(size, [(None, 1000)])
+        check_unnamed(group.exchange(tensors), tensors, step=step)
+
+
+def test_too_many_ranks() -> None:
+    with pytest.raises(ValueError, match=r"bits=2 is too narrow for 2 ranks.* at least 3"):
+        Group(2, bits=2).ranks[0].submit(torch.ones(5))
+
+
+def test_two_pipelines_at_once() -> None:
+    """Two optimizers' messages do not get mixed up, whichever is waited for first."""
+    tensors = gradients(2, [(None, 1000)])
+    world = SimulatedWorld(2)
+    spaces = [Namespace(), Namespace()]
+    one, two = (
+        [Pipeline(Options(seed=seed), world.transport(r), namespace=spaces[r]) for r in range(2)]
+        for seed in (0, 1)
+    )
+    tickets = [
+        [pipelines[rank].submit(tensors[rank][0][1]) for pipelines in (one, two)]
+        for rank in range(2)
+    ]
+    for pipeline in (*one, *two[::-1]):
+        pipeline.flush()
+    for pipeline in (*two, *one):
+        pipeline.advance()
+    results = []
+    for rank in range(2):
+        for pipelines, ticket in zip((one, two), tickets[rank], strict=True):
+            pipelines[rank].wait(ticket)
+            results.append(pipelines[rank].decode(ticket, 0.5))
+    assert same(results[0], expected([own[0][1] for own in tensors], 0))
+    assert same(results[0], results[2])
+    assert same(results[1], results[3])
+    assert not same(results[0], results[1])
+
+
+# --- who takes part, and what is counted ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [1.0, 1 / 3, 0.5, -2.0])
+def test_a_rank_that_has_joined(scale: float) -> None:
+    """It adds zeros to everything, is not counted, and the others' sum is right."""
+
+    class Joined(SimulatedTransport):
+        """Rank 2 has nothing to say any more: rank 1 starts its zeros."""
+
+        def max_async(self, tensor: Tensor, name: str) -> Handle:
+            if self.rank == 1:
+                SimulatedTransport(self.world, 2).max_async(torch.zeros_like(tensor), name)
+            return super().max_async(tensor, name)
+
+        def sum_async(self, tensor: Tensor, name: str) -> Handle:
+            if self.rank == 1:
+                SimulatedTransport(self.world, 2).sum_async(torch.zeros_like(tensor), name)
+            return super().sum_async(tensor, name)
+
+    group = Group(3, transport=Joined)
+    group.ranks.pop()
+    rows = torch.rand(2, 1000) - 0.5
+    tickets = group.submit([[(None, row)] for row in rows])
+    group.settle()
+    results = []
+    for pipeline, (ticket,) in zip(group.ranks, tickets, strict=True):
+        contribution = pipeline.wait(ticket)
+        assert contribution.count == 2
+        assert contribution.ranks == 0 + 1
+        assert contribution.weights == rank_weight(0) + rank_weight(1)
+        results.append(pipeline.decode(ticket, scale))
+    assert same(*results)
+    level = rows.abs().max() / reference.levels(8, 3)
+    assert (results[0] - scale * rows.sum(0)).abs().max() < abs(scale) * 2 * level
+
+
+def test_bytes() -> None:
+    """Norms, words and headers are counted, and passed turns where a transport sends any."""
+    group = Group(2, bits=4, block_size=100, transport=Watched)
+    group.exchange(gradients(2, [(None, 1000), (None, 50)]))
+    double = gradients(2, [(None, 10)], torch.float64)
+    group.exchange(double)
+    for pipeline in group.ranks:
+        stats = pipeline.stats
+        assert stats.steps == 2
+        assert stats.compressed_bytes_before == 4 * 1050 + 8 * 10
+        # 100 elements take 13 words of 8 lanes.
+        first = 4 * (NORM_HEADER + 11) + 4 * (CODE_HEADER + 10 * 13 + 7)
+        second = 8 * (NORM_HEADER + 1) + 4 * (CODE_HEADER + 2)
+        assert stats.compressed_bytes_on_wire == first + second
+
+
+# --- failures of the transport -------------------------------------------------------------------
+
+
+class Broken:
+    """An operation that fails as soon as it is looked at."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        raise OSError("the cable is cut")
+
+
+@pytest.mark.parametrize("operation", ["max_async", "sum_async"])
+def test_failures_wait_for_wait(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing else raises: in a backward pass it would leave the other ranks waiting."""
+    tensors = gradients(2, [(None, 1500)] * 10)
+    group = Group(2, bucket_mb=4096 / 2**20)
+    with monkeypatch.context() as patch:
+        patch.setattr(SimulatedTransport, operation, lambda self, tensor, name: Broken())
+        tickets = group.submit(tensors)
+        group.settle()
+        group.settle()
+        for pipeline, own in zip(group.ranks, tickets, strict=True):
+            with pytest.raises(OSError, match="the cable is cut"):
+                pipeline.wait(own[-1])
+            with pytest.raises((OSError, AgreementError)):
+                pipeline.wait(own[0])
+        del own, tickets
+    group.world = SimulatedWorld(2)
+    for rank, pipeline in enumerate(group.ranks):
+        pipeline._transport = group.world.transport(rank)
+    check_unnamed(group.exchange(tensors), tensors, step=1)
+
+
+def test_waiting_for_a_rank_that_has_not_started() -> None:
+    """Simulated ranks share a thread, so it would never end."""
+    group = Group(2)
+    ticket = group.ranks[0].submit(torch.ones(10))
+    with pytest.raises(RuntimeError, match="before all simulated ranks had started"):
+        group.ranks[0].wait(ticket)
+
+
+# --- buffers -------------------------------------------------------------------------------------
+
+
+def take(pool: BufferPool, numel: int = 100, dtype: torch.dtype = torch.float32) -> Tensor:
+    """On the CPU."""
+    return pool.take(numel, dtype, CPU)
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda x: x,
+        lambda x: x.view(10, 10),
+        lambda x: x[50:60],
+        lambda x: x.detach(),
+        lambda x: x.numpy(),
+        lambda x: x.untyped_storage(),
+        lambda x: torch.nn.Parameter(x),
+        lambda x: {"grad": [x]},
+    ],
+    ids=["itself", "view", "slice", "detached", "numpy", "storage", "parameter", "container"],
+)
+def test_held_buffers_are_not_handed_out(hold: Callable[[Tensor], object]) -> None:
+    """In whatever form they are held; and they are again as soon as they are not."""
+    pool = BufferPool()
+    x = take(pool)
+    address = x.data_ptr()
+    held = hold(x)
+    del x
+    for _ in range(3):
+        assert take(pool).data_ptr() != address
+    del held
+    assert address in {y.data_ptr() for y in [take(pool), take(pool)]}
+
+
+def test_buffers_are_told_apart() -> None:
+    """By length and type: a buffer is never cut from another one."""
+    pool = BufferPool()
+    first = take(pool).data_ptr()
+    assert take(pool).data_ptr() == first
+    kept = [take(pool), take(pool, 99), take(pool, 100, torch.int32), take(pool, 0)]
+    assert [x.numel() for x in kept] == [100, 99, 100, 0]
+    assert [x.dtype for x in kept] == [torch.float32, torch.float32, torch.int32, torch.float32]
+    assert len({x.data_ptr() for x in kept}) == 4
+
+
+def test_buffers_are_given_back() -> None:
+    """Once they have not been asked for in some steps."""
+    pool = BufferPool()
+    x = take(pool)
+    held = x.untyped_storage()
+    del x
+    for _ in range(KEEP_STEPS):
+        pool.next_step()
+    assert pool._buffers
+    pool.next_step()
+    assert not pool._buffers
+    assert held.nbytes() == 400
+
+
+def test_results_are_never_overwritten() -> None:
+    """While the user holds a gradient, steps use other memory; after that, the same again."""
+    tensors = gradients(2, [(None, 5000)])
+    group = Group(2)
+    held = group.exchange(tensors)
+    copies = [own[0].clone() for own in held]
+    for step in (1, 2, 3):
+        check_unnamed(group.exchange(tensors), tensors, step=step)
+    for own, copy in zip(held, copies, strict=True):
+        assert same(own[0], copy)
+
+    addresses = {own[0].data_ptr() for own in held}
+    del held, own
+    for _ in range(2):
+        again = group.exchange(tensors)
+        assert {own[0].data_ptr() for own in again} == addresses
+        del again
+
+
+def test_no_memory_is_taken_in_later_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, words and results come from the step before."""
+    tensors = gradients(2, [(None, 5000), (None, 300)])
+    group = Group(2)
+    group.exchange(tensors)
+    made = []
+    empty = torch.empty
+    monkeypatch.setattr(
+        "hvd_gqsgd.buffers.torch.empty", lambda *a, **k: made.append(a) or empty(*a, **k)
+    )
+    group.exchange(tensors)
+    assert not made
+    group.exchange(gradients(2, [(None, 5001)]))
+    assert made

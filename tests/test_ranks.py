@@ -1,0 +1,92 @@
+"""Runs the tests of ``ranks/`` on several real processes, over MPI and over Gloo."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+LIMIT = 300  # seconds for one run; each test in it has a limit of its own
+
+
+def mpirun(ranks: int) -> list[str]:
+    """Command line that starts ranks, more than cores if need be, over MPI."""
+    return [_program("mpirun"), "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", f"{ranks}"]
+
+
+def gloo(ranks: int) -> list[str]:
+    """The same over Gloo."""
+    return [_program("horovodrun"), "--gloo", "-np", f"{ranks}"]
+
+
+def _program(name: str) -> str:
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        pytest.fail(f"{name} is neither beside {sys.executable} nor on the PATH")
+    return found
+
+
+def environment() -> dict[str, str]:
+    """One thread a rank, and what Open MPI wants to hear of root."""
+    env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    if os.geteuid() == 0:
+        env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return env
+
+
+def run(command: list[str], limit: int = LIMIT) -> subprocess.CompletedProcess[str]:
+    """Runs a job, and ends all of it when it takes longer than ``limit`` seconds."""
+    process = subprocess.Popen(
+        command,
+        cwd=HERE.parent,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 15)  # the launcher passes it on to all ranks
+        output, _ = process.communicate(timeout=30)
+        pytest.fail(f"{' '.join(command)} took more than {limit} s:\n{output[-20000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+@pytest.mark.timeout(LIMIT + 60)
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [(mpirun, n) for n in (1, 2, 3, 4, 5, 7, 8)] + [(gloo, n) for n in (2, 3, 4, 5, 7, 8)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_ranks(launcher, ranks):
+    pytest_ = [sys.executable, "-m", "pytest", "-q", str(HERE / "ranks")]
+    result = run(launcher(ranks) + pytest_)
+    print(result.stdout[-20000:])
+    assert result.returncode == 0
+    assert len(re.findall(r"\d+ passed", result.stdout)) == 1, "rank 0 alone reports"
+
+
+@pytest.mark.parametrize("launcher", [mpirun, gloo])
+def test_a_failing_rank_ends_the_job(launcher, tmp_path):
+    """The harness itself: one rank fails, the others wait for it, and the job ends at once."""
+    shutil.copy(HERE / "ranks" / "conftest.py", tmp_path)
+    (tmp_path / "test_one_rank_fails.py").write_text(
+        "import horovod.torch as hvd\n"
+        "def test_one_rank_fails(rank):\n"
+        "    assert rank != 1, 'on purpose'\n"
+        "    hvd.barrier()\n"
+    )
+    pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
+    result = run(launcher(2) + pytest_, limit=60)
+    assert result.returncode != 0
+    assert "on purpose" in result.stdout
