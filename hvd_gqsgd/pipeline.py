@@ -68,7 +68,14 @@ class Namespace:
     def __init__(self) -> None:
         self.failures = 0
         """Steps that were abandoned: messages of later ones have other names."""
+        self._session: object = None
         self._pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+    def renew(self, session: object) -> None:
+        """Starts over if the transport did."""
+        if session is not self._session:
+            self._session = session
+            self.failures = 0
 
     def join(self, pipeline: Pipeline) -> int:
         """The smallest number that no other pipeline with tickets out has."""
@@ -106,6 +113,7 @@ class Pipeline:
         self._namespace = namespace or Namespace()
         self._plan = plan
         self._pool = BufferPool()
+        self._session: object = None
         self._next_step = step
         self._options_digest = options.digest()
         self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()
@@ -236,6 +244,15 @@ class Pipeline:
 
     def _begin_step(self) -> None:
         """Leaves behind whatever was not decoded, and counts from the start again."""
+        session = self._transport.session
+        self._namespace.renew(session)
+        if session is not self._session:
+            self._session = session
+            self._in_flight.clear()  # handles of another session mean nothing in this one
+            self._passes.clear()
+            self._orphans.clear()
+        if self._in_flight:
+            self.abandon()
         self._leave_behind()
         self._turns = 0
         self._orphans = [handle for handle in self._orphans if not _reaped(handle)]

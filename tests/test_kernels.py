@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import sys
 import threading
@@ -28,6 +29,7 @@ from helpers import (
 from torch import Tensor
 
 from hvd_gqsgd import ops, reference
+from hvd_gqsgd.bench import kernels as bench
 
 BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
 SIZES = [0, 1, 3, 255, 1023, 1024, 1025, 2049, 5000]
@@ -441,3 +443,27 @@ def test_the_gil_is_released() -> None:
     assert runs_beside(lambda: ops.quantize(x, maxima, words, 1024, 8, 127, 0, 0, 0, 0, 1, True))
     assert runs_beside(lambda: ops.dequantize(words, maxima, x, 1024, 8, 127, 1, 1.0))
     assert not runs_beside(lambda: sum(range(10**6)))  # nor would it, were the GIL kept
+
+
+def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints one JSON object, or a table, and leaves the settings as they were."""
+    before = ops.instruction_set(), torch.get_num_threads()
+    arguments = ["--numel", "5000", "--repeats", "2", "--bits", "5", "--dtype", "bfloat16"]
+    bench.main([*arguments, "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["kernels"]) == set(ops.instruction_sets())
+    assert result["ratio_to_memcpy"] == result["kernels"][before[0]]["ratio_to_memcpy"] > 0
+    assert (result["bits"], result["levels"], result["numel"]) == (5, 15, 5000)
+    # Read 2; read 2, write 8 for each 12 elements of a tile; and the other way round.
+    words = 4 * -(-1024 // 12) + -(-(5000 - 4096) // 12)
+    assert result["bytes_per_element"] == pytest.approx(6 + 2 * 8 * words / 5000)
+
+    bench.main(arguments)
+    shown = capsys.readouterr().out
+    assert "15 levels" in shown
+    assert all(isa in shown for isa in ops.instruction_sets())
+    assert before == (ops.instruction_set(), torch.get_num_threads())
+
+    with pytest.raises(SystemExit):
+        bench.main(["--bits", "17"])
+    assert "--bits must be from 2 to 16, got 17" in capsys.readouterr().err

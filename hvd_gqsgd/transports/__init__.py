@@ -39,6 +39,13 @@ class Transport(Protocol):
         """How many ranks take part."""
 
     @property
+    def session(self) -> object:
+        """Another object once the transport was shut down and started anew.
+
+        Handles from an earlier session must not be used any more.
+        """
+
+    @property
     def turn_bytes(self) -> int:
         """What ``pass_turn`` sends."""
 

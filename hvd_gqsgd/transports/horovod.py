@@ -9,6 +9,7 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 from horovod.common.exceptions import HorovodInternalError
+from horovod.torch import mpi_ops
 from torch import Tensor
 
 from hvd_gqsgd.errors import AgreementError
@@ -54,6 +55,11 @@ class HorovodTransport:
     def size(self) -> int:
         """How many processes are in the process set."""
         return int(self.process_set.size())
+
+    @property
+    def session(self) -> object:
+        """Horovod's table of handles, which ``hvd.init()`` replaces; elastic training calls that."""
+        return mpi_ops._handle_map
 
     @property
     def included(self) -> bool:

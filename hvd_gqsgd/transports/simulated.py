@@ -69,6 +69,11 @@ class SimulatedTransport:
         """How many ranks the world has."""
         return self.world.size
 
+    @property
+    def session(self) -> object:
+        """The world: there is no starting it anew."""
+        return self.world
+
     def max_async(self, tensor: Tensor, name: str) -> _SimulatedHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""
 

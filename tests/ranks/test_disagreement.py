@@ -1,4 +1,8 @@
-"""What has no right answer is an error on every rank: no hang, no wrong gradient."""
+"""What has no right answer is an error on every rank: no hang, no wrong gradient.
+
+All operations have names: after a disagreement ranks may have started different numbers of them, and
+Horovod names those without a name by counting.
+"""
 
 from __future__ import annotations
 
@@ -22,19 +26,19 @@ pytestmark = pytest.mark.usefixtures("several")
 def test_options(rank, size, options):
     compressor = GlobalQSGD(**options[rank == size - 1])
     with pytest.raises(AgreementError, match="different options"):
-        hvd.allreduce(torch.ones(9000), compression=compressor)
+        hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
 
 
 def test_options_that_average_out(rank, several):
     """Three ranks with digests around the middle one's must not look alike to it."""
     with pytest.raises(AgreementError, match="different options"):
-        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(seed=rank))
+        hvd.allreduce(torch.ones(9000), name="x", compression=GlobalQSGD(seed=rank))
 
 
 def test_compressed_on_some_ranks_only(rank):
     """Horovod itself sees that one sends a gradient and another a probe."""
     with pytest.raises(HorovodInternalError, match="Mismatched"):
-        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(min_numel=10_000 * (rank == 0)))
+        hvd.allreduce(torch.ones(9000), name="x", compression=GlobalQSGD(min_numel=10_000 * (rank == 0)))
 
 
 @pytest.mark.parametrize("name", ["Min", "Max", "Product", "Adasum"])
@@ -43,15 +47,15 @@ def test_reductions_that_are_not_linear(rank, size, name):
         pytest.skip("Horovod's Adasum needs MPI and a power of two")
     compressor = GlobalQSGD()
     with pytest.raises(AgreementError, match="linear"):
-        hvd.allreduce(torch.ones(9000), op=getattr(hvd, name), compression=compressor)
+        hvd.allreduce(torch.ones(9000), name="x", op=getattr(hvd, name), compression=compressor)
     everyone = gradients(size, 9000)
-    mean = hvd.allreduce(everyone[rank], compression=compressor)  # and it still works
+    mean = hvd.allreduce(everyone[rank], name="x", compression=compressor)  # and it still works
     assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
 
 
 def test_other_process_set_than_the_compressor_s(rank, process_set):
     with pytest.raises(AgreementError, match="process_set"):
-        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(), process_set=process_set)
+        hvd.allreduce(torch.ones(9000), name="x", compression=GlobalQSGD(), process_set=process_set)
 
 
 def exchange_in_order(compressor, tensors, order):

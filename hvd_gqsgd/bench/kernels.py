@@ -1,0 +1,202 @@
+"""The kernels against memcpy: ``python -m hvd_gqsgd.bench.kernels [--json]``.
+
+Block maximum, quantize and dequantize do little but pass over memory, so they are measured by the
+time that moving the same bytes takes. For float32 at 8 bits these are 14 an element: 4 read; 4
+read and 1 written; 1 read and 4 written. ``ratio_to_memcpy`` is the time of all three over that of
+a copy of as many bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hvd_gqsgd import ops
+from hvd_gqsgd.codecs.linear import levels_for
+
+__all__ = ["main", "measure"]
+
+DTYPES = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+KERNELS = ("block_max", "quantize", "dequantize")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hvd_gqsgd.bench.kernels", description="Times the kernels against memcpy."
+    )
+    parser.add_argument("--numel", type=int, default=2**24, help="elements (default: %(default)s)")
+    parser.add_argument("--bits", type=int, default=8, help="lane width (default: %(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--block-size", type=int, default=1024, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = vars(parser.parse_args(arguments))
+    as_json = options.pop("json")
+    for name in ("numel", "block_size", "repeats", "threads"):
+        if options[name] < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {options[name]}")
+    if not 2 <= options["bits"] <= 16:
+        parser.error(f"--bits must be from 2 to 16, got {options['bits']}")
+    result = measure(**options)
+    if as_json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+
+
+def measure(
+    numel: int = 2**24,
+    bits: int = 8,
+    dtype: str = "float32",
+    block_size: int = 1024,
+    repeats: int = 9,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Times all kernels for all instruction sets that this processor has.
+
+    Returns:
+        What was measured on what, and ``ratio_to_memcpy`` of the instruction set in use.
+    """
+    levels = levels_for(bits, 1)
+    x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
+    # All buffers are written to here, so that no page fault falls into the timing.
+    copy, out = torch.zeros_like(x), torch.zeros_like(x)
+    norms = torch.zeros(-(-numel // block_size), dtype=ops.norm_dtype(x.dtype))
+    words = torch.zeros(ops.words_for(numel, block_size, bits), dtype=ops.word_dtype(bits))
+    place = (0, 0, 0, 0, 1, True)  # seed, step, tensor, rank, world size, correlated
+
+    size, lane = x.element_size(), words.nbytes / numel
+    bytes_per_element = {
+        "memcpy": 2 * size,
+        "block_max": size,
+        "quantize": size + lane,
+        "dequantize": lane + size,
+    }
+    calls: dict[str, Callable[[], object]] = {
+        "block_max": lambda: ops.block_max(x, block_size, norms),
+        "quantize": lambda: ops.quantize(x, norms, words, block_size, bits, levels, *place),
+        "dequantize": lambda: ops.dequantize(words, norms, out, block_size, bits, levels, 1, 1.0),
+    }
+    passes: dict[tuple[str, str], Callable[[], object]] = {("", "memcpy"): lambda: copy.copy_(x)}
+    passes |= {(isa, name): calls[name] for isa in ops.instruction_sets() for name in KERNELS}
+
+    active, threads_before = ops.instruction_set(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        seconds = _interleaved(passes, repeats, threads)
+    finally:
+        ops.use_instruction_set(active)
+        torch.set_num_threads(threads_before)
+
+    def speed(isa: str, name: str) -> dict[str, float]:
+        nanoseconds = seconds[isa, name] * 1e9 / numel
+        return {
+            "ns_per_element": nanoseconds,
+            "gb_per_s": bytes_per_element[name] / nanoseconds,
+        }
+
+    memcpy = speed("", "memcpy")
+    moved = sum(bytes_per_element[name] for name in KERNELS)
+    kernels: dict[str, dict[str, Any]] = {}
+    for isa in ops.instruction_sets():
+        speeds = {name: speed(isa, name) for name in KERNELS}
+        total = sum(each["ns_per_element"] for each in speeds.values())
+        kernels[isa] = {**speeds, "ratio_to_memcpy": total * memcpy["gb_per_s"] / moved}
+    return {
+        "ratio_to_memcpy": kernels[active]["ratio_to_memcpy"],
+        "instruction_set": active,
+        "cpu": _cpu_model(),
+        "torch": torch.__version__,
+        "numel": numel,
+        "bits": bits,
+        "levels": levels,
+        "dtype": dtype,
+        "block_size": block_size,
+        "repeats": repeats,
+        "threads": threads,
+        "clock": "CPU time" if threads == 1 else "wall clock",
+        "bytes_per_element": moved,
+        "memcpy": memcpy,
+        "kernels": kernels,
+    }
+
+
+def _interleaved(
+    passes: dict[tuple[str, str], Callable[[], object]], repeats: int, threads: int
+) -> dict[tuple[str, str], float]:
+    """Seconds of each pass, the least of all rounds.
+
+    Passes take turns, so that what slows the machine down for a while does so to all of them. One
+    thread's own CPU time leaves out what other processes took.
+    """
+    clock = time.thread_time if threads == 1 else time.perf_counter
+    least = dict.fromkeys(passes, float("inf"))
+    for repeat in range(-1, repeats):  # the first round fills caches and is not counted
+        for (isa, name), call in passes.items():
+            if isa:
+                ops.use_instruction_set(isa)
+            start = clock()
+            call()
+            elapsed = clock() - start
+            if repeat >= 0:
+                least[isa, name] = min(least[isa, name], elapsed)
+    return least
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _show(result: dict[str, Any]) -> None:
+    header = ["", "pass", "ns/element", "GB/s", "ratio to memcpy"]
+    rows = [["", "memcpy", *_numbers(result["memcpy"]), "1"]]
+    for isa, kernel in result["kernels"].items():
+        mark = isa + (" (in use)" if isa == result["instruction_set"] else "")
+        rows += [[mark, "block maximum", *_numbers(kernel["block_max"]), ""]]
+        rows += [["", name, *_numbers(kernel[name]), ""] for name in ("quantize", "dequantize")]
+        rows[-1][-1] = f"{kernel['ratio_to_memcpy']:.2f}"
+    print(
+        f"{result['numel']:,} elements of {result['dtype']}, {result['bits']} bits "
+        f"({result['levels']} levels a side), blocks of {result['block_size']}\n"
+        f"{result['cpu']}, {result['threads']} thread(s), torch {result['torch']}; "
+        f"least {result['clock']} of {result['repeats']} rounds"
+    )
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        for row in [header, *rows]:
+            print("{:20}{:16}{:>12}{:>8}{:>18}".format(*row))
+    else:
+        table = Table()
+        for column, title in enumerate(header):
+            table.add_column(title, justify="left" if column < 2 else "right")
+        for row in rows:
+            table.add_row(*row, end_section=bool(row[-1]))
+        Console().print(table)
+    print(
+        f"ratio to memcpy of {result['bytes_per_element']:.3g} bytes an element: "
+        f"{result['ratio_to_memcpy']:.2f}"
+    )
+
+
+def _numbers(speed: dict[str, float]) -> list[str]:
+    return [f"{speed['ns_per_element']:.3f}", f"{speed['gb_per_s']:.1f}"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Ranks that run out of data and leave by ``hvd.join()``.
+
+All operations have names: Horovod names the others by counting, and ranks have counted differently
+once one of them had more batches than another.
+"""
+
+from __future__ import annotations
+
+import horovod.torch as hvd
+import torch
+from helpers import assert_same_on_all_ranks, backward, bound, gradients, mlp
+
+from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd.codecs.linear import levels_for
+
+
+def test_join_with_uneven_batches(rank, size, several):
+    """Average divides by all ranks, as Horovod's does, though some have left."""
+    compressor = GlobalQSGD(min_numel=0)
+    for step in range(rank + 1):  # rank r has r + 1 batches
+        everyone = gradients(size, 5000, seed=step)
+        present = everyone[step:]  # the ranks that still have a batch
+        mean = hvd.allreduce(everyone[rank], name="x", compression=compressor)
+        total = hvd.allreduce(everyone[rank], name="y", op=hvd.Sum, compression=compressor)
+        limit = bound(present, levels_for(8, size)) * len(present)
+        assert ((mean - present.sum(0) / size).abs() <= limit / size).all()
+        assert ((total - present.sum(0)).abs() <= limit).all()
+    hvd.join()
+
+
+def test_join_with_an_optimizer(rank, size, several):
+    model = mlp()
+    compressor = GlobalQSGD(min_numel=64, bucket_mb=0.02)
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        named_parameters=model.named_parameters(),
+        compression=compressor,
+    )
+    for step in range(2 + rank % 2):
+        optimizer.zero_grad()
+        backward(model, rank, step)
+        optimizer.step()
+    hvd.join()
+    hvd.broadcast_parameters(model.state_dict(), root_rank=1)
+    optimizer.zero_grad()
+    backward(model, rank)
+    optimizer.step()
+    for parameter in model.parameters():
+        assert_same_on_all_ranks(parameter)

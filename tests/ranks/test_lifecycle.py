@@ -1,0 +1,70 @@
+"""Exchanges that are never finished, steps that get lost, and what is counted."""
+
+from __future__ import annotations
+
+import horovod.torch as hvd
+import torch
+from helpers import assert_same_on_all_ranks, bound, gradients
+
+from hvd_gqsgd import GlobalQSGD, simulate
+from hvd_gqsgd.codecs.linear import levels_for
+
+
+def test_a_dropped_exchange_leaves_the_next_one_in_step(rank, size):
+    everyone = gradients(size, 9000)
+    compressor = GlobalQSGD(bucket_mb=0.01)
+    dropped = [compressor.compress(everyone[rank]) for _ in range(2)]  # sent off
+    del dropped  # and never asked for
+    mean = hvd.allreduce(everyone[rank], compression=compressor)
+    assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
+    assert_same_on_all_ranks(mean)
+
+
+def test_a_rank_that_lost_a_step_falls_in_line(rank, size, several):
+    """As a rejoining worker of an elastic job: it has no idea what step the others are at."""
+    everyone = gradients(size, 9000)
+    compressor = GlobalQSGD()
+    for _ in range(3):
+        hvd.allreduce(everyone[rank], compression=compressor)
+    if rank == 0:
+        compressor = GlobalQSGD()
+    mean = hvd.allreduce(everyone[rank], compression=compressor)
+    assert torch.equal(mean, simulate(everyone, step=3))
+    assert torch.equal(hvd.allreduce(everyone[rank], compression=compressor),
+                       simulate(everyone, step=4))  # fmt: skip
+
+
+def test_stats_count_every_byte(rank, size):
+    compressor = GlobalQSGD()
+    hvd.allreduce(torch.ones(4096 * 10), compression=compressor)
+    hvd.allreduce(torch.ones(100), compression=compressor)
+    stats = compressor.stats()
+    codes, norms = 4096 * 10, 4 * 40
+    headers, probe = 4 * (16 + 16), 7 * 8
+    assert stats.steps == 1
+    assert stats.tensors == 2
+    assert stats.bypassed_share == 0.5
+    assert stats.compressed_bytes_before == 4 * 4096 * 10
+    assert stats.compressed_bytes_on_wire == codes + norms + headers + probe
+    assert stats.bytes_before - stats.compressed_bytes_before == stats.bypassed_bytes == 400
+    assert stats.compressed_ratio > 3.95
+
+
+def test_the_default_ratio_on_large_tensors_with_several_buckets(rank, size):
+    compressor = GlobalQSGD(bucket_mb=1)
+    for step in range(2):
+        sizes = (300_000, 200_000, 100_000)
+        tensors = [gradients(size, n, seed=step)[rank] for n in sizes]
+        hvd.grouped_allreduce(tensors, compression=compressor)
+    assert compressor.stats().compressed_ratio > 3.98
+
+
+def test_memory_is_used_again(rank, size):
+    compressor = GlobalQSGD(bucket_mb=0.01)
+    x = gradients(size, 9000)[rank]
+    addresses = set()
+    for _ in range(6):
+        result = hvd.allreduce(x, compression=compressor)
+        addresses.add(result.data_ptr())
+        del result
+    assert len(addresses) == 1

@@ -1,0 +1,153 @@
+"""Every option: what is accepted, and what one is told otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from hvd_gqsgd.options import Options, digest
+
+MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "
+INT64 = "from -9223372036854775808 to 9223372036854775807"
+
+
+def test_defaults() -> None:
+    """As documented for ``GlobalQSGD``."""
+    assert dataclasses.asdict(Options()) == {
+        "bits": 8,
+        "block_size": 1024,
+        "correlated": True,
+        "seed": 0,
+        "min_numel": 4096,
+        "bucket_mb": 25,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("bits", [2, 3, 15, 16]),
+        ("block_size", [1, 7, 2**31 - 1, None]),
+        ("correlated", [True, False]),
+        ("seed", [0, -1, 2**63 - 1, -(2**63)]),
+        ("min_numel", [0, 1, 2**63 - 1]),
+        ("bucket_mb", [25, 0.5, 1e-9, 2048, 2048.0]),
+    ],
+)
+def test_accepted(name: str, values: list[Any]) -> None:
+    """Both ends of each range are in it."""
+    for value in values:
+        assert getattr(Options(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bits", 1, "bits must be from 2 to 16, got 1"),
+        ("bits", 17, "bits must be from 2 to 16, got 17"),
+        ("bits", -8, "bits must be from 2 to 16, got -8"),
+        ("block_size", 0, "block_size must be from 1 to 2147483647 or None"),
+        ("block_size", -1, "(one norm per tensor), got -1"),
+        ("block_size", 2**31, "got 2147483648"),
+        ("seed", 2**63, f"seed must be {INT64}, got 9223372036854775808"),
+        ("seed", -(2**63) - 1, f"seed must be {INT64}, got -9223372036854775809"),
+        ("min_numel", -1, "min_numel must be from 0 to 9223372036854775807, got -1"),
+        ("bucket_mb", 0, MEGABYTES + "0"),
+        ("bucket_mb", -0.5, MEGABYTES + "-0.5"),
+        ("bucket_mb", 2048.5, MEGABYTES + "2048.5"),
+        (
+            "bucket_mb",
+            float("inf"),
+            MEGABYTES + "inf",
+        ),
+        (
+            "bucket_mb",
+            float("nan"),
+            MEGABYTES + "nan",
+        ),
+    ],
+)
+def test_out_of_range(name: str, value: Any, message: str) -> None:
+    """The option, its range and the value are named."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Options(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("bits", "8", "bits must be an int, got '8'"),
+        ("bits", 8.0, "bits must be an int, got 8.0"),
+        ("bits", True, "bits must be an int, got True"),
+        ("bits", None, "bits must be an int, got None"),
+        (
+            "block_size",
+            1024.0,
+            "block_size must be an int or None (one norm per tensor), got 1024.0",
+        ),
+        ("block_size", False, "block_size must be an int or None (one norm per tensor), got False"),
+        ("correlated", 1, "correlated must be True or False, got 1"),
+        ("correlated", None, "correlated must be True or False, got None"),
+        ("seed", 0.5, "seed must be an int, got 0.5"),
+        ("seed", None, "seed must be an int, got None"),
+        ("min_numel", 1e4, "min_numel must be an int, got 10000.0"),
+        ("bucket_mb", "25", "bucket_mb must be a number of megabytes, got '25'"),
+        ("bucket_mb", None, "bucket_mb must be a number of megabytes, got None"),
+        ("bucket_mb", True, "bucket_mb must be a number of megabytes, got True"),
+    ],
+)
+def test_wrong_type(name: str, value: Any, message: str) -> None:
+    """The option, what it takes and the value are named."""
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Options(**{name: value})
+
+
+def test_unknown_option() -> None:
+    """It is not ignored."""
+    with pytest.raises(TypeError, match="colour"):
+        Options(colour="blue")  # type: ignore[call-arg]
+
+
+def test_frozen() -> None:
+    """Ranks have compared them; they cannot change any more."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Options().bits = 4  # type: ignore[misc]
+
+
+def test_bucket_bytes() -> None:
+    """Megabytes are of 2^20 bytes."""
+    assert Options().bucket_bytes == 25 * 2**20
+    assert Options(bucket_mb=0.5).bucket_bytes == 2**19
+    assert Options(bucket_mb=4096 / 2**20).bucket_bytes == 4096
+
+
+def test_digest() -> None:
+    """Fits an int32, and tells any two options apart."""
+    others = [
+        {"bits": 4},
+        {"block_size": 1000},
+        {"block_size": None},
+        {"correlated": False},
+        {"seed": 1},
+        {"seed": -1},
+        {"min_numel": 0},
+        {"bucket_mb": 24},
+    ]
+    digests = [Options(**other).digest() for other in [{}, *others]]
+    assert len(set(digests)) == len(digests)
+    assert all(0 <= d < 2**31 for d in digests)
+    assert Options().digest() == Options(bits=8).digest() == digests[0]
+
+
+def test_equal_options_have_equal_digests() -> None:
+    """25 and 25.0 megabytes are the same."""
+    assert Options(bucket_mb=25) == Options(bucket_mb=25.0)
+    assert Options(bucket_mb=25).digest() == Options(bucket_mb=25.0).digest()
+
+
+def test_digest_is_the_same_in_all_processes() -> None:
+    """Unlike ``hash``, which Python salts: these numbers cross the wire."""
+    assert digest(("weight", 0, 1000, "torch.float32")) == 1547748690
