@@ -75,10 +75,10 @@ class State(enum.Enum):
 class Bucket:
     """Some tensors, one norm message and one code message.
 
-    The norm message is Max-reduced. Its header is the agreement between ranks: a digest k travels as
-    the pair k and 2^31 - 1 - k, whose maxima add up to 2^31 - 1 if and only if all ranks have the
-    same k. All ranks see the same maxima, so all come to the same verdict. A rank that has joined
-    contributes zeros, which change neither.
+    The norm message is Max-reduced. Its header is the agreement between ranks: a digest k travels
+    as the pair k and 2^31 - 1 - k, whose maxima add up to 2^31 - 1 if and only if all ranks have
+    the same k. All ranks see the same maxima, so all come to the same verdict. A rank that has
+    joined contributes zeros, which change neither.
 
     The code message is Sum-reduced. Its header counts who took part.
     """
@@ -148,7 +148,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class BucketPlan:
-    """Buckets made up front from tensors whose names all ranks know, in whatever order they come."""
+    """Buckets made up front of tensors with names, so that these may come in any order."""
 
     places: dict[Hashable, tuple[int, int]]
     """Bucket number and position of each name."""
@@ -156,9 +156,7 @@ class BucketPlan:
     """How many tensors each bucket waits for."""
 
     @classmethod
-    def of(
-        cls, tensors: Iterable[tuple[Hashable, Kind, int]], bucket_bytes: int
-    ) -> BucketPlan:
+    def of(cls, tensors: Iterable[tuple[Hashable, Kind, int]], bucket_bytes: int) -> BucketPlan:
         """From (name, kind, bytes) in the order in which gradients are expected."""
         places: dict[Hashable, tuple[int, int]] = {}
         sizes: list[int] = []

@@ -43,10 +43,11 @@ class _ClassOrInstanceMethod(Generic[P, R]):
 
     def __init__(self, method: Callable[Concatenate[GlobalQSGD, P], R]) -> None:
         self._method = method
-        functools.update_wrapper(self, method)  # type: ignore[arg-type]
+        self.__doc__ = method.__doc__
 
     def __get__(self, instance: GlobalQSGD | None, owner: type[GlobalQSGD]) -> Callable[P, R]:
-        return self._method.__get__(instance if instance is not None else owner._default())
+        bound = instance if instance is not None else owner._default()
+        return functools.partial(self._method, bound)
 
 
 class _Context(NamedTuple):
@@ -57,7 +58,7 @@ class _Context(NamedTuple):
     world_size: int
 
 
-class GlobalQSGD(Compressor):  # type: ignore[misc]
+class GlobalQSGD(Compressor):
     """Sums gradients as quantized integers, inside Horovod's own allreduce.
 
     Use the class itself for the defaults, or an instance::
@@ -143,6 +144,10 @@ class GlobalQSGD(Compressor):  # type: ignore[misc]
             self._stats.tensors_bypassed += 1
             self._stats.bypassed_bytes += _nbytes(tensor)
             return tensor, None
+        if tensor.device.type != "cpu":
+            raise NotImplementedError(
+                f"GlobalQSGD got a tensor on {tensor.device}; this build has kernels for: cpu"
+            )
         if self._pipeline is None:
             self._pipeline = self._start()
         name = self._names.find(tensor) if self._names is not None else None
@@ -219,9 +224,9 @@ def _problem(reading: Reading, contribution: Contribution) -> str | None:
     """Why there is no right answer, if so; the same on all ranks."""
     if not reading.matches(contribution):
         return (
-            "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale factors) "
-            "over the ranks of its process_set. Got another one: op=hvd.Min, Max, Product or Adasum, "
-            "or a process_set that GlobalQSGD(process_set=...) was not given"
+            "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "
+            "factors) over the ranks of its process_set. Got another one: op=hvd.Min, Max, Product "
+            "or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
         )
     if not reading.same_tensor():
         return f"the ranks compress their tensors in another order; {ORDER}"

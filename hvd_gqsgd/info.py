@@ -19,8 +19,9 @@ def build_info() -> dict[str, Any]:
     Returns:
         ``version``, ``python``, ``torch``; ``parts``: native parts by name, True if compiled in;
         ``instruction_sets`` that this build has kernels for and this processor runs, and the
-        ``instruction_set`` in use; ``threads`` that a kernel may use; ``horovod``: None if it is not
-        installed, else its ``version`` and whether it was built with ``mpi``, ``gloo`` and ``nccl``.
+        ``instruction_set`` in use; ``threads`` that a kernel may use; ``horovod``: None if it is
+        not installed, else its ``version`` and whether it was built with ``mpi``, ``gloo`` and
+        ``nccl``.
     """
     return {
         "version": metadata.version("hvd_gqsgd"),

@@ -38,8 +38,8 @@ class ParameterNames:
             raise ValueError("named_parameters has a name twice")
         if len({id(parameter) for _, parameter in self._pairs}) < len(self._pairs):
             raise ValueError("named_parameters has a parameter twice")
-        # Gradients come about in reverse order, and in the same order as in the step before: the one
-        # after the last one found is the first guess.
+        # Gradients come about in reverse order, and in the same order as in the step before: the
+        # one after the last one found is the first guess.
         self._pairs.reverse()
         self._guess = 0
 

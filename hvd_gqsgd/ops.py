@@ -1,9 +1,9 @@
 """The native kernels as torch ops: schemas, fake kernels, and the loading of the library.
 
 The ops write into buffers that the caller owns and reuses. Norms are ``int32`` (the bits of a
-float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block. Words are ``int32``
-where the lane width divides 32 and ``int64`` otherwise; ``native/include/gqsgd/lanes.h`` has the
-layout. All of them release the GIL while they run.
+float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block. Words are
+``int32`` where the lane width divides 32 and ``int64`` otherwise; ``native/include/gqsgd/lanes.h``
+has the layout. All of them release the GIL while they run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 
 import torch
-from torch import Tensor
 
 __all__ = [
     "block_max",
@@ -51,8 +50,8 @@ for _name in ("block_max", "quantize", "dequantize"):
 _spec = importlib.util.find_spec("hvd_gqsgd._C")
 if _spec is None or _spec.origin is None:
     raise ImportError(
-        "the native part of hvd_gqsgd is not built: run `pip install --no-build-isolation .` in its "
-        "repository, with the torch that it is to work with installed"
+        "the native part of hvd_gqsgd is not built: run `pip install --no-build-isolation .` in "
+        "its repository, with the torch that it is to work with installed"
     )
 torch.ops.load_library(_spec.origin)
 _ops = torch.ops.hvd_gqsgd
@@ -77,7 +76,7 @@ the sum that the words of ``contributors`` ranks, added up, stand for.
 """
 
 storage_use_count = _ops.storage_use_count.default
-"""``storage_use_count(tensor) -> int``: how many tensors share this one's memory, itself counted."""
+"""``storage_use_count(tensor) -> int``: how many tensors share this one's memory, with itself."""
 
 instruction_sets = _ops.instruction_sets.default
 """``instruction_sets() -> list[str]``: those this build has kernels for and this processor runs."""

@@ -6,17 +6,18 @@ them and starts the Sum. ``wait`` returns when the Sum is there, and ``decode`` 
 Nothing before ``wait`` blocks, and nothing before ``wait`` raises for what another rank did: every
 rank must come to the point where all of them learn of it.
 
-**Steps.** A step begins with the first ``submit`` after all earlier tickets were decoded or dropped.
-Numbers that ranks must share (names of messages, dither) count from the start of the step, so that a
-rank which lost a step, or joined later, falls in line with the next one. The step number itself is
-the largest of all ranks', carried by the norms.
+**Steps.** A step begins with the first ``submit`` after all earlier tickets were decoded or
+dropped. Numbers that ranks must share (names of messages, dither) count from the start of the step,
+so that a rank which lost a step, or joined later, falls in line with the next one. The step number
+itself is the largest of all ranks', carried by the norms.
 
-**Turns.** When norms come back differs from rank to rank, but transports want every rank to start its
-operations in one order, and Horovod names what its users leave unnamed by counting the operations
-started so far. So sums are started in the order of the buckets, and at fixed points only: each full bucket brings two
-turns, right after its norms were sent off, to start the sum of an earlier one or to pass. Turns that
-were not passed are made up for in ``wait``, where the remaining sums are started too. So wherever
-the user's code runs, all ranks have started the same number of operations.
+**Turns.** When norms come back differs from rank to rank, but transports want every rank to start
+its operations in one order, and Horovod names what its users leave unnamed by counting the
+operations started so far. So sums are started in the order of the buckets, and at fixed points
+only: each full bucket brings two turns, right after its norms were sent off, to start the sum of an
+earlier one or to pass. Turns that were not passed are made up for in ``wait``, where the remaining
+sums are started too. So wherever the user's code runs, all ranks have started the same number of
+operations.
 """
 
 from __future__ import annotations
@@ -204,7 +205,7 @@ class Pipeline:
         return ticket.bucket.contribution
 
     def decode(self, ticket: Ticket, scale: float) -> Tensor:
-        """``scale`` times the sum over the ranks, flat; ``wait`` must have returned. Once a ticket."""
+        """``scale`` times the sum over the ranks, flat. Once a ticket, and after ``wait``."""
         bucket, item = ticket.bucket, ticket.item
         assert bucket.norms is not None and bucket.words is not None
         assert bucket.codec is not None and bucket.contribution is not None
@@ -357,7 +358,8 @@ class Pipeline:
             )
         if not tensors_agree:
             raise AgreementError(
-                f"{bucket.name}: the ranks handed in different tensors, or in another order; {ORDER}"
+                f"{bucket.name}: the ranks handed in different tensors, or in another order; "
+                f"{ORDER}"
             )
         self._next_step = max(self._next_step, step + 1)
         bucket.write_code_header(bucket.codec.rank)

@@ -1,8 +1,8 @@
 """The little tensor that Horovod reduces in place of the gradient.
 
-A compressor is not told the name of the tensor, the reduction, its pre- and postscale, or the process
-set. All of that acts on the probe, which Horovod takes for the gradient. So what comes back tells what
-the user asked for, and whether all ranks asked for the same. Slots, in float64:
+A compressor is not told the name of the tensor, the reduction, its pre- and postscale, or the
+process set. All of that acts on the probe, which Horovod takes for the gradient. So what comes back
+tells what the user asked for, and whether all ranks asked for the same. Slots, in float64:
 
     0       1
     1, 2    two numbers of the rank
@@ -10,9 +10,9 @@ the user asked for, and whether all ranks asked for the same. Slots, in float64:
     5, 6    b, b^2    12 bits more
 
 For a linear reduction, slot 0 comes back as factor * contributors, and 1 and 2 as the factor times
-sums that the payload of the exchange, which is always summed, gives exactly. All ranks have the same
-identity if and only if the variance of a and of b over the ranks is zero. Every rank sees the same
-slots and so comes to the same verdict.
+sums that the payload of the exchange, which is always summed, gives exactly. All ranks have the
+same identity if and only if the variance of a and of b over the ranks is zero. Every rank sees the
+same slots and so comes to the same verdict.
 """
 
 from __future__ import annotations

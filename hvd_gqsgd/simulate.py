@@ -27,8 +27,8 @@ def simulate(
     """The mean that ``n`` ranks would get, each with one row of ``gradients``.
 
     The rows go through the pipeline and the codec of the real exchange, with the summing alone done
-    in this process: the result has the bits that Horovod ranks get for their first unnamed tensor of
-    step ``step``.
+    in this process: the result has the bits that Horovod ranks get for their first unnamed tensor
+    of step ``step``.
 
     Args:
         gradients: of shape (n, d); float16, bfloat16, float32 or float64.

@@ -4,8 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <algorithm>
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -56,9 +56,7 @@ void check_buffer(const Tensor& buffer, const char* role, at::ScalarType dtype, 
                     buffer.numel());
 }
 
-at::ScalarType norm_dtype(DType dtype) {
-  return dtype == DType::kFloat64 ? at::kLong : at::kInt;
-}
+at::ScalarType norm_dtype(DType dtype) { return dtype == DType::kFloat64 ? at::kLong : at::kInt; }
 
 // Checks all but the values in the buffers, so that no kernel can leave them.
 gqsgd::LinearArgs linear_args(const Tensor& x, const Tensor& norms, const Tensor& words,
@@ -94,8 +92,8 @@ void block_max(const Tensor& x, int64_t block_size, Tensor norms) {
   check_buffer(norms, "norms", norm_dtype(dtype), blocks);
   const Kernels* kernels = active_kernels();
   at::parallel_for(0, blocks, grain(block_size), [&](int64_t begin, int64_t end) {
-    kernels->block_max(dtype, x.const_data_ptr(), x.numel(), block_size,
-                       norms.mutable_data_ptr(), begin, end);
+    kernels->block_max(dtype, x.const_data_ptr(), x.numel(), block_size, norms.mutable_data_ptr(),
+                       begin, end);
   });
 }
 
@@ -107,10 +105,9 @@ void quantize(const Tensor& x, const Tensor& norms, Tensor words, int64_t block_
   Layout layout;
   const auto args = linear_args(x, norms, words, block_size, bits, levels, &layout);
   const uint64_t key = gqsgd::dither_key(seed, step, tensor_id, correlated ? 0 : 1 + rank);
-  const uint32_t offset =
-      correlated
-          ? gqsgd::rank_offset(static_cast<uint32_t>(rank), static_cast<uint32_t>(world_size))
-          : 0;
+  const uint32_t offset = correlated ? gqsgd::rank_offset(static_cast<uint32_t>(rank),
+                                                          static_cast<uint32_t>(world_size))
+                                     : 0;
   const Kernels* kernels = active_kernels();
   at::parallel_for(0, layout.tiles(), grain(gqsgd::kTile), [&](int64_t begin, int64_t end) {
     kernels->quantize(args, x.const_data_ptr(), key, offset, words.mutable_data_ptr(), begin, end);

@@ -1,6 +1,7 @@
 """The tests of ``ranks/`` are for several processes: ``test_ranks.py`` starts them.
 
-To run them by hand: ``mpirun -n 4 python -m pytest tests/ranks`` or ``horovodrun --gloo -np 4 ...``.
+To run them by hand: ``mpirun -n 4 python -m pytest tests/ranks`` or ``horovodrun --gloo -np 4
+...``.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ def _program(name: str) -> str:
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, and what Open MPI wants to hear of root."""
+    """One thread a rank, polite waiting, and what Open MPI wants to hear of root."""
     env = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+    env["OMPI_MCA_mpi_yield_when_idle"] = "1"  # there are more ranks than cores
     if os.geteuid() == 0:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return env

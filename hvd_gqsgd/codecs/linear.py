@@ -28,7 +28,7 @@ def levels_for(bits: int, world_size: int) -> int:
     Raises:
         ValueError: the lanes are too narrow for even one level; names the width that works.
     """
-    levels = (2**bits - 1) // (2 * world_size)
+    levels = ((1 << bits) - 1) // (2 * world_size)
     if levels < 1:
         needed = (2 * world_size).bit_length()
         raise ValueError(

@@ -58,7 +58,7 @@ class HorovodTransport:
 
     @property
     def session(self) -> object:
-        """Horovod's table of handles, which ``hvd.init()`` replaces; elastic training calls that."""
+        """Horovod's table of handles: ``hvd.init()``, as elastic training calls it, makes one."""
         return mpi_ops._handle_map
 
     @property
@@ -75,7 +75,7 @@ class HorovodTransport:
         return self._allreduce(tensor, name, hvd.Sum)
 
     def pass_turn(self, name: str) -> _HorovodHandle:
-        """One word that nobody reads: Horovod counts it, as it does what is started in its place."""
+        """One word that nobody reads: Horovod counts it like what is started in its place."""
         return self._allreduce(torch.zeros(1, dtype=torch.int32), name, hvd.Sum)
 
     def idle(self) -> None:

@@ -1,5 +1,5 @@
-// The loops of the CPU kernels. Included by one source file for each instruction set, which sets the
-// compiler's target first; everything here is local to that file.
+// The loops of the CPU kernels. Included by one source file for each instruction set, which sets
+// the compiler's target first; everything here is local to that file.
 
 #include "gqsgd/dtypes.h"
 #include "gqsgd/hash.h"
@@ -130,18 +130,18 @@ void block_max_any(DType dtype, const void* x, int64_t numel, int64_t block, voi
                    int64_t begin, int64_t end) {
   with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    block_max(static_cast<const T*>(x), numel, block,
-              static_cast<typename Traits<T>::Norm*>(norms), begin, end);
+    block_max(static_cast<const T*>(x), numel, block, static_cast<typename Traits<T>::Norm*>(norms),
+              begin, end);
   });
 }
 
-void quantize_any(const LinearArgs& args, const void* x, uint64_t key, uint32_t offset,
-                  void* words, int64_t begin, int64_t end) {
+void quantize_any(const LinearArgs& args, const void* x, uint64_t key, uint32_t offset, void* words,
+                  int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
     with_word(args.bits, [&](auto word) {
       using Word = decltype(word);
-      quantize(args, static_cast<const decltype(type)*>(x), key, offset,
-               static_cast<Word*>(words), begin, end);
+      quantize(args, static_cast<const decltype(type)*>(x), key, offset, static_cast<Word*>(words),
+               begin, end);
     });
   });
 }

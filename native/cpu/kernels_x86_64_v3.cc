@@ -1,5 +1,5 @@
-// The CPU kernels for x86-64-v3 (AVX2). Standard headers come first: what follows the pragma must not
-// leave this file.
+// The CPU kernels for x86-64-v3 (AVX2). Standard headers come first: what follows the pragma must
+// not leave this file.
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

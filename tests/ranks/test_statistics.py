@@ -39,7 +39,9 @@ def worst_bias(errors, everyone):
     from zero, and as round-to-nearest errs.
     """
     mean = everyone.double().mean(0)
-    directions = torch.stack([torch.ones(NUMEL), mean.sign(), rounded(everyone).double().mean(0) - mean])
+    directions = torch.stack(
+        [torch.ones(NUMEL), mean.sign(), rounded(everyone).double().mean(0) - mean]
+    )
     directions[2] /= levels_of(everyone)
     along = errors @ directions.double().t()
     return (along.mean(0).abs() / (along.std(0) / len(along) ** 0.5)).max().item()
@@ -59,7 +61,7 @@ def test_unbiased_and_within_the_variance_bound(rank, size, correlated):
     errors = exchange(everyone, rank, mean, correlated=correlated) / level
     assert worst_bias(errors, everyone) < T_LIMIT
 
-    # One rank's rounding has a variance of at most 1/4 of a level squared; independent ones average.
+    # One rank's rounding has a variance of at most 1/4 of a level squared, and ranks average.
     assert errors.square().mean() <= 1 / (4 * size)
 
     # Other steps draw other dither of the same law.

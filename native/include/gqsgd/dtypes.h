@@ -28,9 +28,7 @@ struct Traits<double> {
 
 GQSGD_INLINE float load(float x) { return x; }
 GQSGD_INLINE double load(double x) { return x; }
-GQSGD_INLINE float load(BFloat16 x) {
-  return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16);
-}
+GQSGD_INLINE float load(BFloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 GQSGD_INLINE float load(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   // Normal numbers move to the exponent of a float (+112), infinity and NaN to its top (+224).

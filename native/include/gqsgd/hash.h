@@ -40,9 +40,9 @@ GQSGD_INLINE uint32_t dither_bits(uint64_t tile_key, uint32_t index) {
   return x;
 }
 
-// Correlated dithering: rank r of n uses xi_r = frac(U + ((r + h) mod n) / n) with U and h shared by
-// the ranks. U is uniform, so U + h/n modulo 1 is uniform too, and U is drawn in its place: the law
-// is the same and h need not be. In units of 2^-32, to be added to U modulo 2^32.
+// Correlated dithering: rank r of n uses xi_r = frac(U + ((r + h) mod n) / n) with U and h shared
+// by the ranks. U is uniform, so U + h/n modulo 1 is uniform too, and U is drawn in its place: the
+// law is the same and h need not be. In units of 2^-32, to be added to U modulo 2^32.
 GQSGD_INLINE uint32_t rank_offset(uint32_t rank, uint32_t world_size) {
   return static_cast<uint32_t>((static_cast<uint64_t>(rank) << 32) / world_size);
 }

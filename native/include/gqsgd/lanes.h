@@ -1,13 +1,13 @@
 // How codes are laid out in words, so that adding words adds codes.
 //
 // A word is an int32 where the lane width b divides 32 and an int64 otherwise, with L = floor(W/b)
-// lanes. A tensor is cut in norm blocks, a block in tiles of at most kTile elements, and a tile of m
-// elements takes ceil(m/L) words: lane l of word j holds element l * ceil(m/L) + j, so that loops
+// lanes. A tensor is cut in norm blocks, a block in tiles of at most kTile elements, and a tile of
+// m elements takes ceil(m/L) words: lane l of word j holds element l * ceil(m/L) + j, so that loops
 // run over consecutive elements and consecutive words whatever the width.
 //
-// Lanes hold u = code + s, at most 2s, and n ranks add up to at most 2sn <= 2^b - 1: no lane spills.
-// The top lane holds the code itself, without + s, so that the word as a signed integer never
-// overflows either: summed words lie in [-sn * 2^(b(L-1)), (sn + 1) * 2^(b(L-1)) - 1].
+// Lanes hold u = code + s, at most 2s, and n ranks add up to at most 2sn <= 2^b - 1: no lane
+// spills. The top lane holds the code itself, without + s, so that the word as a signed integer
+// never overflows either: summed words lie in [-sn * 2^(b(L-1)), (sn + 1) * 2^(b(L-1)) - 1].
 #pragma once
 
 #include "gqsgd/config.h"

@@ -1,5 +1,5 @@
-// Linear dithering with s levels a side: an element x of a block with global norm M becomes the code
-// c = floor(x * s / M + xi), -s <= c <= s, and n summed codes become sum(c) * M / (s * n).
+// Linear dithering with s levels a side: an element x of a block with global norm M becomes the
+// code c = floor(x * s / M + xi), -s <= c <= s, and n summed codes become sum(c) * M / (s * n).
 // Global-QSGD (arXiv 2305.18627), the standard dithering with the infinity norm per block.
 //
 // The grid is in fixed point: x * s / M is taken to `fraction` binary places by one multiplication,
@@ -49,7 +49,7 @@ GQSGD_INLINE Grid<Real> make_grid(Real norm, int32_t levels, int fraction) {
 // The code of one element, from -levels to levels. `dither` is uniform on 32 bits.
 template <class Real>
 GQSGD_INLINE int32_t quantize_element(Real x, Grid<Real> grid, int32_t levels, int fraction,
-                              uint32_t dither) {
+                                      uint32_t dither) {
   const Real limit = static_cast<Real>(int64_t{levels} << fraction);
   Real place = (x * grid.pre) * grid.scale;
   // The quotient may pass s by a rounding error; the sum of codes must not. These comparisons take
@@ -60,8 +60,8 @@ GQSGD_INLINE int32_t quantize_element(Real x, Grid<Real> grid, int32_t levels, i
   return (fixed + static_cast<int32_t>(dither >> (32 - fraction))) >> fraction;
 }
 
-// A sum of codes, back in the units of the gradient. `ratio` is the wanted factor (1/n for the mean)
-// over the levels; it is applied before the norm, so that a subnormal norm loses nothing.
+// A sum of codes, back in the units of the gradient. `ratio` is the wanted factor (1/n for the
+// mean) over the levels; it is applied before the norm, so that a subnormal norm loses nothing.
 template <class Real>
 GQSGD_INLINE Real dequantize_element(int32_t code_sum, Real ratio, Real norm) {
   return (static_cast<Real>(code_sum) * ratio) * norm;
