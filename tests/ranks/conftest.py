@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import horovod.torch as hvd
 import pytest
 import torch
+
+if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    # MPI must outlive Horovod for Horovod to be started anew, and the two must get along anyway.
+    from mpi4py import MPI  # noqa: F401
 
 EVEN = hvd.ProcessSet([0])
 ODD = hvd.ProcessSet([0])
@@ -21,15 +25,20 @@ def _size_before_init() -> int:
     return 1
 
 
-@pytest.hookimpl(trylast=True)  # after the terminal reporter was made
-def pytest_configure(config: pytest.Config) -> None:
-    """Joins the job."""
+def start_horovod() -> None:
+    """Joins the job, with the process sets of the even and of the odd ranks."""
     size = _size_before_init()
     sets = []
     if size >= 3:  # a process set must differ from the others and from all ranks
         EVEN.ranks, ODD.ranks = list(range(0, size, 2)), list(range(1, size, 2))
         sets = [EVEN, ODD]
     hvd.init(process_sets=sets)
+
+
+@pytest.hookimpl(trylast=True)  # after the terminal reporter was made
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts Horovod; rank 0 alone reports."""
+    start_horovod()
     torch.set_num_threads(1)
     if hvd.rank() != 0:
         config.pluginmanager.unregister(name="terminalreporter")
@@ -63,6 +72,18 @@ def rank() -> int:
 def size() -> int:
     """How many ranks there are."""
     return hvd.size()
+
+
+@pytest.fixture
+def restart() -> Callable[[], None]:
+    """Starts Horovod anew, as elastic training does when workers come or go."""
+
+    def shut_down_and_start() -> None:
+        hvd.barrier()  # shutdown() ends what others are still waiting for
+        hvd.shutdown()
+        start_horovod()
+
+    return shut_down_and_start
 
 
 @pytest.fixture

@@ -34,6 +34,22 @@ def test_a_rank_that_lost_a_step_falls_in_line(rank, size, several):
                        simulate(everyone, step=4))  # fmt: skip
 
 
+def test_horovod_starts_anew(rank, size, restart):
+    """With exchanges in flight, and more of them on some ranks; old handles mean nothing then."""
+    everyone = gradients(size, 9000)
+    compressor = GlobalQSGD(bucket_mb=0.01)
+    hvd.allreduce(everyone[rank], compression=compressor)
+    lost = [compressor.compress(everyone[rank]) for _ in range(1 + rank % 3)]
+    restart()
+    del lost
+    if rank == size - 1:
+        compressor = GlobalQSGD(bucket_mb=0.01)  # a new worker
+    for _ in range(3):
+        mean = hvd.allreduce(everyone[rank], compression=compressor)
+        assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
+        assert_same_on_all_ranks(mean)
+
+
 def test_stats_count_every_byte(rank, size):
     compressor = GlobalQSGD()
     hvd.allreduce(torch.ones(4096 * 10), compression=compressor)
