@@ -17,7 +17,7 @@ def build_info() -> dict[str, Any]:
     """Versions, the native parts of this build, and the paths that are in use.
 
     Returns:
-        ``version``, ``python``, ``torch``; ``parts``: native parts by name, True if compiled in;
+        ``version``, ``python``, ``torch``; ``parts``: the native parts that are compiled in;
         ``instruction_sets`` that this build has kernels for and this processor runs, and the
         ``instruction_set`` in use; ``threads`` that a kernel may use; ``horovod``: None if it is
         not installed, else its ``version`` and whether it was built with ``mpi``, ``gloo`` and
@@ -27,7 +27,7 @@ def build_info() -> dict[str, Any]:
         "version": metadata.version("hvd_gqsgd"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "parts": {"cpu": True, "mpi": False, "cuda": False, "nccl": False},
+        "parts": ops.parts(),
         "instruction_sets": ops.instruction_sets(),
         "instruction_set": ops.instruction_set(),
         "threads": torch.get_num_threads(),

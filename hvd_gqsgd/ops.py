@@ -18,6 +18,7 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "norm_dtype",
+    "parts",
     "quantize",
     "storage_use_count",
     "use_instruction_set",
@@ -39,6 +40,7 @@ _library.define(
     "int contributors, float scale) -> ()"
 )
 _library.define("storage_use_count(Tensor tensor) -> int")
+_library.define("parts() -> str[]")
 _library.define("instruction_sets() -> str[]")
 _library.define("instruction_set() -> str")
 _library.define("use_instruction_set(str name) -> ()")
@@ -77,6 +79,9 @@ the sum that the words of ``contributors`` ranks, added up, stand for.
 
 storage_use_count = _ops.storage_use_count.default
 """``storage_use_count(tensor) -> int``: how many tensors share this one's memory, with itself."""
+
+parts = _ops.parts.default
+"""``parts() -> list[str]``: the native parts that were compiled in."""
 
 instruction_sets = _ops.instruction_sets.default
 """``instruction_sets() -> list[str]``: those this build has kernels for and this processor runs."""

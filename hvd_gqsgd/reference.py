@@ -120,8 +120,7 @@ def codes(x: Array, norms: Array, block_size: int | None, s: int, xi: Array) -> 
 
     one = real(s * 2**f)
     guard = real(2.0**512 if real is np.float64 else 2.0**64)
-    # A power of two that keeps s / M in range for subnormal and for huge M.
-    pre = np.where(maxima < 1 / guard, guard, np.where(maxima > guard, 1 / guard, real(1)))
+    pre = np.where(maxima < 1 / guard, guard, real(1))  # a power of two that keeps s / M finite
     scale = one / (maxima * pre)
     short = maxima * pre * scale < one
     scale = np.where(short, np.nextafter(scale, real(np.inf)), scale)

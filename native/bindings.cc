@@ -132,6 +132,9 @@ int64_t storage_use_count(const Tensor& tensor) {
   return static_cast<int64_t>(tensor.storage().use_count());
 }
 
+// What this library was built from. A part that is added names itself here.
+std::vector<std::string> parts() { return {"cpu"}; }
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels* table : kernel_tables()) names.emplace_back(table->name);
@@ -164,6 +167,7 @@ TORCH_LIBRARY_IMPL(hvd_gqsgd, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CatchAll, m) {
+  m.impl("parts", &parts);
   m.impl("instruction_sets", &instruction_sets);
   m.impl("instruction_set", &instruction_set);
   m.impl("use_instruction_set", &use_instruction_set);
