@@ -111,12 +111,7 @@ def distorted(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    data: TensorDataset,
-    args: argparse.Namespace,
-) -> float:
+def train(model: nn.Module, optimizer: Any, data: TensorDataset, args: argparse.Namespace) -> float:
     """Trains with a DistributedOptimizer; returns the seconds blocked in its synchronize()."""
     # Every rank takes another part of the images, and as many of them as any other.
     sampler = DistributedSampler(

@@ -28,7 +28,10 @@ from hvd_gqsgd.transports.horovod import HorovodTransport
 __all__ = ["GlobalQSGD"]
 
 _log = logging.getLogger("hvd_gqsgd")
-_namespace = Namespace()
+
+# By process set, and by the names of the parameters if there are any: not all ranks are in every
+# process set, and with names two compressors may be used in another order on another rank.
+_namespaces: dict[tuple[Any, str], Namespace] = {}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -211,10 +214,12 @@ class GlobalQSGD(Compressor):
     def _start(self) -> Pipeline:
         if self._transport.rank == 0:
             _log.info("GlobalQSGD on %d ranks: %s", self._transport.size, self.options)
+        label = f"gqsgd-{self._names.digest():08x}" if self._names is not None else "gqsgd"
+        key = (self._transport.process_set, label)
         return Pipeline(
             self.options,
             self._transport,
-            namespace=_namespace,
+            namespace=_namespaces.setdefault(key, Namespace(key[1])),
             plan=self._names.plan(self.options) if self._names is not None else None,
             stats=self._stats,
         )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd.buckets import BucketPlan, kind_of
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import Options, digest
 
 __all__ = ["ParameterNames"]
 
@@ -42,6 +42,10 @@ class ParameterNames:
         # one after the last one found is the first guess.
         self._pairs.reverse()
         self._guess = 0
+
+    def digest(self) -> int:
+        """31 bits that tell these names, in this order, from others."""
+        return digest(tuple(name for name, _ in self._pairs))
 
     def find(self, tensor: Tensor) -> str | None:
         """The name of the parameter with this very gradient; None if there is none."""

@@ -64,9 +64,13 @@ class Namespace:
 
     A pipeline is numbered anew with each step, by what is in use then: a number kept for good would
     differ between ranks for good once one of them had used a pipeline that another one had not.
+
+    Args:
+        label: begins the names of all messages; the same on all ranks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, label: str = "gqsgd") -> None:
+        self.label = label
         self.failures = 0
         """Steps that were abandoned: messages of later ones have other names."""
         self._session: object = None
@@ -91,7 +95,7 @@ class Pipeline:
     Args:
         options: the same on all ranks.
         transport: what moves the bytes.
-        namespace: shared by the pipelines of this process that share a transport.
+        namespace: shared by pipelines of this process whose messages could be mixed up.
         plan: buckets of tensors with names; without one, and for tensors without a name, buckets
             fill in order of arrival.
         step: number of the first step.
@@ -296,7 +300,7 @@ class Pipeline:
         bucket.handle = self._transport.max_async(bucket.norms, f"{bucket.name}.norms")
 
     def _prefix(self) -> str:
-        return f"gqsgd{self.number}.{self._namespace.failures}"
+        return f"{self._namespace.label}.{self.number}.{self._namespace.failures}"
 
     def _take_turn(self) -> None:
         """Starts one sum if its norms are there, and passes otherwise."""

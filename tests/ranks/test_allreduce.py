@@ -171,6 +171,23 @@ def test_too_many_ranks_for_the_lanes(rank, several):
         hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(bits=2))
 
 
+def test_a_process_set_and_all_ranks_at_once(rank, size, process_set):
+    """Ranks outside of a process set know nothing of what is in flight there."""
+    everyone = gradients(size, 9000)
+    in_set, of_all = GlobalQSGD(process_set=process_set), GlobalQSGD()
+    even = rank % 2 == 0
+    if even:
+        probe, context = in_set.compress(everyone[rank])
+        handle = hvd.allreduce_async_(probe, name="even", process_set=process_set)
+    probe_of_all, context_of_all = of_all.compress(everyone[rank])
+    handle_of_all = hvd.allreduce_async_(probe_of_all, name="all")
+    if even:
+        mean = in_set.decompress(hvd.synchronize(handle), context)
+        assert torch.equal(mean, simulate(everyone[::2]))
+    mean = of_all.decompress(hvd.synchronize(handle_of_all), context_of_all)
+    assert torch.equal(mean, simulate(everyone))
+
+
 def test_process_sets(rank, size, process_set):
     everyone = gradients(size, 9000)
     compressor = GlobalQSGD(process_set=process_set)

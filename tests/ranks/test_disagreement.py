@@ -60,6 +60,22 @@ def test_other_process_set_than_the_compressor_s(rank, process_set):
         hvd.allreduce(torch.ones(9000), name="x", compression=GlobalQSGD(), process_set=process_set)
 
 
+def test_two_named_compressors_in_another_order(rank, size):
+    parameters = {name: torch.nn.Parameter(torch.zeros(9000)) for name in "ab"}
+    compressors = {n: GlobalQSGD(named_parameters=[(n, p)]) for n, p in parameters.items()}
+    everyone = {name: gradients(size, 9000, seed=ord(name)) for name in parameters}
+    waiting = {}
+    for name in "ab" if rank == 0 else "ba":
+        parameters[name].grad = everyone[name][rank].clone()
+        probe, context = compressors[name].compress(parameters[name].grad)
+        waiting[name] = hvd.allreduce_async_(probe, name=name), context
+    for name in "ab":  # an optimizer's step() comes at the same place on all ranks
+        handle, context = waiting[name]
+        mean = compressors[name].decompress(hvd.synchronize(handle), context)
+        limit = bound(everyone[name], levels_for(8, size))
+        assert ((mean - everyone[name].mean(0)).abs() <= limit).all()
+
+
 def exchange_in_order(compressor, tensors, order):
     """As an optimizer's hooks do: all gradients in, in some order, then all of them out."""
     waiting = []
