@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -43,9 +44,10 @@ class Contribution:
     weights: int
 
 
+@functools.cache
 def rank_weight(rank: int) -> int:
-    """A number from 1 to 251 that is no linear function of the rank."""
-    return (rank + 1) * 40503 % 65536 % 251 + 1
+    """16 random bits, so that hardly any other ranks have the mean that all ranks have."""
+    return digest(("rank", rank)) >> 15
 
 
 @dataclass
@@ -126,7 +128,7 @@ class Bucket:
         assert self.norms is not None
         layout = digest(tuple(item.identity for item in self.items))
         header = [options, _FULL - options, layout, _FULL - layout, step]
-        self.norms[:NORM_HEADER] = torch.tensor(header + [0] * (NORM_HEADER - len(header)))
+        self.norms[:NORM_HEADER] = _padded(header, NORM_HEADER)
 
     def read_norm_header(self) -> tuple[bool, bool, int]:
         """Whether options agree, whether tensors agree, and the step; from reduced norms."""
@@ -138,7 +140,7 @@ class Bucket:
         """This rank's mark that it took part."""
         assert self.words is not None
         header = [1, rank, rank_weight(rank)]
-        self.words[:CODE_HEADER] = torch.tensor(header + [0] * (CODE_HEADER - len(header)))
+        self.words[:CODE_HEADER] = _padded(header, CODE_HEADER)
 
     def read_code_header(self) -> Contribution:
         """Who took part; from summed words."""
@@ -173,3 +175,7 @@ class BucketPlan:
             else:
                 filling[kind] = (number, total + nbytes)
         return cls(places, sizes)
+
+
+def _padded(header: list[int], length: int) -> Tensor:
+    return torch.tensor(header + [0] * (length - len(header)), dtype=torch.int64, device="cpu")

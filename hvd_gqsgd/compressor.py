@@ -7,10 +7,11 @@ exchange and makes the gradient.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from typing import Any, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from horovod.torch.compression import Compressor
@@ -26,6 +27,10 @@ from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.horovod import HorovodTransport
 
 __all__ = ["GlobalQSGD"]
+
+# Seconds to wait for a payload when not all ranks are behind a probe. All ranks that are have sent
+# their part already, or will at the end of their backward pass.
+PATIENCE = 30.0
 
 _log = logging.getLogger("hvd_gqsgd")
 
@@ -50,7 +55,12 @@ class _ClassOrInstanceMethod(Generic[P, R]):
 
     def __get__(self, instance: GlobalQSGD | None, owner: type[GlobalQSGD]) -> Callable[P, R]:
         bound = instance if instance is not None else owner._default()
-        return functools.partial(self._method, bound)
+
+        @functools.wraps(self._method)
+        def method(*args: P.args, **kwargs: P.kwargs) -> R:
+            return self._method(bound, *args, **kwargs)
+
+        return method
 
 
 class _Context(NamedTuple):
@@ -93,7 +103,7 @@ class GlobalQSGD(Compressor):
         ValueError: an option is out of range.
     """
 
-    _default_instance: GlobalQSGD | None = None
+    _default_instance: ClassVar[GlobalQSGD]
 
     def __init__(
         self,
@@ -122,7 +132,7 @@ class GlobalQSGD(Compressor):
 
     @classmethod
     def _default(cls) -> GlobalQSGD:
-        if cls._default_instance is None:
+        if "_default_instance" not in cls.__dict__:  # a subclass has one of its own
             cls._default_instance = cls()
         return cls._default_instance
 
@@ -182,11 +192,15 @@ class GlobalQSGD(Compressor):
             return tensor
         assert self._pipeline is not None, "the context is another compressor's"
         reading = Reading.of(tensor)
-        contribution = everyone(ctx.world_size)
-        if not reading.matches(contribution) or reading.same_tensor():
+        contribution: Contribution | None = everyone(ctx.world_size)
+        if not reading.matches(everyone(ctx.world_size)):
+            # Either ranks have left by hvd.join(), and the payload tells which, or there is no
+            # right answer, and then the ranks of another process set may never send theirs.
+            contribution = self._pipeline.wait(ctx.ticket, PATIENCE)
+        elif reading.same_tensor():
             contribution = self._pipeline.wait(ctx.ticket)
         problem = _problem(reading, contribution)
-        if problem is not None:
+        if problem is not None or contribution is None:
             self._pipeline.abandon()
             raise AgreementError(problem)
         scale = reading.scale(contribution.count, ctx.world_size)
@@ -198,7 +212,7 @@ class GlobalQSGD(Compressor):
     @_ClassOrInstanceMethod
     def stats(self) -> Stats:
         """Bytes before and on the wire, ratio and bypassed tensors so far; of this rank."""
-        return self._stats
+        return dataclasses.replace(self._stats)
 
     def _compresses(self, tensor: Tensor) -> bool:
         return (
@@ -225,9 +239,9 @@ class GlobalQSGD(Compressor):
         )
 
 
-def _problem(reading: Reading, contribution: Contribution) -> str | None:
+def _problem(reading: Reading, contribution: Contribution | None) -> str | None:
     """Why there is no right answer, if so; the same on all ranks."""
-    if not reading.matches(contribution):
+    if contribution is None or not reading.matches(contribution):
         return (
             "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "
             "factors) over the ranks of its process_set. Got another one: op=hvd.Min, Max, Product "

@@ -38,6 +38,7 @@ class Options:
         _check_int("min_numel", self.min_numel, 0, 2**63 - 1)
         if isinstance(self.bucket_mb, bool) or not isinstance(self.bucket_mb, int | float):
             raise TypeError(f"bucket_mb must be a number of megabytes, got {self.bucket_mb!r}")
+        object.__setattr__(self, "bucket_mb", float(self.bucket_mb))  # 25 and 25.0 are the same
         if not 0 < self.bucket_mb <= 2048:
             raise ValueError(
                 f"bucket_mb must be above 0 and at most 2048 megabytes, got {self.bucket_mb!r}"

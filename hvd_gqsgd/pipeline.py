@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable
@@ -73,6 +74,8 @@ class Namespace:
         self.label = label
         self.failures = 0
         """Steps that were abandoned: messages of later ones have other names."""
+        self.unfinished: set[Pipeline] = set()
+        """Pipelines with messages out; held here, for messages outlive whoever drops a pipeline."""
         self._session: object = None
         self._pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
 
@@ -81,10 +84,15 @@ class Namespace:
         if session is not self._session:
             self._session = session
             self.failures = 0
+            for pipeline in list(self.unfinished):
+                pipeline.forget()
 
     def join(self, pipeline: Pipeline) -> int:
         """The smallest number that no other pipeline with tickets out has."""
         self._pipelines.add(pipeline)
+        for other in list(self.unfinished):
+            if other is not pipeline and not other.active:
+                other.abandon()  # its names must not come up again
         taken = {p.number for p in self._pipelines if p is not pipeline and p.active}
         return next(number for number in itertools.count() if number not in taken)
 
@@ -125,14 +133,17 @@ class Pipeline:
         self._open: dict[Hashable, Bucket] = {}
         self._in_flight: list[Bucket] = []
         self._orphans: list[Handle] = []
+        self._sent = 0  # tensors whose norms were sent off and that are not decoded
         self._step = step
-        self.number = self._namespace.join(self)
+        self.number = 0  # of the step, from the namespace
         self._codec: LinearCodec | None = None
         self._arrivals = itertools.count()
+        self._positions = itertools.count()
         self._repeats: Counter[Hashable] = Counter()
         self._opened: Counter[Hashable] = Counter()
         self._turns = 0
         self._passes: list[Handle] = []
+        self._reaped_passes = 0
 
     @property
     def active(self) -> bool:
@@ -145,7 +156,7 @@ class Pipeline:
         Raises:
             ValueError: the lanes are too narrow for the number of ranks.
         """
-        if not self.active:
+        if not self.active or self._transport.session is not self._session:
             self._begin_step()
 
         label = name if name is not None else next(self._arrivals)
@@ -157,7 +168,7 @@ class Pipeline:
             number, position = planned
             key: Hashable = number
         else:
-            key, position = kind, self._repeats.total()
+            key, position = kind, next(self._positions)
 
         bucket = self._open.get(key) or self._open_bucket(key, kind)
         identity = digest((label, repeat, x.numel(), str(x.dtype)))
@@ -187,23 +198,32 @@ class Pipeline:
             pass
         return bucket is None
 
-    def wait(self, ticket: Ticket) -> Contribution:
+    def wait(self, ticket: Ticket, patience: float | None = None) -> Contribution | None:
         """Waits for the sum of a tensor's codes and tells which ranks are in it.
+
+        With ``patience``, returns None if it has not come after so many seconds.
 
         Raises:
             AgreementError: ranks disagree on the options or on the tensors of a bucket.
+            RuntimeError: the ticket was decoded or given up before.
             Exception: whatever the transport raised.
         """
+        deadline = None if patience is None else time.monotonic() + patience
         self.flush()
         while not self._arrived(ticket.bucket):
             failure = next((b.failure for b in self._in_flight if b.failure is not None), None)
             if isinstance(failure, AgreementError):
                 self.abandon()
             if failure is not None:
-                self._leave_behind()
+                self.forget()
                 raise failure
-            if ticket.bucket.state is State.ABANDONED:
-                raise AgreementError(f"{ticket.bucket.name} was given up after an earlier error")
+            if ticket not in self._live:
+                raise RuntimeError(
+                    f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "
+                    "after an error, or is another compressor's"
+                )
+            if deadline is not None and time.monotonic() > deadline:
+                return None
             self._transport.idle()
         assert ticket.bucket.contribution is not None
         return ticket.bucket.contribution
@@ -211,6 +231,8 @@ class Pipeline:
     def decode(self, ticket: Ticket, scale: float) -> Tensor:
         """``scale`` times the sum over the ranks, flat. Once a ticket, and after ``wait``."""
         bucket, item = ticket.bucket, ticket.item
+        if ticket not in self._live:
+            raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
         assert bucket.norms is not None and bucket.words is not None
         assert bucket.codec is not None and bucket.contribution is not None
         out = self._pool.take(item.numel, item.dtype, item.device)
@@ -223,29 +245,47 @@ class Pipeline:
         if not bucket.undecoded:
             bucket.norms = bucket.words = None
         self._live.discard(ticket)
+        self._sent -= 1
+        if not self._sent:
+            self._namespace.unfinished.discard(self)
         return out
 
     def abandon(self) -> None:
         """Ends the step for all its tickets, after an error that all ranks come to see.
 
         Explicit, so that it does not hang on when each rank frees the tickets: an exception's
-        traceback may keep them for long. Sums that will not be started are passed.
+        traceback may keep them for long. Sums that other ranks may have started are started here
+        too, whatever is in their words, or they would be in flight for ever.
         """
-        self._turns += sum(bucket.state is State.NORMS for bucket in self._in_flight)
+        failed = False
+        for bucket in self._in_flight:
+            failed = failed or bucket.failure is not None
+            if bucket.state is not State.NORMS or bucket.words is None:
+                continue
+            if failed:  # on all ranks, so that none of them has started this sum
+                self._turns += 1
+                continue
+            if bucket.handle is not None:
+                self._orphans.append(bucket.handle)
+            bucket.handle = self._transport.sum_async(bucket.words, f"{bucket.name}.codes")
         self._pass_turns()
         self._namespace.failures += 1
-        self._leave_behind()
+        self.forget()
 
-    def _leave_behind(self) -> None:
+    def forget(self) -> None:
+        """Ends the step for all its tickets and sends nothing."""
         for bucket in (*self._open.values(), *self._in_flight):
             if bucket.handle is not None:
                 self._orphans.append(bucket.handle)
             bucket.abandon()
-        self._orphans += self._passes
+        self._orphans += self._passes[self._reaped_passes :]
         self._passes.clear()
+        self._reaped_passes = 0
         self._open.clear()
         self._in_flight.clear()
         self._live.clear()
+        self._sent = 0
+        self._namespace.unfinished.discard(self)
 
     def _begin_step(self) -> None:
         """Leaves behind whatever was not decoded, and counts from the start again."""
@@ -253,15 +293,14 @@ class Pipeline:
         self._namespace.renew(session)
         if session is not self._session:
             self._session = session
-            self._in_flight.clear()  # handles of another session mean nothing in this one
-            self._passes.clear()
-            self._orphans.clear()
-        if self._in_flight:
+            self.forget()
+            self._orphans.clear()  # handles of another session mean nothing in this one
+        if self._sent:
             self.abandon()
-        self._leave_behind()
+        self.forget()
         self._turns = 0
         self._orphans = [handle for handle in self._orphans if not _reaped(handle)]
-        self._arrivals = itertools.count()
+        self._arrivals, self._positions = itertools.count(), itertools.count()
         self._repeats.clear()
         self._opened.clear()
         self._pool.next_step()
@@ -296,6 +335,8 @@ class Pipeline:
         self.stats.compressed_bytes_before += bucket.nbytes
         self.stats.compressed_bytes_on_wire += bucket.norms.nbytes + bucket.words.nbytes
         self._in_flight.append(bucket)
+        self._sent += len(bucket.items)
+        self._namespace.unfinished.add(self)
         bucket.state = State.NORMS
         bucket.handle = self._transport.max_async(bucket.norms, f"{bucket.name}.norms")
 
@@ -330,7 +371,10 @@ class Pipeline:
         self._pass_turns()
         for other in list(self._in_flight):
             self._advance(other)
-        return bucket.state is State.DONE and all(handle.done() for handle in self._passes)
+        while self._reaped_passes < len(self._passes) and self._passes[self._reaped_passes].done():
+            self._passes[self._reaped_passes].wait()
+            self._reaped_passes += 1
+        return bucket.state is State.DONE and self._reaped_passes == len(self._passes)
 
     def _advance(self, bucket: Bucket) -> bool:
         """Takes a bucket one state further if its operation is done; whether it was."""

@@ -17,6 +17,7 @@ same slots and so comes to the same verdict.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +38,7 @@ def make_probe(rank: int, identity: int) -> Tensor:
     """This rank's probe for a tensor with a 31-bit identity: float64, 7 elements, on the CPU."""
     a, b = identity & 0xFFF, identity >> 12 & 0xFFF
     slots = [1, rank, rank_weight(rank), a, a * a, b, b * b]
-    return torch.tensor(slots, dtype=torch.float64)
+    return torch.tensor(slots, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Reading:
         return scale
 
 
+@functools.lru_cache(maxsize=8)
 def everyone(world_size: int) -> Contribution:
     """The contribution of all ranks."""
     ranks = range(world_size)

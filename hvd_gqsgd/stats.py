@@ -9,7 +9,7 @@ __all__ = ["Stats"]
 
 @dataclass
 class Stats:
-    """Counts since the compressor was made or its ``reset_stats()`` was called, of this rank.
+    """Counts since the compressor was made, of this rank.
 
     Bytes are those handed to collectives, each once: a ring sends 2(n-1)/n times as many. Those of
     compressed tensors include norms, headers, padding and probes.

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -261,6 +262,27 @@ def test_threads_do_not_matter(
         results.append((maxima, words, bits_of(back)))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
+
+
+def test_threads_are_used(thread_count: Callable[[int], None]) -> None:
+    """With two, the calling thread does half of the work: or the test above would say little."""
+    x = torch.ones(2**23)
+    maxima = norms(x, 1024)
+    words = encode(x, maxima, 1024, 8, 127)
+    for call in (
+        lambda: ops.block_max(x, 1024, maxima),
+        lambda: ops.quantize(x, maxima, words, 1024, 8, 127, 0, 0, 0, 0, 1, True),
+        lambda: ops.dequantize(words, maxima, x, 1024, 8, 127, 1, 1.0),
+    ):
+        for threads, low, high in ((1, 0.9, 1.1), (2, 0.3, 0.7)):
+            thread_count(threads)
+            call()
+            time.sleep(0.05)  # PyTorch's threads may look out for more work for a while
+            everyone, own = time.process_time(), time.thread_time()
+            for _ in range(10):
+                call()
+            everyone, own = time.process_time() - everyone, time.thread_time() - own
+            assert low < own / everyone < high
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--bits", type=int, default=8, help="lane width (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--block-size", type=int, default=1024, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = vars(parser.parse_args(arguments))
@@ -58,7 +58,7 @@ def measure(
     bits: int = 8,
     dtype: str = "float32",
     block_size: int = 1024,
-    repeats: int = 9,
+    repeats: int = 25,
     threads: int = 1,
 ) -> dict[str, Any]:
     """Times all kernels for all instruction sets that this processor has.

@@ -76,7 +76,7 @@ class HorovodTransport:
 
     def pass_turn(self, name: str) -> _HorovodHandle:
         """One word that nobody reads: Horovod counts it like what is started in its place."""
-        return self._allreduce(torch.zeros(1, dtype=torch.int32), name, hvd.Sum)
+        return self._allreduce(torch.zeros(1, dtype=torch.int32, device="cpu"), name, hvd.Sum)
 
     def idle(self) -> None:
         """Sleeps for less than one of Horovod's cycles, which take a millisecond."""

@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && __GNUC__ >= 11 && !defined(__clang__)
 #pragma GCC target("arch=x86-64-v3")
 #include "kernels_inl.h"
 
@@ -14,7 +14,10 @@ namespace gqsgd {
 
 const Kernels* x86_64_v3_kernels() {
   static const Kernels table{"x86-64-v3", block_max_any, quantize_any, dequantize_any};
-  return __builtin_cpu_supports("x86-64-v3") ? &table : nullptr;
+  // By feature: compilers know the name of the level as a target longer than as a question.
+  const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                         __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  return supported ? &table : nullptr;
 }
 
 }  // namespace gqsgd

@@ -6,7 +6,7 @@
 
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && __GNUC__ >= 11 && !defined(__clang__)
 #pragma GCC target("arch=x86-64-v4", "prefer-vector-width=512")
 #include "kernels_inl.h"
 
@@ -14,7 +14,11 @@ namespace gqsgd {
 
 const Kernels* x86_64_v4_kernels() {
   static const Kernels table{"x86-64-v4", block_max_any, quantize_any, dequantize_any};
-  return __builtin_cpu_supports("x86-64-v4") ? &table : nullptr;
+  // By feature: compilers know the name of the level as a target longer than as a question.
+  const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                         __builtin_cpu_supports("avx512vl");
+  return supported ? &table : nullptr;
 }
 
 }  // namespace gqsgd
