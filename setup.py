@@ -62,6 +62,8 @@ setup(
                 # A fused multiply-add rounds once where two operations round twice. Every
                 # instruction set must give the same bits, so none may fuse.
                 "-ffp-contract=off",
+                # For at::parallel_for alone: not at the link, where torch's own OpenMP serves.
+                "-fopenmp",
                 # No -march: the sources name the instruction sets that they are compiled for, and
                 # choose at run time, so that a wheel runs on any processor of its architecture.
             ],

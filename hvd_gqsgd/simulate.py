@@ -43,7 +43,7 @@ def simulate(
         TypeError: not a floating-point type, or an option of the wrong type.
     """
     if isinstance(gradients, np.ndarray):
-        return simulate(torch.from_numpy(gradients), step=step, **options).numpy()
+        return simulate(torch.from_numpy(np.array(gradients)), step=step, **options).numpy()
     if gradients.dim() != 2 or gradients.shape[0] < 1:
         raise ValueError(
             f"gradients must be of shape (ranks, elements), got {tuple(gradients.shape)}"

@@ -64,8 +64,9 @@ gqsgd::LinearArgs linear_args(const Tensor& x, const Tensor& norms, const Tensor
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
   TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
   TORCH_CHECK_VALUE(bits >= 2 && bits <= 16, "bits must be from 2 to 16, got ", bits);
-  TORCH_CHECK_VALUE(levels >= 1 && 2 * levels < (int64_t{1} << bits), "levels must be from 1 to ",
-                    ((int64_t{1} << bits) - 1) / 2, " for ", bits, " bits, got ", levels);
+  TORCH_CHECK_VALUE(levels >= 1 && levels <= ((int64_t{1} << bits) - 1) / 2,
+                    "levels must be from 1 to ", ((int64_t{1} << bits) - 1) / 2, " for ", bits,
+                    " bits, got ", levels);
   const DType dtype = dtype_of(x, "the tensor");
   *layout = {x.numel(), block_size, gqsgd::lanes_per_word(static_cast<int>(bits))};
   check_buffer(norms, "norms", norm_dtype(dtype), layout->blocks());
@@ -118,7 +119,7 @@ void dequantize(const Tensor& words, const Tensor& norms, Tensor out, int64_t bl
                 int64_t bits, int64_t levels, int64_t contributors, double scale) {
   Layout layout;
   const auto args = linear_args(out, norms, words, block_size, bits, levels, &layout);
-  TORCH_CHECK_VALUE(contributors >= 1 && 2 * levels * contributors < (int64_t{1} << bits),
+  TORCH_CHECK_VALUE(contributors >= 1 && contributors <= ((int64_t{1} << bits) - 1) / (2 * levels),
                     "contributors must be from 1 to ", ((int64_t{1} << bits) - 1) / (2 * levels),
                     " for ", bits, " bits and ", levels, " levels, got ", contributors);
   const Kernels* kernels = active_kernels();

@@ -186,6 +186,8 @@ def test_a_process_set_and_all_ranks_at_once(rank, size, process_set):
         assert torch.equal(mean, simulate(everyone[::2]))
     mean = of_all.decompress(hvd.synchronize(handle_of_all), context_of_all)
     assert torch.equal(mean, simulate(everyone))
+    if not even:  # or the odd ranks would have counted fewer operations from here on
+        hvd.allreduce(everyone[rank], compression=in_set, process_set=process_set, name="odd")
 
 
 def test_process_sets(rank, size, process_set):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import horovod.torch as hvd
 import torch
 from helpers import assert_same_on_all_ranks, bound, gradients
@@ -18,6 +20,22 @@ def test_a_dropped_exchange_leaves_the_next_one_in_step(rank, size):
     mean = hvd.allreduce(everyone[rank], compression=compressor)
     assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
     assert_same_on_all_ranks(mean)
+
+
+def test_half_of_a_step_is_dropped(rank, size):
+    """Whatever was in flight by then on each rank: the next step goes right, again and again."""
+    compressor = GlobalQSGD(bucket_mb=0.01)
+    for i in range(20):
+        everyone = gradients(size, 9000, seed=i)
+        waiting = []
+        for name in ("first", "second"):
+            probe, context = compressor.compress(everyone[rank])
+            waiting.append((hvd.allreduce_async_(probe, name=f"{name} {i}"), context))
+            time.sleep(0.001 * ((rank * 7 + i) % 4))
+        mean = compressor.decompress(hvd.synchronize(waiting[0][0]), waiting[0][1])
+        hvd.synchronize(waiting[1][0])
+        del waiting, context
+        assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
 
 
 def test_a_rank_that_lost_a_step_falls_in_line(rank, size, several):
