@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import horovod.torch as hvd
+import pytest
 import torch
 from helpers import assert_same_on_all_ranks, bound, gradients
 
@@ -54,6 +55,8 @@ def test_a_rank_that_lost_a_step_falls_in_line(rank, size, several):
 
 def test_horovod_starts_anew(rank, size, restart):
     """With exchanges in flight, and more of them on some ranks; old handles mean nothing then."""
+    if not hvd.mpi_enabled():
+        pytest.skip("hvd.init() may abort when a static Gloo job is started anew")
     everyone = gradients(size, 9000)
     compressor = GlobalQSGD(bucket_mb=0.01)
     hvd.allreduce(everyone[rank], compression=compressor)
