@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-LIMIT = 300  # seconds for one run; each test in it has a limit of its own
+LIMIT = 900  # seconds for one run; each test in it has a limit of its own
 
 
 def mpirun(ranks: int) -> list[str]:
