@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.info import build_info
+from hvd_gqsgd.schedule import DynamicBits
 from hvd_gqsgd.simulate import simulate
 from hvd_gqsgd.stats import Stats
 
 if TYPE_CHECKING:
     from hvd_gqsgd.compressor import GlobalQSGD
 
-__all__ = ["AgreementError", "GlobalQSGD", "Stats", "build_info", "simulate"]
+__all__ = ["AgreementError", "DynamicBits", "GlobalQSGD", "Stats", "build_info", "simulate"]
 
 
 def __getattr__(name: str) -> object:

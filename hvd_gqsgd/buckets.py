@@ -1,26 +1,26 @@
-"""Tensors that travel together, and which ones do."""
+"""Tensors that travel together."""
 
 from __future__ import annotations
 
-import enum
 import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hvd_gqsgd import ops
-from hvd_gqsgd.codecs.linear import LinearCodec
+from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.options import digest
 from hvd_gqsgd.transports import Handle
 
-__all__ = ["Bucket", "BucketPlan", "Contribution", "Item", "State", "kind_of"]
+__all__ = ["Agreement", "Bucket", "Contribution", "Item", "everyone", "kind_of", "rank_weight"]
 
 # Words before the norms and before the codes. Both are longer than what they hold, so that the data
 # behind them starts on a cache line.
 NORM_HEADER = 16
 CODE_HEADER = 16
+SCHEDULE_WORDS = 5  # of the norm header
 
 _FULL = 2**31 - 1
 
@@ -50,6 +50,23 @@ def rank_weight(rank: int) -> int:
     return digest(("rank", rank)) >> 15
 
 
+@functools.lru_cache(maxsize=8)
+def everyone(world_size: int) -> Contribution:
+    """The contribution of all ranks."""
+    ranks = range(world_size)
+    return Contribution(world_size, sum(ranks), sum(map(rank_weight, ranks)))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What the ranks settle on for a bucket: the elementwise maximum of what each proposes."""
+
+    step: int
+    bits: int
+    schedule: tuple[int, ...]
+    """State of the bit width's schedule; see ``Schedule.state``."""
+
+
 @dataclass
 class Item:
     """One tensor of a bucket."""
@@ -62,27 +79,16 @@ class Item:
     identity: int  # 31 bits to recognize it by on another rank, and to draw its dither from
     norms: slice = field(default_factory=lambda: slice(0))
     words: slice = field(default_factory=lambda: slice(0))
-
-
-class State(enum.Enum):
-    """How far a bucket has come."""
-
-    FILLING = enum.auto()
-    NORMS = enum.auto()  # their maximum is being taken
-    CODES = enum.auto()  # they are being summed
-    DONE = enum.auto()
-    ABANDONED = enum.auto()
+    means: slice = field(default_factory=lambda: slice(0))  # of a two-phase exchange
 
 
 class Bucket:
-    """Some tensors, one norm message and one code message.
+    """Some tensors, and the messages in which they are exchanged.
 
     The norm message is Max-reduced. Its header is the agreement between ranks: a digest k travels
     as the pair k and 2^31 - 1 - k, whose maxima add up to 2^31 - 1 if and only if all ranks have
     the same k. All ranks see the same maxima, so all come to the same verdict. A rank that has
     joined contributes zeros, which change neither.
-
-    The code message is Sum-reduced. Its header counts who took part.
     """
 
     def __init__(self, name: str, kind: Kind) -> None:
@@ -90,57 +96,81 @@ class Bucket:
         self.kind = kind
         self.items: list[Item] = []
         self.nbytes = 0
-        self.state = State.FILLING
-        self.handle: Handle | None = None
-        self.failure: Exception | None = None
-        self.norms: Tensor | None = None
-        self.words: Tensor | None = None
-        self.codec: LinearCodec | None = None
-        self.contribution: Contribution | None = None
         self.undecoded = 0
+        self.failure: Exception | None = None
+        # Which collective it is in, counted as by its exchange; -1 while it fills.
+        self.stage = -1
+        self.handle: Handle | None = None
+        self.codec: Codec | None = None
+        self.agreement: Agreement | None = None
+        self.contribution: Contribution | None = None  # once it can be decoded
+        self.norms: Tensor | None = None
+        self.squares: Tensor | None = None
+        self.words: Tensor | None = None
+        self.means: Tensor | None = None
 
     def add(self, item: Item) -> None:
         """Puts a tensor in; the bucket must still be filling."""
-        assert self.state is State.FILLING
+        assert self.stage < 0
         self.items.append(item)
         self.undecoded += 1
         self.nbytes += item.numel * item.dtype.itemsize
 
+    def release(self) -> None:
+        """Lets go of all messages."""
+        self.norms = self.squares = self.words = self.means = None
+
     def abandon(self) -> None:
-        """Lets go of all memory; the exception too, whose traceback leads back here."""
-        self.state = State.ABANDONED
-        self.handle = self.failure = self.norms = self.words = None
+        """Lets go of everything; the exception too, whose traceback leads back here."""
+        self.release()
+        self.handle = self.failure = None
         self.items.clear()
 
-    def lay_out(self, codec: LinearCodec) -> tuple[int, int]:
-        """Gives every tensor its place; returns the lengths of the two messages in elements."""
-        self.codec = codec
+    def lay_out_norms(self, codec: Codec) -> int:
+        """Gives every tensor its place in the norm message; returns the message's length."""
         self.items.sort(key=lambda item: item.position)
-        norms, words = NORM_HEADER, CODE_HEADER
+        end = NORM_HEADER
         for item in self.items:
-            item.norms = slice(norms, norms + codec.num_norms(item.numel))
-            item.words = slice(words, words + codec.num_words(item.numel))
-            norms, words = item.norms.stop, item.words.stop
-        return norms, words
+            item.norms = slice(end, end + codec.num_norms(item.numel))
+            end = item.norms.stop
+        return end
 
-    def write_norm_header(self, options: int, step: int) -> None:
-        """What ranks must agree on, and the step, of which the largest counts."""
+    def lay_out_words(self, codec: Codec, header: int) -> int:
+        """The same for the codes, which begin after ``header`` words."""
+        end = header
+        for item in self.items:
+            item.words = slice(end, end + codec.num_words(item.numel))
+            end = item.words.stop
+        return end
+
+    def write_norm_header(self, options: int, wanted: Agreement) -> None:
+        """What ranks must agree on, and what the largest of all ranks' is taken of."""
         assert self.norms is not None
         layout = digest(tuple(item.identity for item in self.items))
-        header = [options, _FULL - options, layout, _FULL - layout, step]
-        self.norms[:NORM_HEADER] = _padded(header, NORM_HEADER)
+        _write(
+            self.norms,
+            [options, _FULL - options, layout, _FULL - layout, wanted.step, wanted.bits],
+            wanted.schedule,
+            NORM_HEADER,
+        )
 
-    def read_norm_header(self) -> tuple[bool, bool, int]:
-        """Whether options agree, whether tensors agree, and the step; from reduced norms."""
+    def read_norm_header(self) -> tuple[bool, bool, Agreement]:
+        """Whether options agree, whether tensors agree, and what was settled on; from reduced
+        norms."""
         assert self.norms is not None
-        options, no_options, layout, no_layout, step = self.norms[:5].tolist()
-        return options + no_options == _FULL, layout + no_layout == _FULL, step
+        options, no_options, layout, no_layout, step, bits, *schedule = self.norms[
+            :NORM_HEADER
+        ].tolist()
+        return (
+            options + no_options == _FULL,
+            layout + no_layout == _FULL,
+            Agreement(step, bits, tuple(schedule[:SCHEDULE_WORDS])),
+        )
 
     def write_code_header(self, rank: int) -> None:
         """This rank's mark that it took part."""
         assert self.words is not None
-        header = [1, rank, rank_weight(rank)]
-        self.words[:CODE_HEADER] = _padded(header, CODE_HEADER)
+        _write(self.words, [1, rank, rank_weight(rank)], (), CODE_HEADER)
 
     def read_code_header(self) -> Contribution:
         """Who took part; from summed words."""
@@ -148,34 +178,7 @@ class Bucket:
         return Contribution(*self.words[:3].tolist())
 
 
-@dataclass(frozen=True)
-class BucketPlan:
-    """Buckets made up front of tensors with names, so that these may come in any order."""
-
-    places: dict[Hashable, tuple[int, int]]
-    """Bucket number and position of each name."""
-    sizes: Sequence[int]
-    """How many tensors each bucket waits for."""
-
-    @classmethod
-    def of(cls, tensors: Iterable[tuple[Hashable, Kind, int]], bucket_bytes: int) -> BucketPlan:
-        """From (name, kind, bytes) in the order in which gradients are expected."""
-        places: dict[Hashable, tuple[int, int]] = {}
-        sizes: list[int] = []
-        filling: dict[Kind, tuple[int, int]] = {}  # bucket number and bytes so far
-        for position, (name, kind, nbytes) in enumerate(tensors):
-            if kind not in filling:
-                filling[kind] = (len(sizes), 0)
-                sizes.append(0)
-            number, total = filling[kind]
-            places[name] = (number, position)
-            sizes[number] += 1
-            if total + nbytes >= bucket_bytes:
-                del filling[kind]
-            else:
-                filling[kind] = (number, total + nbytes)
-        return cls(places, sizes)
-
-
-def _padded(header: list[int], length: int) -> Tensor:
-    return torch.tensor(header + [0] * (length - len(header)), dtype=torch.int64, device="cpu")
+def _write(message: Tensor, numbers: list[int], more: Sequence[int], length: int) -> None:
+    header = [*numbers, *more]
+    header += [0] * (length - len(header))
+    message[:length] = torch.tensor(header, dtype=torch.int64, device="cpu")

@@ -17,12 +17,15 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor
 
-from hvd_gqsgd.buckets import Contribution
+from hvd_gqsgd.buckets import Contribution, everyone
 from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.exchanges import ORDER
 from hvd_gqsgd.names import ParameterNames, is_compressible
+from hvd_gqsgd.namespace import Namespace
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.pipeline import ORDER, Namespace, Pipeline, Ticket
-from hvd_gqsgd.probe import PROBE_BYTES, Reading, everyone, make_probe
+from hvd_gqsgd.pipeline import Pipeline, Ticket
+from hvd_gqsgd.probe import PROBE_BYTES, Reading, make_probe
+from hvd_gqsgd.schedule import DynamicBits
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.horovod import HorovodTransport
 
@@ -84,8 +87,16 @@ class GlobalQSGD(Compressor):
     All options must be the same on all ranks.
 
     Args:
-        bits: lane width on the wire, 2 to 16 bits per element. The sum over all ranks must fit:
-            there are floor((2^bits - 1) / (2 * ranks)) levels a side.
+        bits: lane width on the wire, 2 to 16 bits per element; 4 or 8 for exponential dithering. Or
+            ``DynamicBits(...)``: a width that follows the training, by DQ-SGD.
+        dither: "linear": evenly spaced levels, s to each side; or "exponential": each level twice
+            the one below, so that small elements keep their relative precision.
+        exchange: "allreduce": codes are summed as integers by an ordinary Allreduce, and there are
+            s = floor((2^bits - 1) / (2 * ranks)) levels; "two_phase": by Alltoall, a sum on each
+            rank of its part, and Allgather, with s = 2^(bits - 1) - 1 for any number of ranks; or
+            "auto": two phases for exponential dithering, and where lanes that hold a sum would
+            leave less than 7 levels.
+        norm: of a block over all ranks: "max", the largest magnitude, or "l2".
         block_size: consecutive elements that share a norm; None for one norm per tensor.
         correlated: draw the dither of the ranks from strata of one shared number, so that their
             rounding errors cancel; False for independent dither.
@@ -107,8 +118,11 @@ class GlobalQSGD(Compressor):
 
     def __init__(
         self,
-        bits: int = 8,
+        bits: int | DynamicBits = 8,
         *,
+        dither: str = "linear",
+        exchange: str = "auto",
+        norm: str = "max",
         block_size: int | None = 1024,
         correlated: bool = True,
         seed: int = 0,
@@ -119,6 +133,9 @@ class GlobalQSGD(Compressor):
     ) -> None:
         self.options = Options(
             bits=bits,
+            dither=dither,
+            exchange=exchange,
+            norm=norm,
             block_size=block_size,
             correlated=correlated,
             seed=seed,
@@ -128,6 +145,7 @@ class GlobalQSGD(Compressor):
         self._names = ParameterNames(named_parameters) if named_parameters is not None else None
         self._transport = HorovodTransport(process_set) if process_set else HorovodTransport()
         self._stats = Stats()
+        self._state: dict[str, Any] | None = None  # loaded before the first step
         self._pipeline: Pipeline | None = None
 
     @classmethod
@@ -214,6 +232,31 @@ class GlobalQSGD(Compressor):
         """Bytes before and on the wire, ratio and bypassed tensors so far; of this rank."""
         return dataclasses.replace(self._stats)
 
+    @_ClassOrInstanceMethod
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the next step, and the schedule of ``DynamicBits``, for a checkpoint.
+
+        Plain numbers. All ranks have the same; it is enough to save that of one.
+        """
+        if self._pipeline is None:
+            return dict(self._state or Pipeline(self.options, self._transport).state_dict())
+        return self._pipeline.state_dict()
+
+    @_ClassOrInstanceMethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on, with the next step, from what ``state_dict`` gave.
+
+        A rank that does not, as a worker that joins later, takes over the state of the others.
+
+        Raises:
+            TypeError: a value is not an int.
+            ValueError: it is the state of something else.
+        """
+        Pipeline(self.options, self._transport).load_state_dict(state)  # raises here, not later
+        self._state = dict(state)
+        if self._pipeline is not None:
+            self._pipeline.load_state_dict(state)
+
     def _compresses(self, tensor: Tensor) -> bool:
         return (
             tensor.layout == torch.strided
@@ -230,13 +273,16 @@ class GlobalQSGD(Compressor):
             _log.info("GlobalQSGD on %d ranks: %s", self._transport.size, self.options)
         label = f"gqsgd-{self._names.digest():08x}" if self._names is not None else "gqsgd"
         key = (self._transport.process_set, label)
-        return Pipeline(
+        pipeline = Pipeline(
             self.options,
             self._transport,
             namespace=_namespaces.setdefault(key, Namespace(key[1])),
             plan=self._names.plan(self.options) if self._names is not None else None,
             stats=self._stats,
         )
+        if self._state is not None:
+            pipeline.load_state_dict(self._state)
+        return pipeline
 
 
 def _problem(reading: Reading, contribution: Contribution | None) -> str | None:

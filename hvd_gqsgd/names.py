@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.buckets import BucketPlan, kind_of
+from hvd_gqsgd.buckets import kind_of
 from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.plan import BucketPlan
 
 __all__ = ["ParameterNames"]
 

@@ -9,20 +9,30 @@ has the layout. All of them release the GIL while they run.
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 
 import torch
 
 __all__ = [
     "block_max",
+    "block_squares",
     "dequantize",
+    "dequantize_means",
     "instruction_set",
     "instruction_sets",
+    "l2_norms",
+    "means_before",
+    "means_dtype",
     "norm_dtype",
     "parts",
     "quantize",
+    "requantize",
     "storage_use_count",
+    "sum_of_squares",
+    "tiles_for",
     "use_instruction_set",
     "word_dtype",
+    "words_before",
     "words_for",
 ]
 
@@ -39,13 +49,27 @@ _library.define(
     "dequantize(Tensor words, Tensor norms, Tensor(a!) out, int block_size, int bits, int levels, "
     "int contributors, float scale) -> ()"
 )
+_library.define("block_squares(Tensor x, Tensor norms, Tensor(a!) squares, int block_size) -> ()")
+_library.define("l2_norms(Tensor(a!) norms, Tensor squares) -> ()")
+_library.define(
+    "requantize(Tensor received, Tensor norms, Tensor(a!) means, int numel, int block_size, "
+    "int bits, int levels, int first, int last, int seed, int step, int tensor_id) -> ()"
+)
+_library.define(
+    "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int bits, "
+    "int levels, float scale) -> ()"
+)
+_library.define("sum_of_squares(Tensor x) -> float")
 _library.define("storage_use_count(Tensor tensor) -> int")
 _library.define("parts() -> str[]")
 _library.define("instruction_sets() -> str[]")
 _library.define("instruction_set() -> str")
 _library.define("use_instruction_set(str name) -> ()")
 
-for _name in ("block_max", "quantize", "dequantize"):
+for _name in (
+    "block_max", "quantize", "dequantize", "block_squares", "l2_norms", "requantize",
+    "dequantize_means",
+):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
 
@@ -69,13 +93,41 @@ quantize = _ops.quantize.default
 """``quantize(x, norms, words, block_size, bits, levels, seed, step, tensor_id, rank, world_size,
 correlated)``: rounds ``x`` stochastically to codes on the scale of ``norms`` and packs them.
 
+``levels`` is s, the number of levels a side of linear dithering, or 0 for exponential dithering.
+
 ``norms`` must be at least the magnitudes of ``x``; values beyond them are cut off.
 """
 
 dequantize = _ops.dequantize.default
 """``dequantize(words, norms, out, block_size, bits, levels, contributors, scale)``: ``scale`` times
-the sum that the words of ``contributors`` ranks, added up, stand for.
+the sum that the words of ``contributors`` ranks, added up, stand for. Linear dithering alone.
 """
+
+block_squares = _ops.block_squares.default
+"""``block_squares(x, norms, squares, block_size)``: sum of the squares of each block, as ``int64``,
+on the scale of the block's largest magnitude over all ranks, ``norms``. Ranks add them up.
+"""
+
+l2_norms = _ops.l2_norms.default
+"""``l2_norms(norms, squares)``: turns the largest magnitudes in ``norms`` into L2 norms, where
+``squares`` are the sums over all ranks. Finite norms stay finite, and never become smaller.
+"""
+
+requantize = _ops.requantize.default
+"""``requantize(received, norms, means, numel, block_size, bits, levels, first, last, seed, step,
+tensor_id)``: averages the codes of tiles ``first`` to ``last`` (excluded) of a tensor of ``numel``
+elements and rounds the means stochastically to codes, on a norm of each tile's own.
+
+``received`` has a row for each rank, with the words of just these tiles.
+"""
+
+dequantize_means = _ops.dequantize_means.default
+"""``dequantize_means(means, norms, out, block_size, bits, levels, scale)``: ``scale`` times the
+means of all tiles of a tensor.
+"""
+
+sum_of_squares = _ops.sum_of_squares.default
+"""``sum_of_squares(x) -> float``: in double, the same to the bit on every machine."""
 
 storage_use_count = _ops.storage_use_count.default
 """``storage_use_count(tensor) -> int``: how many tensors share this one's memory, with itself."""
@@ -105,9 +157,45 @@ def word_dtype(bits: int) -> torch.dtype:
 
 def words_for(numel: int, block_size: int, bits: int) -> int:
     """How many words the codes of a tensor take."""
-    lanes = (32 if 32 % bits == 0 else 64) // bits
+    return words_before(tiles_for(numel, block_size), numel, block_size, bits)
 
-    def in_block(elements: int) -> int:
-        return elements // TILE * -(-TILE // lanes) + -(-(elements % TILE) // lanes)
 
-    return numel // block_size * in_block(block_size) + in_block(numel % block_size)
+def tiles_for(numel: int, block_size: int) -> int:
+    """How many tiles a tensor has: each block is cut in tiles of at most 1024 elements."""
+    return numel // block_size * -(-block_size // TILE) + -(-(numel % block_size) // TILE)
+
+
+def words_before(tile: int, numel: int, block_size: int, bits: int) -> int:
+    """How many words the codes of the first ``tile`` tiles of a tensor take."""
+    return _before(tile, numel, block_size, lambda elements: -(-elements // _lanes(bits)))
+
+
+def means_dtype(bits: int, norm_dtype: torch.dtype) -> torch.dtype:
+    """The type of the buffer for rounded means: the wider one of norms and words."""
+    return max(word_dtype(bits), norm_dtype, key=lambda dtype: dtype.itemsize)
+
+
+def means_before(tile: int, numel: int, block_size: int, bits: int, norm_dtype: torch.dtype) -> int:
+    """How many elements of that type the means of the first ``tile`` tiles take, norms included."""
+    unit, word = means_dtype(bits, norm_dtype).itemsize, word_dtype(bits).itemsize
+    return _before(
+        tile, numel, block_size,
+        lambda elements: 1 + -(-(-(-elements // _lanes(bits)) * word) // unit),
+    )  # fmt: skip
+
+
+def _before(tile: int, numel: int, block_size: int, size: Callable[[int], int]) -> int:
+    """The sizes of the first tiles, added up; ``size`` is that of a tile of so many elements."""
+
+    def in_part(elements: int) -> int:
+        left = elements % TILE
+        return elements // TILE * size(TILE) + (size(left) if left else 0)
+
+    block, inside = divmod(tile, -(-block_size // TILE))
+    elements = min(block * block_size + inside * TILE, numel)
+    # A tile may end with its block, the last one of the tensor, or in the midst of either.
+    return elements // block_size * in_part(block_size) + in_part(elements % block_size)
+
+
+def _lanes(bits: int) -> int:
+    return 8 * word_dtype(bits).itemsize // bits

@@ -1,53 +1,57 @@
 """Buckets in flight: norms out, codes out, gradient back. Knows no transport from another.
 
-A tensor is handed in by ``submit`` and joins a bucket. A full bucket starts the Max of its block
-norms and is left alone; a later ``submit`` finds the norms reduced, rounds the tensors to codes on
-them and starts the Sum. ``wait`` returns when the Sum is there, and ``decode`` makes the gradient.
-Nothing before ``wait`` blocks, and nothing before ``wait`` raises for what another rank did: every
-rank must come to the point where all of them learn of it.
+A tensor is handed in by ``submit`` and joins a bucket. A full bucket starts the first collective of
+its exchange, the Max of its block norms, and is left alone; a later ``submit`` finds the norms
+reduced, rounds the tensors to codes on them and starts the next collective. ``wait`` returns when
+the last one is done, and ``decode`` makes the gradient. Nothing before ``wait`` blocks, and nothing
+before ``wait`` raises for what another rank did: every rank must come to the point where all of
+them learn of it.
 
 **Steps.** A step begins with the first ``submit`` after all earlier tickets were decoded or
 dropped. Numbers that ranks must share (names of messages, dither) count from the start of the step,
 so that a rank which lost a step, or joined later, falls in line with the next one. The step number
 itself is the largest of all ranks', carried by the norms.
 
-**Turns.** When norms come back differs from rank to rank, but transports want every rank to start
-its operations in one order, and Horovod names what its users leave unnamed by counting the
-operations started so far. So sums are started in the order of the buckets, and at fixed points
-only: each full bucket brings two turns, right after its norms were sent off, to start the sum of an
-earlier one or to pass. Turns that were not passed are made up for in ``wait``, where the remaining
-sums are started too. So wherever the user's code runs, all ranks have started the same number of
-operations.
+**Turns.** When a collective is done differs from rank to rank, but transports want every rank to
+start its operations of one kind in one order, and Horovod names what its users leave unnamed by
+counting the operations started so far. So a bucket goes to its next collective only after the one
+before it did, and at fixed points only: each full bucket brings some turns, right after its norms
+were sent off, to start a collective of an earlier one or to pass. Turns that were not passed are
+made up for in ``wait``, where the remaining collectives are started too. So wherever the user's
+code runs, all ranks have started the same number of operations.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import logging
+import math
 import time
 import weakref
 from collections import Counter
 from collections.abc import Hashable
+from typing import Any
 
 from torch import Tensor
 
-from hvd_gqsgd.buckets import Bucket, BucketPlan, Contribution, Item, Kind, State, kind_of
+from hvd_gqsgd import ops
+from hvd_gqsgd.buckets import Agreement, Bucket, Contribution, Item, Kind, kind_of
 from hvd_gqsgd.buffers import BufferPool
-from hvd_gqsgd.codecs.linear import LinearCodec
+from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.exchanges import Exchange, make_exchange
+from hvd_gqsgd.namespace import Namespace
+from hvd_gqsgd.options import ENOUGH_LEVELS, Options, digest
+from hvd_gqsgd.plan import BucketPlan
+from hvd_gqsgd.schedule import make_schedule
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports import Handle, Transport
 
-__all__ = ["Namespace", "Pipeline", "Ticket"]
+__all__ = ["Pipeline", "Ticket"]
 
-# With one turn a bucket, a bucket whose norms were late once would hold up all later ones.
-TURNS = 2
-
-ORDER = (
-    "without named_parameters tensors are told apart by their order of arrival, so pass "
-    "GlobalQSGD(named_parameters=model.named_parameters()) if that may differ between ranks"
-)
+_log = logging.getLogger("hvd_gqsgd")
 
 
 class Ticket:
@@ -58,43 +62,6 @@ class Ticket:
     def __init__(self, bucket: Bucket, item: Item) -> None:
         self.bucket = bucket
         self.item = item
-
-
-class Namespace:
-    """Numbers the pipelines that have tickets out, so that no two messages share a name.
-
-    A pipeline is numbered anew with each step, by what is in use then: a number kept for good would
-    differ between ranks for good once one of them had used a pipeline that another one had not.
-
-    Args:
-        label: begins the names of all messages; the same on all ranks.
-    """
-
-    def __init__(self, label: str = "gqsgd") -> None:
-        self.label = label
-        self.failures = 0
-        """Steps that were abandoned: messages of later ones have other names."""
-        self.unfinished: set[Pipeline] = set()
-        """Pipelines with messages out; held here, for messages outlive whoever drops a pipeline."""
-        self._session: object = None
-        self._pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
-
-    def renew(self, session: object) -> None:
-        """Starts over if the transport did."""
-        if session is not self._session:
-            self._session = session
-            self.failures = 0
-            for pipeline in list(self.unfinished):
-                pipeline.forget()
-
-    def join(self, pipeline: Pipeline) -> int:
-        """The smallest number that no other pipeline with tickets out has."""
-        self._pipelines.add(pipeline)
-        for other in list(self.unfinished):
-            if other is not pipeline and not other.active:
-                other.abandon()  # its names must not come up again
-        taken = {p.number for p in self._pipelines if p is not pipeline and p.active}
-        return next(number for number in itertools.count() if number not in taken)
 
 
 class Pipeline:
@@ -128,15 +95,16 @@ class Pipeline:
         self._pool = BufferPool()
         self._session: object = None
         self._next_step = step
-        self._options_digest = options.digest()
+        self._schedule = make_schedule(options.bits)
+        self._squared_norms: list[float] = []  # of the tensors decoded in this step
         self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self._open: dict[Hashable, Bucket] = {}
         self._in_flight: list[Bucket] = []
         self._orphans: list[Handle] = []
         self._sent = 0  # tensors whose norms were sent off and that are not decoded
-        self._step = step
         self.number = 0  # of the step, from the namespace
-        self._codec: LinearCodec | None = None
+        self._exchange: Exchange | None = None
+        self._bits = 0  # of the step's lanes, as the ranks have settled on
         self._arrivals = itertools.count()
         self._positions = itertools.count()
         self._repeats: Counter[Hashable] = Counter()
@@ -158,6 +126,8 @@ class Pipeline:
         """
         if not self.active or self._transport.session is not self._session:
             self._begin_step()
+        assert self._exchange is not None
+        self._exchange.check(x.numel())
 
         label = name if name is not None else next(self._arrivals)
         repeat = self._repeats[label]
@@ -183,7 +153,9 @@ class Pipeline:
             full = bucket.nbytes >= self.options.bucket_bytes
         if full:
             self._launch(key)
-            for _ in range(TURNS):
+            # With just as many turns as there are collectives to start, one that was late once
+            # would hold up all later ones.
+            for _ in range(len(self._exchange.stages)):
                 self._take_turn()
         return ticket
 
@@ -193,13 +165,13 @@ class Pipeline:
             self._launch(key)
 
     def advance(self) -> bool:
-        """Starts the sums whose turn it is; whether all buckets sent off are past that."""
-        while (bucket := self._next_to_sum()) is not None and self._advance(bucket):
-            pass
-        return bucket is None
+        """Starts the collectives that can be; whether there are none left to start."""
+        while (bucket := self._due()) is not None:
+            self._advance(bucket)
+        return all(self._is_last(bucket) for bucket in self._in_flight)
 
     def wait(self, ticket: Ticket, patience: float | None = None) -> Contribution | None:
-        """Waits for the sum of a tensor's codes and tells which ranks are in it.
+        """Waits for the end of a tensor's exchange and tells which ranks took part.
 
         With ``patience``, returns None if it has not come after so many seconds.
 
@@ -233,41 +205,54 @@ class Pipeline:
         bucket, item = ticket.bucket, ticket.item
         if ticket not in self._live:
             raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
-        assert bucket.norms is not None and bucket.words is not None
-        assert bucket.codec is not None and bucket.contribution is not None
+        assert self._exchange is not None and bucket.contribution is not None
         out = self._pool.take(item.numel, item.dtype, item.device)
-        bucket.codec.decode(
-            bucket.words[item.words], bucket.norms[item.norms], out,
-            bucket.contribution.count, scale,
-        )  # fmt: skip
+        self._exchange.decode(bucket, item, out, scale)
+        if self._schedule.learns:
+            self._squared_norms.append(ops.sum_of_squares(out))
         item.x = None
         bucket.undecoded -= 1
         if not bucket.undecoded:
-            bucket.norms = bucket.words = None
+            bucket.release()
         self._live.discard(ticket)
         self._sent -= 1
         if not self._sent:
             self._namespace.unfinished.discard(self)
         return out
 
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the next step, and the state of the bit width's schedule."""
+        self._learn()
+        return {"step": self._next_step, "schedule": self._schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there with the next step.
+
+        Raises:
+            TypeError, ValueError: it is not what ``state_dict`` gives.
+        """
+        if not isinstance(state, dict) or state.keys() != {"step", "schedule"}:
+            raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
+        check_int("step", state["step"], 0, 2**31 - 1)
+        self._learn()
+        self._schedule.load_state_dict(state["schedule"])
+        self._next_step = state["step"]
+
     def abandon(self) -> None:
         """Ends the step for all its tickets, after an error that all ranks come to see.
 
         Explicit, so that it does not hang on when each rank frees the tickets: an exception's
-        traceback may keep them for long. Sums that other ranks may have started are started here
-        too, whatever is in their words, or they would be in flight for ever.
+        traceback may keep them for long. Collectives that other ranks may have started are started
+        here too, whatever is in their messages, or they would be in flight for ever.
         """
         failed = False
         for bucket in self._in_flight:
+            assert self._exchange is not None
             failed = failed or bucket.failure is not None
-            if bucket.state is not State.NORMS or bucket.words is None:
+            if failed:  # on all ranks, so that none of them has gone on from there
+                self._turns += len(self._exchange.stages) - 1 - bucket.stage
                 continue
-            if failed:  # on all ranks, so that none of them has started this sum
-                self._turns += 1
-                continue
-            if bucket.handle is not None:
-                self._orphans.append(bucket.handle)
-            bucket.handle = self._transport.sum_async(bucket.words, f"{bucket.name}.codes")
+            self._orphans += self._exchange.start_rest(bucket)
         self._pass_turns()
         self._namespace.failures += 1
         self.forget()
@@ -295,6 +280,7 @@ class Pipeline:
             self._session = session
             self.forget()
             self._orphans.clear()  # handles of another session mean nothing in this one
+            self._exchange = None
         if self._sent:
             self.abandon()
         self.forget()
@@ -305,12 +291,33 @@ class Pipeline:
         self._opened.clear()
         self._pool.next_step()
         rank, size = self._transport.rank, self._transport.size
-        if self._codec is None or (self._codec.rank, self._codec.world_size) != (rank, size):
-            self._codec = LinearCodec.from_options(self.options, rank, size)
+        if self._exchange is None or (self._exchange.rank, self._exchange.size) != (rank, size):
+            self._exchange = make_exchange(self.options, self._transport, self._pool, self.stats)
+            self._say_which_exchange()
         self.number = self._namespace.join(self)
-        self._step = self._next_step
+        self._learn()
+        bits = self._schedule.width(self._exchange.summands)
+        self._exchange.begin_step(Agreement(self._next_step, bits, tuple(self._schedule.state())))
         self._next_step += 1
         self.stats.steps += 1
+
+    def _learn(self) -> None:
+        """Tells the schedule of the bit width how the step before was."""
+        if self._squared_norms:
+            self._schedule.update(self._bits, math.fsum(self._squared_norms))
+            self._squared_norms.clear()
+
+    def _say_which_exchange(self) -> None:
+        size = self._transport.size
+        if (
+            self._transport.rank == 0
+            and (self.options.exchange, self.options.dither) == ("auto", "linear")
+            and self.options.exchange_for(size) == "two_phase"
+        ):
+            _say_once(
+                f"bits={self.options.bits} leaves less than {ENOUGH_LEVELS} levels to the sum over "
+                f"{size} ranks: exchange='auto' takes the two-phase exchange"
+            )
 
     def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
         planned = isinstance(key, int)
@@ -322,31 +329,21 @@ class Pipeline:
 
     def _launch(self, key: Hashable) -> None:
         """Takes this rank's norms of a bucket and starts their maximum."""
-        assert self._codec is not None
+        assert self._exchange is not None
         bucket = self._open.pop(key)
-        num_norms, num_words = bucket.lay_out(self._codec)
-        norm_dtype, device = bucket.kind
-        bucket.norms = self._pool.take(num_norms, norm_dtype, device)
-        bucket.words = self._pool.take(num_words, self._codec.word_dtype, device)
-        bucket.write_norm_header(self._options_digest, self._step)
-        for item in bucket.items:
-            assert item.x is not None
-            self._codec.norms(item.x, bucket.norms[item.norms])
         self.stats.compressed_bytes_before += bucket.nbytes
-        self.stats.compressed_bytes_on_wire += bucket.norms.nbytes + bucket.words.nbytes
         self._in_flight.append(bucket)
         self._sent += len(bucket.items)
         self._namespace.unfinished.add(self)
-        bucket.state = State.NORMS
-        bucket.handle = self._transport.max_async(bucket.norms, f"{bucket.name}.norms")
+        self._exchange.launch(bucket)
 
     def _prefix(self) -> str:
         return f"{self._namespace.label}.{self.number}.{self._namespace.failures}"
 
     def _take_turn(self) -> None:
-        """Starts one sum if its norms are there, and passes otherwise."""
+        """Starts one collective if it can be, and passes otherwise."""
         self._turns += 1
-        bucket = self._next_to_sum()
+        bucket = self._due()
         if bucket is None or not self._advance(bucket):
             self._pass_turn()
 
@@ -360,64 +357,69 @@ class Pipeline:
         while len(self._passes) < self._turns:
             self._pass_turn()
 
-    def _next_to_sum(self) -> Bucket | None:
-        """The oldest bucket whose codes are not out: sums start in the order of the buckets."""
-        return next((b for b in self._in_flight if b.state is State.NORMS), None)
+    def _due(self) -> Bucket | None:
+        """The oldest bucket whose next collective can be started now."""
+        ahead = math.inf
+        for bucket in self._in_flight:
+            if (
+                bucket.stage < ahead
+                and not self._is_last(bucket)
+                and bucket.failure is None
+                and bucket.handle is not None
+                and bucket.handle.done()
+            ):
+                return bucket
+            ahead = bucket.stage
+        return None
+
+    def _is_last(self, bucket: Bucket) -> bool:
+        """Whether a bucket is in its last collective."""
+        assert self._exchange is not None
+        return bucket.stage == len(self._exchange.stages) - 1
 
     def _arrived(self, bucket: Bucket) -> bool:
-        """Whether a bucket is done, with all sums started and all turns passed."""
+        """Whether a bucket is done, with all collectives started and all turns passed."""
         if not self.advance():
             return False
         self._pass_turns()
         for other in list(self._in_flight):
-            self._advance(other)
+            if other.failure is None and other.handle is not None and other.handle.done():
+                self._advance(other)
         while self._reaped_passes < len(self._passes) and self._passes[self._reaped_passes].done():
             self._passes[self._reaped_passes].wait()
             self._reaped_passes += 1
-        return bucket.state is State.DONE and self._reaped_passes == len(self._passes)
+        return bucket.contribution is not None and self._reaped_passes == len(self._passes)
 
     def _advance(self, bucket: Bucket) -> bool:
-        """Takes a bucket one state further if its operation is done; whether it was."""
-        if bucket.failure is not None or bucket.handle is None or not bucket.handle.done():
-            return False
-        handle, bucket.handle = bucket.handle, None
+        """Takes a bucket whose collective is done one stage further; whether that went well."""
+        assert self._exchange is not None
         try:
-            handle.wait()
-            if bucket.state is State.NORMS:
-                self._send_codes(bucket)
-            else:
-                bucket.contribution = bucket.read_code_header()
-                bucket.state = State.DONE
-                self._in_flight.remove(bucket)
-            return True
+            before = bucket.stage
+            self._exchange.advance(bucket)
+            if before == 0:
+                self._settle(bucket)
         except Exception as error:
             # Kept for wait(): raised here, in the middle of one rank's backward pass, it would
             # leave the others waiting for tensors that never come.
             bucket.failure = error
             return False
+        if bucket.contribution is not None:
+            self._in_flight.remove(bucket)
+        return True
 
-    def _send_codes(self, bucket: Bucket) -> None:
-        """Rounds a bucket's tensors on the global norms and starts the sum."""
-        assert bucket.norms is not None and bucket.words is not None and bucket.codec is not None
-        options_agree, tensors_agree, step = bucket.read_norm_header()
-        if not options_agree:
-            raise AgreementError(
-                f"{bucket.name}: the ranks use different options; this rank has {self.options}"
-            )
-        if not tensors_agree:
-            raise AgreementError(
-                f"{bucket.name}: the ranks handed in different tensors, or in another order; "
-                f"{ORDER}"
-            )
-        self._next_step = max(self._next_step, step + 1)
-        bucket.write_code_header(bucket.codec.rank)
-        for item in bucket.items:
-            assert item.x is not None
-            bucket.codec.encode(
-                item.x, bucket.norms[item.norms], bucket.words[item.words], step, item.identity
-            )
-        bucket.state = State.CODES
-        bucket.handle = self._transport.sum_async(bucket.words, f"{bucket.name}.codes")
+    def _settle(self, bucket: Bucket) -> None:
+        """Takes over what the ranks have settled on with the norms of a bucket."""
+        assert bucket.agreement is not None
+        self._next_step = max(self._next_step, bucket.agreement.step + 1)
+        self._schedule.adopt(bucket.agreement.schedule)
+        self._bits = bucket.agreement.bits
+        self.stats.bits = self._bits
+        self.stats.elements += sum(item.numel for item in bucket.items)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)
 
 
 def _reaped(handle: Handle) -> bool:

@@ -17,7 +17,6 @@ same slots and so comes to the same verdict.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from hvd_gqsgd.buckets import Contribution, rank_weight
 
-__all__ = ["PROBE_BYTES", "Reading", "everyone", "make_probe"]
+__all__ = ["PROBE_BYTES", "Reading", "make_probe"]
 
 PROBE_BYTES = 7 * 8
 
@@ -74,13 +73,6 @@ class Reading:
             if _close(scale, exact):
                 return exact
         return scale
-
-
-@functools.lru_cache(maxsize=8)
-def everyone(world_size: int) -> Contribution:
-    """The contribution of all ranks."""
-    ranks = range(world_size)
-    return Contribution(world_size, sum(ranks), sum(map(rank_weight, ranks)))
 
 
 def _close(a: float, b: float) -> bool:

@@ -7,10 +7,11 @@ block over all ranks, s the number of levels a side, and xi is uniform on [0, 1)
     mean    (c_1 + ... + c_n) M / (s n)         unbiased, as each code is
 
 That is the standard dithering of Global-QSGD (Xin, Canini, Richtárik, Horváth: "Quantize Once,
-Train Fast", arXiv 2305.18627) with the maximum norm and one norm a block. Dither is independent
+Train Fast", arXiv 2305.18627) with one norm a block, the maximum norm or, in the place of M, the L2
+norm of the block over all ranks. Dither is independent
 between ranks or correlated (Suresh, Sun, Ro, Yu: "Correlated Quantization for Distributed Mean
 Estimation and Optimization", ICML 2022, arXiv 2203.04925), and either way a hash of the element's
-place.
+place. Exponential dithering and the two-phase exchange stand in ``reference_two_phase.py``.
 
 Arithmetic is in float32, for float64 gradients in float64, one rounding an operation. NumPy has no
 bfloat16: its bit patterns stand in for it, so a ``uint16`` array is a bfloat16 tensor. A
@@ -24,7 +25,26 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["codes", "decode", "dither", "levels", "mean", "norms", "pack", "places", "unpack"]
+__all__ = [
+    "codes",
+    "decode",
+    "dither",
+    "dither_stream",
+    "floats",
+    "l2_norms",
+    "levels",
+    "mean",
+    "narrow",
+    "norms",
+    "pack",
+    "places",
+    "shared_norms",
+    "shares",
+    "squares",
+    "unpack",
+    "widen",
+    "word_type",
+]
 
 Array = NDArray[Any]
 
@@ -73,9 +93,30 @@ def norms(x: Array, block_size: int | None) -> Array:
     elif x.dtype == np.float64:
         bits = x.view(np.int64) & np.int64(2**63 - 1)
     else:
-        bits = _widen(x).view(np.int32) & np.int32(2**31 - 1)
+        bits = widen(x).view(np.int32) & np.int32(2**31 - 1)
     size = block_size or max(x.size, 1)
     return np.array([bits[i : i + size].max() for i in range(0, x.size, size)], bits.dtype)
+
+
+def squares(x: Array, norms: Array, block_size: int | None) -> Array:
+    """The sum of (x / M)^2 of each block in units of 2^-30 (``int64``), the norm p = q = 2 of
+    Global-QSGD. x / M is rounded to the nearest multiple of 2^-15; 0 where M is not finite.
+    """
+    half = np.full(x.size, 2**31, np.uint32)
+    c = codes(x, norms, block_size, 2**15, half)
+    sums = np.zeros(norms.size, np.int64)
+    np.add.at(sums, places(x.size, block_size, 8).block, c * c)
+    return sums
+
+
+def l2_norms(norms: Array, squares: Array) -> Array:
+    """M sqrt(sum of (x / M)^2) from both over all ranks: from M to the largest finite number."""
+    maxima = floats(norms)
+    real = maxima.dtype.type
+    factor = np.sqrt(squares.astype(real)) / real(2**15)
+    with np.errstate(over="ignore", invalid="ignore"):
+        l2 = np.minimum(maxima * np.maximum(factor, real(1)), np.finfo(real).max)
+    return np.where(np.isfinite(maxima), l2.view(norms.dtype), norms)
 
 
 def dither(
@@ -89,10 +130,19 @@ def dither(
     permutation and gamma_r uniform on [0, 1 / n). Here pi is a rotation and gamma the same for all
     ranks, and U is both in one number.
     """
+    stream = 0 if correlated else 1 + rank
+    xi = dither_stream(numel, block_size, seed=seed, step=step, tensor_id=tensor_id, stream=stream)
+    return xi + np.uint32(rank * 2**32 // world_size if correlated else 0)  # modulo 2^32
+
+
+def dither_stream(
+    numel: int, block_size: int | None, *, seed: int, step: int, tensor_id: int, stream: int
+) -> Array:
+    """32 random bits for each element: a hash of all these and of the element's place."""
     key = _mix64(seed + ODD)
     key = _mix64(key ^ (step + ODD) % 2**64)
     key = _mix64(key ^ (tensor_id + 2 * ODD) % 2**64)
-    key = _mix64(key ^ ((0 if correlated else 1 + rank) + 3 * ODD) % 2**64)
+    key = _mix64(key ^ (stream + 3 * ODD) % 2**64)
 
     at = places(numel, block_size, 8)
     tiles = at.tile.max(initial=-1) + 1
@@ -103,7 +153,30 @@ def dither(
     x *= np.uint32(0x7FEB352D)
     x ^= (x >> np.uint32(15)) ^ high
     x *= np.uint32(0x846CA68B)
-    return x + np.uint32(rank * 2**32 // world_size if correlated else 0)
+    return x
+
+
+def shares(values: Array, maxima: Array, one: int) -> Array:
+    """x * one / M of each element, cut off at +-one; 0 where M is 0 or not finite.
+
+    ``one`` / M is rounded so that M gives ``one`` at least.
+    """
+    real = values.dtype.type
+    usable = np.isfinite(maxima) & (maxima > 0)
+    most = np.where(usable, maxima, real(1))
+    guard = real(2.0**512 if real is np.float64 else 2.0**64)
+    # A power of two that keeps one / M away from both ends of the floats.
+    pre = np.where(maxima < 1 / guard, guard, np.where(most > guard, 1 / guard, real(1)))
+    scale = real(one) / (most * pre)
+    short = most * pre * scale < real(one)
+    scale = np.where(short, np.nextafter(scale, real(np.inf)), scale)
+    scale = np.where(usable, scale, real(0))
+
+    with np.errstate(over="ignore", invalid="ignore"):  # from values beyond their norm
+        share = np.clip((values * pre) * scale, real(-one), real(one))
+    share = np.where(np.isnan(share), real(-one), share)
+    out: Array = np.where(np.isfinite(maxima), share, real(0))
+    return out
 
 
 def codes(x: Array, norms: Array, block_size: int | None, s: int, xi: Array) -> Array:
@@ -113,39 +186,23 @@ def codes(x: Array, norms: Array, block_size: int | None, s: int, xi: Array) -> 
     s / M is rounded so that M gives s, whatever xi.
     """
     f = 31 - s.bit_length()
-    values, maxima = _widen(x), _floats(norms)
-    real = values.dtype.type
-    usable = np.isfinite(maxima) & (maxima > 0)
-    maxima = np.where(usable, maxima, real(1))
-
-    one = real(s * 2**f)
-    guard = real(2.0**512 if real is np.float64 else 2.0**64)
-    pre = np.where(maxima < 1 / guard, guard, real(1))  # a power of two that keeps s / M finite
-    scale = one / (maxima * pre)
-    short = maxima * pre * scale < one
-    scale = np.where(short, np.nextafter(scale, real(np.inf)), scale)
-
-    block = places(x.size, block_size, 8).block
-    with np.errstate(over="ignore", invalid="ignore"):  # from values beyond their norm
-        place = np.clip((values * pre[block]) * scale[block], -one, one)
-    place = np.where(np.isnan(place), -one, place)
-    fixed = np.where(usable[block], place, 0).astype(np.int64)  # towards zero
-    cut = np.where(usable[block], xi >> np.uint32(32 - f), 0).astype(np.int64)
-    return (fixed + cut) // (1 << f)
+    maxima = floats(norms)[places(x.size, block_size, 8).block]
+    fixed = shares(widen(x), maxima, s * 2**f).astype(np.int64)  # towards zero
+    return (fixed + (xi >> np.uint32(32 - f)).astype(np.int64)) // (1 << f)
 
 
 def pack(c: Array, block_size: int | None, bits: int, s: int) -> Array:
     """Words: c + s in lanes of ``bits`` bits, but the bare c in the top lane, which has the sign.
 
     Adding the words of n ranks adds their codes, and no lane and no word can overflow. Lanes behind
-    the last element hold the code 0.
+    the last element hold the code 0. With s = 0, codes lie in all lanes as they are.
     """
     at, lanes = places(c.size, block_size, bits), _lanes(bits)
     digits = np.zeros((at.word.max(initial=-1) + 1, lanes), np.int64)
     digits[at.word, at.lane] = c
     digits[:, :-1] += s
     words: Array = digits @ 2 ** (bits * np.arange(lanes))
-    return words.astype(_word(bits))
+    return words.astype(word_type(bits))
 
 
 def unpack(
@@ -162,11 +219,16 @@ def decode(
     sums: Array, norms: Array, block_size: int | None, s: int, scale: float, dtype: Any
 ) -> Array:
     """scale * sum * M / s, rounded to nearest with ties to even; NaN where M is not finite."""
-    maxima = _floats(norms)[places(sums.size, block_size, 8).block]
+    maxima = floats(norms)[places(sums.size, block_size, 8).block]
     real = maxima.dtype.type
     with np.errstate(over="ignore", invalid="ignore"):
-        out: Array = (sums.astype(real) * real(scale / s)) * maxima
-        out[~np.isfinite(maxima)] = np.nan
+        out = (sums.astype(real) * real(scale / s)) * maxima
+    return narrow(np.where(np.isfinite(maxima), out, real(np.nan)), dtype)
+
+
+def narrow(out: Array, dtype: Any) -> Array:
+    """Numbers as elements of a tensor, rounded to nearest with ties to even."""
+    with np.errstate(over="ignore", invalid="ignore"):
         if np.dtype(dtype) != np.uint16:
             return out.astype(np.dtype(dtype))
     bits = out.view(np.uint32)
@@ -174,14 +236,23 @@ def decode(
     return np.where(np.isnan(out), np.uint16(0x7FC0), rounded.astype(np.uint16))
 
 
+def shared_norms(rows: Array, block_size: int | None, norm: str) -> Array:
+    """What ranks with one row each agree on: "max" or "l2" norms of blocks."""
+    largest: Array = np.max([norms(x, block_size) for x in rows], axis=0)
+    if norm == "max":
+        return largest
+    total: Array = np.sum([squares(x, largest, block_size) for x in rows], axis=0)
+    return l2_norms(largest, total)
+
+
 def mean(
     rows: Array, *, bits: int, block_size: int | None, correlated: bool, seed: int, step: int,
-    tensor_id: int,
+    tensor_id: int, norm: str = "max",
 ) -> Array:  # fmt: skip
     """The whole of it: what n ranks, with one row each, decode."""
     n, numel = rows.shape
     s = levels(bits, n)
-    shared = np.max([norms(x, block_size) for x in rows], axis=0)
+    shared = shared_norms(rows, block_size, norm)
     total: Array | int = 0
     for rank, x in enumerate(rows):
         xi = dither(
@@ -201,21 +272,21 @@ def _mix64(x: int) -> int:
     return x ^ x >> 31
 
 
-def _word(bits: int) -> np.dtype[Any]:
+def word_type(bits: int) -> np.dtype[Any]:
     return np.dtype(np.int32 if 32 % bits == 0 else np.int64)
 
 
 def _lanes(bits: int) -> int:
     """Lanes of a word."""
-    return 8 * _word(bits).itemsize // bits
+    return 8 * word_type(bits).itemsize // bits
 
 
-def _widen(x: Array) -> Array:
+def widen(x: Array) -> Array:
     """The numbers in the type of the arithmetic."""
     if x.dtype == np.uint16:
         return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return x if x.dtype == np.float64 else x.astype(np.float32)
 
 
-def _floats(norms: Array) -> Array:
+def floats(norms: Array) -> Array:
     return norms.view(np.float64 if norms.dtype == np.int64 else np.float32)

@@ -33,7 +33,7 @@ def simulate(
     Args:
         gradients: of shape (n, d); float16, bfloat16, float32 or float64.
         step: number of the step, which the dither depends on.
-        options: as for ``GlobalQSGD``: bits, block_size, correlated, seed.
+        options: as for ``GlobalQSGD``: bits, dither, exchange, norm, block_size, correlated, seed.
 
     Returns:
         The decoded mean, of shape (d,) and the dtype of ``gradients``; a NumPy array for one.
@@ -58,7 +58,8 @@ def simulate(
     tickets = [rank.submit(row) for rank, row in zip(ranks, rows, strict=True)]
     for rank in ranks:
         rank.flush()
-    for rank in ranks:
-        rank.advance()
+    ready = [False]
+    while not all(ready):
+        ready = [rank.advance() for rank in ranks]
     ranks[0].wait(tickets[0])
     return ranks[0].decode(tickets[0], 1 / world.size)

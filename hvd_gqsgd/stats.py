@@ -11,8 +11,10 @@ __all__ = ["Stats"]
 class Stats:
     """Counts since the compressor was made, of this rank.
 
-    Bytes are those handed to collectives, each once: a ring sends 2(n-1)/n times as many. Those of
-    compressed tensors include norms, headers, padding and probes.
+    Bytes are counted as those of an Allreduce: each one handed to it once, where a ring of n ranks
+    sends 2(n-1)/n times as many. An Alltoall of as many bytes, and an Allgather that brings as many
+    together, take half of that each, and count half. Those of compressed tensors include norms,
+    headers, padding and probes.
     """
 
     steps: int = 0
@@ -27,6 +29,10 @@ class Stats:
     """What they took on the wire."""
     bypassed_bytes: int = 0
     """Bytes of the tensors that were not compressed, before and on the wire."""
+    elements: int = 0
+    """Elements of the tensors that were compressed."""
+    bits: int = 0
+    """Lane width of the last step."""
 
     @property
     def bytes_before(self) -> int:
@@ -47,6 +53,11 @@ class Stats:
     def compressed_ratio(self) -> float:
         """The same for the tensors that were compressed."""
         return _ratio(self.compressed_bytes_before, self.compressed_bytes_on_wire)
+
+    @property
+    def mean_bits(self) -> float:
+        """Bits on the wire for each element that was compressed, all that goes with it included."""
+        return _ratio(8 * self.compressed_bytes_on_wire, self.elements)
 
     @property
     def bypassed_share(self) -> float:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -16,9 +17,11 @@
 namespace {
 
 using at::Tensor;
+using gqsgd::CodeArgs;
 using gqsgd::DType;
 using gqsgd::Kernels;
 using gqsgd::Layout;
+using gqsgd::MeansLayout;
 
 std::vector<const Kernels*> kernel_tables() {
   const Kernels* tables[3];
@@ -58,26 +61,55 @@ void check_buffer(const Tensor& buffer, const char* role, at::ScalarType dtype, 
 
 at::ScalarType norm_dtype(DType dtype) { return dtype == DType::kFloat64 ? at::kLong : at::kInt; }
 
-// Checks all but the values in the buffers, so that no kernel can leave them.
-gqsgd::LinearArgs linear_args(const Tensor& x, const Tensor& norms, const Tensor& words,
-                              int64_t block_size, int64_t bits, int64_t levels, Layout* layout) {
+void check_geometry(const Tensor& x, int64_t block_size) {
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
   TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
+}
+
+Layout layout_of(int64_t numel, int64_t block_size, int64_t bits) {
+  TORCH_CHECK_VALUE(numel >= 0, "numel must be at least 0, got ", numel);
+  TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
   TORCH_CHECK_VALUE(bits >= 2 && bits <= 16, "bits must be from 2 to 16, got ", bits);
-  TORCH_CHECK_VALUE(levels >= 1 && levels <= ((int64_t{1} << bits) - 1) / 2,
-                    "levels must be from 1 to ", ((int64_t{1} << bits) - 1) / 2, " for ", bits,
-                    " bits, got ", levels);
-  const DType dtype = dtype_of(x, "the tensor");
-  *layout = {x.numel(), block_size, gqsgd::lanes_per_word(static_cast<int>(bits))};
-  check_buffer(norms, "norms", norm_dtype(dtype), layout->blocks());
-  check_buffer(words, "words", gqsgd::fits_int32(static_cast<int>(bits)) ? at::kInt : at::kLong,
-               layout->words());
+  return {numel, block_size, gqsgd::lanes_per_word(static_cast<int>(bits))};
+}
+
+at::ScalarType word_dtype(int64_t bits) {
+  return gqsgd::fits_int32(static_cast<int>(bits)) ? at::kInt : at::kLong;
+}
+
+// Checks all but the values in the buffers, so that no kernel can leave them.
+CodeArgs code_args(DType dtype, const Layout& layout, const Tensor& norms, int64_t bits,
+                   int64_t levels) {
+  const int64_t most = ((int64_t{1} << bits) - 1) / 2;
+  TORCH_CHECK_VALUE(levels >= 0 && levels <= most, "levels must be from 1 to ", most, " for ", bits,
+                    " bits, or 0 for exponential dithering, got ", levels);
+  TORCH_CHECK_VALUE(levels > 0 || bits == 4 || bits == 8,
+                    "exponential dithering has 4 or 8 bits, got ", bits);
+  check_buffer(norms, "norms", norm_dtype(dtype), layout.blocks());
   return {dtype,
-          x.numel(),
-          block_size,
+          layout.numel,
+          layout.block,
           static_cast<int>(bits),
           static_cast<int32_t>(levels),
           norms.const_data_ptr()};
+}
+
+CodeArgs code_args(const Tensor& x, const Tensor& norms, const Tensor& words, const Layout& layout,
+                   int64_t bits, int64_t levels) {
+  TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
+  const CodeArgs args = code_args(dtype_of(x, "the tensor"), layout, norms, bits, levels);
+  check_buffer(words, "words", word_dtype(bits), layout.words());
+  return args;
+}
+
+// The means of tiles [first, last) as a buffer of the wider one of norms and words.
+void check_means(const Tensor& means, const Layout& layout, DType dtype, int64_t bits,
+                 int64_t first, int64_t last) {
+  const int64_t norm_size = at::elementSize(norm_dtype(dtype));
+  const int64_t word_size = at::elementSize(word_dtype(bits));
+  const MeansLayout at{layout, word_size, std::max(norm_size, word_size)};
+  check_buffer(means, "means", at.unit == 8 ? at::kLong : at::kInt,
+               at.begin(last) - at.begin(first));
 }
 
 // About a quarter of a megabyte of float32 for each thread at the least.
@@ -86,8 +118,7 @@ int64_t grain(int64_t elements_each) {
 }
 
 void block_max(const Tensor& x, int64_t block_size, Tensor norms) {
-  TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
-  TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
+  check_geometry(x, block_size);
   const DType dtype = dtype_of(x, "the tensor");
   const int64_t blocks = gqsgd::ceil_div(x.numel(), block_size);
   check_buffer(norms, "norms", norm_dtype(dtype), blocks);
@@ -98,13 +129,39 @@ void block_max(const Tensor& x, int64_t block_size, Tensor norms) {
   });
 }
 
+void block_squares(const Tensor& x, const Tensor& norms, Tensor squares, int64_t block_size) {
+  check_geometry(x, block_size);
+  const DType dtype = dtype_of(x, "the tensor");
+  const Layout layout{x.numel(), block_size, 1};
+  check_buffer(norms, "norms", norm_dtype(dtype), layout.blocks());
+  check_buffer(squares, "squares", at::kLong, layout.blocks());
+  const CodeArgs args{dtype, x.numel(), block_size, 0, 0, norms.const_data_ptr()};
+  const Kernels* kernels = active_kernels();
+  at::parallel_for(0, layout.blocks(), grain(block_size), [&](int64_t begin, int64_t end) {
+    kernels->block_squares(args, x.const_data_ptr(), squares.mutable_data_ptr<int64_t>(), begin,
+                           end);
+  });
+}
+
+void l2_norms(Tensor norms, const Tensor& squares) {
+  TORCH_CHECK_TYPE(norms.scalar_type() == at::kInt || norms.scalar_type() == at::kLong,
+                   "norms must be Int or Long, got ", norms.scalar_type());
+  check_buffer(norms, "norms", norms.scalar_type(), norms.numel());
+  check_buffer(squares, "squares", at::kLong, norms.numel());
+  const DType dtype = norms.scalar_type() == at::kLong ? DType::kFloat64 : DType::kFloat32;
+  active_kernels().load()->l2_norms(dtype, norms.mutable_data_ptr(),
+                                    squares.const_data_ptr<int64_t>(), 0, norms.numel());
+}
+
 void quantize(const Tensor& x, const Tensor& norms, Tensor words, int64_t block_size, int64_t bits,
               int64_t levels, int64_t seed, int64_t step, int64_t tensor_id, int64_t rank,
               int64_t world_size, bool correlated) {
   TORCH_CHECK_VALUE(0 <= rank && rank < world_size, "rank must be from 0 to ", world_size - 1,
                     ", got ", rank);
-  Layout layout;
-  const auto args = linear_args(x, norms, words, block_size, bits, levels, &layout);
+  TORCH_CHECK_VALUE(world_size <= INT32_MAX, "world_size must be at most ", INT32_MAX, ", got ",
+                    world_size);
+  const Layout layout = layout_of(x.numel(), block_size, bits);
+  const CodeArgs args = code_args(x, norms, words, layout, bits, levels);
   const uint64_t key = gqsgd::dither_key(seed, step, tensor_id, correlated ? 0 : 1 + rank);
   const uint32_t offset = correlated ? gqsgd::rank_offset(static_cast<uint32_t>(rank),
                                                           static_cast<uint32_t>(world_size))
@@ -117,8 +174,9 @@ void quantize(const Tensor& x, const Tensor& norms, Tensor words, int64_t block_
 
 void dequantize(const Tensor& words, const Tensor& norms, Tensor out, int64_t block_size,
                 int64_t bits, int64_t levels, int64_t contributors, double scale) {
-  Layout layout;
-  const auto args = linear_args(out, norms, words, block_size, bits, levels, &layout);
+  const Layout layout = layout_of(out.numel(), block_size, bits);
+  TORCH_CHECK_VALUE(levels >= 1, "levels must be at least 1, got ", levels);
+  const CodeArgs args = code_args(out, norms, words, layout, bits, levels);
   TORCH_CHECK_VALUE(contributors >= 1 && contributors <= ((int64_t{1} << bits) - 1) / (2 * levels),
                     "contributors must be from 1 to ", ((int64_t{1} << bits) - 1) / (2 * levels),
                     " for ", bits, " bits and ", levels, " levels, got ", contributors);
@@ -127,6 +185,65 @@ void dequantize(const Tensor& words, const Tensor& norms, Tensor out, int64_t bl
     kernels->dequantize(args, words.const_data_ptr(), contributors, scale, out.mutable_data_ptr(),
                         begin, end);
   });
+}
+
+void requantize(const Tensor& received, const Tensor& norms, Tensor means, int64_t numel,
+                int64_t block_size, int64_t bits, int64_t levels, int64_t first, int64_t last,
+                int64_t seed, int64_t step, int64_t tensor_id) {
+  const Layout layout = layout_of(numel, block_size, bits);
+  const DType dtype = norms.scalar_type() == at::kLong ? DType::kFloat64 : DType::kFloat32;
+  const CodeArgs args = code_args(dtype, layout, norms, bits, levels);
+  TORCH_CHECK_VALUE(0 <= first && first <= last && last <= layout.tiles(),
+                    "tiles must be within 0 to ", layout.tiles(), ", got ", first, " to ", last);
+  const int64_t words = layout.word(last) - layout.word(first);
+  TORCH_CHECK_TYPE(received.scalar_type() == word_dtype(bits), "received must be ",
+                   word_dtype(bits), ", got ", received.scalar_type());
+  TORCH_CHECK_VALUE(received.dim() == 2 && received.size(0) >= 1 && received.size(1) == words &&
+                        (words <= 1 || received.stride(1) == 1),
+                    "received must be a row of ", words, " words for each rank, got ",
+                    received.sizes(), " with strides ", received.strides());
+  // Sums of linear codes are kept in 32 bits.
+  TORCH_CHECK_VALUE(received.size(0) <= 65536, "received must be from at most 65536 ranks, got ",
+                    received.size(0));
+  check_means(means, layout, dtype, bits, first, last);
+  const uint64_t key = gqsgd::dither_key(seed, step, tensor_id, gqsgd::kRequantizeStream);
+  const gqsgd::Received pieces{received.const_data_ptr(), received.size(0), received.stride(0)};
+  const Kernels* kernels = active_kernels();
+  at::parallel_for(
+      first, last, grain(gqsgd::kTile * received.size(0)), [&](int64_t begin, int64_t end) {
+        kernels->requantize(args, pieces, key, means.mutable_data_ptr(), first, begin, end);
+      });
+}
+
+void dequantize_means(const Tensor& means, const Tensor& norms, Tensor out, int64_t block_size,
+                      int64_t bits, int64_t levels, double scale) {
+  check_geometry(out, block_size);
+  const Layout layout = layout_of(out.numel(), block_size, bits);
+  const DType dtype = dtype_of(out, "the tensor");
+  const CodeArgs args = code_args(dtype, layout, norms, bits, levels);
+  check_means(means, layout, dtype, bits, 0, layout.tiles());
+  const Kernels* kernels = active_kernels();
+  at::parallel_for(0, layout.tiles(), grain(gqsgd::kTile), [&](int64_t begin, int64_t end) {
+    kernels->dequantize_means(args, means.const_data_ptr(), scale, out.mutable_data_ptr(), begin,
+                              end);
+  });
+}
+
+// Parts are added up in their order, however many threads made them.
+double sum_of_squares(const Tensor& x) {
+  constexpr int64_t kPart = 65536;
+  check_geometry(x, 1);
+  const DType dtype = dtype_of(x, "the tensor");
+  const Kernels* kernels = active_kernels();
+  const auto* data = static_cast<const char*>(x.const_data_ptr());
+  std::vector<double> parts(gqsgd::ceil_div(x.numel(), kPart));
+  at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      parts[part] = kernels->sum_of_squares(dtype, data + part * kPart * x.element_size(),
+                                            std::min(kPart, x.numel() - part * kPart));
+    }
+  });
+  return std::accumulate(parts.begin(), parts.end(), 0.0);
 }
 
 int64_t storage_use_count(const Tensor& tensor) {
@@ -161,6 +278,11 @@ TORCH_LIBRARY_IMPL(hvd_gqsgd, CPU, m) {
   m.impl("block_max", &block_max);
   m.impl("quantize", &quantize);
   m.impl("dequantize", &dequantize);
+  m.impl("block_squares", &block_squares);
+  m.impl("l2_norms", &l2_norms);
+  m.impl("requantize", &requantize);
+  m.impl("dequantize_means", &dequantize_means);
+  m.impl("sum_of_squares", &sum_of_squares);
 }
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CompositeExplicitAutograd, m) {

@@ -7,8 +7,10 @@ To run them by hand: ``mpirun -n 4 python -m pytest tests/ranks`` or ``horovodru
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 LAUNCHED = bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
 
@@ -20,3 +22,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     from hvd_gqsgd import build_info
 
     return [f"hvd_gqsgd: {build_info()}"]
+
+
+@pytest.fixture
+def thread_count() -> Iterator[Callable[[int], None]]:
+    """Sets PyTorch's number of threads, for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

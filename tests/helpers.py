@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
 
@@ -13,12 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hvd_gqsgd import ops
+from hvd_gqsgd import ops, reference, reference_two_phase
 
 Array = NDArray[Any]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WIDTHS = range(2, 17)
+TWO_PHASE_CODES = [
+    ("exponential", 4),
+    ("exponential", 8),
+    *(("linear", b) for b in (2, 3, 5, 8, 11, 16)),
+]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -59,6 +65,42 @@ def gradient_like(
 ) -> Tensor:
     """Heavy-tailed numbers, as gradients are."""
     return torch.from_numpy(0.01 * rng.standard_t(3, shape)).to(dtype)
+
+
+def special_values(dtype: torch.dtype) -> Tensor:
+    """Numbers at the edges of a type, signed zeros, infinities and NaN."""
+    info = torch.finfo(dtype)
+    edges = [0.0, 1.0, 1e-45, 3.4e38, info.smallest_normal, info.smallest_normal / 2, info.max]
+    smallest = from_bits(np.array([1, 2, 3]), dtype)
+    positive = torch.cat([torch.tensor(edges, dtype=torch.float64).to(dtype), smallest])
+    odd = torch.tensor([torch.inf, torch.nan], dtype=dtype)
+    return torch.cat([positive, -positive, odd, -odd])
+
+
+def data(rng: np.random.Generator, kind: int, numel: int, dtype: torch.dtype) -> Tensor:
+    """One of four kinds of numbers."""
+    x = gradient_like(rng, numel, dtype)
+    if kind == 1:  # stretches of quite different magnitude, from nothing to overflow
+        stretch = rng.choice([3, 100, 5000])
+        exponents = np.repeat(rng.integers(-160, 140, numel // stretch + 1), stretch)[:numel]
+        x = torch.from_numpy(rng.standard_normal(numel) * np.exp2(exponents)).to(dtype)
+    elif kind == 2:
+        x = random_floats(rng, numel, dtype)
+    elif kind == 3 and numel:
+        special = special_values(dtype)
+        at = rng.integers(0, numel, 1 + numel // 500)
+        x[at] = special[rng.integers(0, len(special), len(at))]
+    return x
+
+
+def assert_same(got: Tensor, expected: Array, what: object) -> None:
+    """Native and reference results have the same type, shape and bits."""
+    actual = as_numpy(got)
+    assert actual.dtype == expected.dtype, what
+    assert actual.shape == expected.shape, what
+    integers = f"i{actual.itemsize}"
+    different = np.flatnonzero(actual.view(integers) != expected.view(integers))
+    assert not len(different), (what, different[:5], actual[different[:5]], expected[different[:5]])
 
 
 @contextlib.contextmanager
@@ -102,6 +144,97 @@ def decode(
     block = block_size or max(like.numel(), 1)
     ops.dequantize(words, norms, out, block, bits, levels, contributors, scale)
     return out
+
+
+def squares(x: Tensor, norms: Tensor, block_size: int | None) -> Tensor:
+    """Native sums of squares of blocks."""
+    out = torch.full(norms.shape, -77)
+    ops.block_squares(x, norms, out, block_size or max(x.numel(), 1))
+    return out
+
+
+def requantize(
+    received: Tensor, norms: Tensor, numel: int, block_size: int | None, bits: int, levels: int, *,
+    cuts: Iterable[int] | None = None, seed: int = 0, step: int = 0, tensor_id: int = 0,
+) -> Tensor:  # fmt: skip
+    """Native means of all tiles, written over rubbish: in segments between the tiles ``cuts``."""
+    block = block_size or max(numel, 1)
+    # To have the offsets from the reference here makes it a test of the native ones.
+    norm_type = f"i{norms.element_size()}"
+    offsets = reference_two_phase.tile_offsets(numel, block_size, bits, norm_type)
+    tile = reference.places(numel, block_size, bits).tile
+    word = reference.places(numel, block_size, bits).word
+    ends = np.zeros(len(offsets), np.int64)  # of the words of the tiles before
+    np.maximum.at(ends, tile + 1, word + 1)
+    edges = [0, *(cuts or ()), len(offsets) - 1]
+    wide = 8 in (norms.element_size(), received.element_size())
+    parts = []
+    for first, last in pairwise(edges):
+        size = int(offsets[last] - offsets[first])
+        part = torch.full((size,), -77, dtype=torch.int64 if wide else torch.int32)
+        piece = received[:, ends[first] : ends[last]]
+        ops.requantize(
+            piece, norms, part, numel, block, bits, levels, first, last, seed, step, tensor_id
+        )
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def decode_means(
+    means: Tensor, norms: Tensor, like: Tensor, block_size: int | None, bits: int, levels: int,
+    scale: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """Native gradient from means, written over rubbish."""
+    out = torch.full_like(like, -77)
+    block = block_size or max(like.numel(), 1)
+    ops.dequantize_means(means, norms, out, block, bits, levels, scale)
+    return out
+
+
+def several(rng: np.random.Generator, kind: int, shape: tuple[int, int], dtype: Any) -> Tensor:
+    """A row for each rank; kind 4 is of quite different magnitudes on different ranks."""
+    n, numel = shape
+    if kind < 4:
+        return torch.stack([data(rng, kind, numel, dtype) for _ in range(n)])
+    factors = torch.from_numpy(np.exp2(rng.integers(-20, 20, (n, 1))))
+    return (gradient_like(rng, shape, torch.float64) * factors).to(dtype)
+
+
+def shared_norms(rows: Tensor, block_size: int | None, norm: str) -> Tensor:
+    """Native norms over all ranks."""
+    largest = torch.stack([norms(x, block_size) for x in rows]).amax(0)
+    if norm == "l2":
+        total = torch.stack([squares(x, largest, block_size) for x in rows]).sum(0)
+        ops.l2_norms(largest, total)
+    return largest
+
+
+def send(
+    rows: Tensor, shared: Tensor, block_size: int | None, bits: int, s: int, **at: Any
+) -> Tensor:
+    """Native words, a row for each rank."""
+    return torch.stack(
+        [
+            encode(x, shared, block_size, bits, s, rank=rank, world_size=len(rows), **at)
+            for rank, x in enumerate(rows)
+        ]
+    )
+
+
+def exchange(
+    rows: Tensor, code: tuple[str, int], block_size: int | None, norm: str = "max",
+    correlated: bool = True, cuts: list[int] | None = None, **at: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """All native: norms, words, means, and what each rank decodes."""
+    s, bits, numel = reference_two_phase.two_phase_levels(*code), code[1], rows.shape[1]
+    shared = shared_norms(rows, block_size, norm)
+    words = send(rows, shared, block_size, bits, s, correlated=correlated, **at)
+    means = requantize(words, shared, numel, block_size, bits, s, cuts=cuts, **at)
+    return shared, words, means, decode_means(means, shared, rows[0], block_size, bits, s)
+
+
+def tiles_of(numel: int, block_size: int | None, bits: int) -> int:
+    return int(reference.places(numel, block_size, bits).tile.max(initial=-1)) + 1
 
 
 def threshold(false_alarms: float) -> float:

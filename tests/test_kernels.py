@@ -8,7 +8,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -17,7 +17,9 @@ from helpers import (
     DTYPES,
     WIDTHS,
     as_numpy,
+    assert_same,
     bits_of,
+    data,
     decode,
     encode,
     from_bits,
@@ -25,7 +27,7 @@ from helpers import (
     instruction_set,
     name,
     norms,
-    random_floats,
+    special_values,
 )
 from torch import Tensor
 
@@ -36,42 +38,6 @@ BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
 SIZES = [0, 1, 3, 255, 1023, 1024, 1025, 2049, 5000]
 WORLDS = [(0, 1, True), (0, 1, False), (1, 2, True), (2, 3, False), (2, 3, True), (6, 7, True)]
 EVERY_PATTERN = np.arange(2**16, dtype=np.uint16).view(np.int16)
-
-
-def special_values(dtype: torch.dtype) -> Tensor:
-    """Numbers at the edges of a type, signed zeros, infinities and NaN."""
-    info = torch.finfo(dtype)
-    edges = [0.0, 1.0, 1e-45, 3.4e38, info.smallest_normal, info.smallest_normal / 2, info.max]
-    smallest = from_bits(np.array([1, 2, 3]), dtype)
-    positive = torch.cat([torch.tensor(edges, dtype=torch.float64).to(dtype), smallest])
-    odd = torch.tensor([torch.inf, torch.nan], dtype=dtype)
-    return torch.cat([positive, -positive, odd, -odd])
-
-
-def data(rng: np.random.Generator, kind: int, numel: int, dtype: torch.dtype) -> Tensor:
-    """One of four kinds of numbers."""
-    x = gradient_like(rng, numel, dtype)
-    if kind == 1:  # stretches of quite different magnitude, from nothing to overflow
-        stretch = rng.choice([3, 100, 5000])
-        exponents = np.repeat(rng.integers(-160, 140, numel // stretch + 1), stretch)[:numel]
-        x = torch.from_numpy(rng.standard_normal(numel) * np.exp2(exponents)).to(dtype)
-    elif kind == 2:
-        x = random_floats(rng, numel, dtype)
-    elif kind == 3 and numel:
-        special = special_values(dtype)
-        at = rng.integers(0, numel, 1 + numel // 500)
-        x[at] = special[rng.integers(0, len(special), len(at))]
-    return x
-
-
-def assert_same(got: Tensor, expected: np.ndarray, what: object) -> None:
-    """Native and reference results have the same type, shape and bits."""
-    actual = as_numpy(got)
-    assert actual.dtype == expected.dtype, what
-    assert actual.shape == expected.shape, what
-    integers = f"i{actual.itemsize}"
-    different = np.flatnonzero(actual.view(integers) != expected.view(integers))
-    assert not len(different), (what, different[:5], actual[different[:5]], expected[different[:5]])
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -238,14 +204,6 @@ def test_flushed_subnormals() -> None:
     assert back.tolist() == [0.0] * 5 + [1.0] * 5
 
 
-@pytest.fixture
-def thread_count() -> Iterator[Callable[[int], None]]:
-    """Sets PyTorch's number of threads, for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("block_size", [1, 1000, 1024, None])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_threads_do_not_matter(
@@ -319,7 +277,7 @@ def test_extreme_codes_never_overflow(bits: int) -> None:
 def test_number_of_words(bits: int) -> None:
     """The op takes buffers of just the length that ``words_for`` says."""
     sizes = [1, 2, 11, 12, 13, 63, 64, 1023, 1024, 1025, 3000, 4096]
-    for numel, block in itertools.product(sizes, [1, 5, 12, 1023, 1024, 1025, 2048, 10**9]):
+    for numel, block in itertools.product(sizes, [1, 5, 12, 1023, 1024, 1025, 2048, 2**63 - 1]):
         words = ops.words_for(numel, block, bits)
         expected = reference.pack(np.zeros(numel, np.int64), block, bits, 1)
         assert words == len(expected)
@@ -339,7 +297,8 @@ NORMS = torch.zeros(10, dtype=torch.int32)
 WORDS = torch.zeros(30, dtype=torch.int32)
 TRANSPOSED = torch.ones(10, 10).t()
 DTYPE_MESSAGE = "the tensor must be float16, bfloat16, float32 or float64, got "
-LEVELS_MESSAGE = "levels must be from 1 to 127 for 8 bits, got "
+LEVELS_MESSAGE = "levels must be from 1 to 127 for 8 bits, or 0 for exponential dithering, got "
+EXPONENTIAL_MESSAGE = "exponential dithering has 4 or 8 bits, got "
 CONTRIBUTORS_MESSAGE = "contributors must be from 1 to "
 
 
@@ -388,16 +347,19 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         (lambda: quantize(block_size=-1), ValueError, "block_size must be at least 1, got -1"),
         (lambda: quantize(bits=1), ValueError, "bits must be from 2 to 16, got 1"),
         (lambda: quantize(bits=17), ValueError, "bits must be from 2 to 16, got 17"),
-        (lambda: quantize(levels=0), ValueError, LEVELS_MESSAGE + "0"),
+        (lambda: quantize(levels=-1), ValueError, LEVELS_MESSAGE + "-1"),
         (lambda: quantize(levels=128), ValueError, LEVELS_MESSAGE + "128"),
+        (lambda: quantize(bits=16, levels=0), ValueError, EXPONENTIAL_MESSAGE + "16"),
         (lambda: quantize(rank=-1), ValueError, "rank must be from 0 to 0, got -1"),
         (lambda: quantize(rank=3, world_size=3), ValueError, "rank must be from 0 to 2, got 3"),
+        (lambda: quantize(world_size=2**32), ValueError, "world_size must be at most 2147483647"),
         (lambda: dequantize(out=X.int()), TypeError, DTYPE_MESSAGE + "Int"),
         (lambda: dequantize(out=TRANSPOSED), ValueError, "the tensor must be contiguous"),
         (lambda: dequantize(norms=NORMS[:9]), ValueError, "norms must have 10 elements, got 9"),
         (lambda: dequantize(words=WORDS[:-1]), ValueError, "words must have 30 elements, got 29"),
         (lambda: dequantize(bits=33), ValueError, "bits must be from 2 to 16, got 33"),
         (lambda: dequantize(levels=200), ValueError, LEVELS_MESSAGE + "200"),
+        (lambda: dequantize(levels=0), ValueError, "levels must be at least 1, got 0"),
         (
             lambda: dequantize(contributors=0), ValueError,
             CONTRIBUTORS_MESSAGE + "1 for 8 bits and 127 levels, got 0",

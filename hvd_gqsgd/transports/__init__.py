@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -10,13 +11,13 @@ __all__ = ["Handle", "Transport"]
 
 
 class Handle(Protocol):
-    """An operation in flight. Its tensor must not be touched until ``wait`` has returned."""
+    """An operation in flight. Its tensor must stay as it is until ``wait`` has returned."""
 
     def done(self) -> bool:
         """Whether ``wait`` would return, or raise, at once."""
 
-    def wait(self) -> None:
-        """Returns once the tensor holds the reduced values.
+    def wait(self) -> Tensor:
+        """The result, once it is there: the tensor itself if the operation is in place.
 
         Raises:
             AgreementError: the ranks' tensors do not match.
@@ -25,7 +26,7 @@ class Handle(Protocol):
 
 
 class Transport(Protocol):
-    """Collectives on integer tensors, in place, matched between ranks by name.
+    """Collectives on integer tensors, matched between ranks by name.
 
     A name is free again as soon as its operation has been waited for.
     """
@@ -50,10 +51,20 @@ class Transport(Protocol):
         """What ``pass_turn`` sends."""
 
     def max_async(self, tensor: Tensor, name: str) -> Handle:
-        """Starts an elementwise maximum over all ranks of an int32 or int64 tensor."""
+        """Starts an elementwise maximum over all ranks, in place, of an int32 or int64 tensor."""
 
     def sum_async(self, tensor: Tensor, name: str) -> Handle:
-        """Starts an elementwise sum over all ranks of an int32 or int64 tensor."""
+        """Starts an elementwise sum over all ranks, in place, of an int32 or int64 tensor."""
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+        """Starts sending each rank its part of a flat tensor, of ``splits[rank]`` elements.
+
+        The result are the parts for this rank, in the order of the ranks; all of one length, as
+        ``splits`` is the same everywhere.
+        """
+
+    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
+        """Starts putting the flat tensors of all ranks, of any lengths, end to end."""
 
     def pass_turn(self, name: str) -> Handle:
         """Called where a sum could have been started and was not, as often on all ranks.

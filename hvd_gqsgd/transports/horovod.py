@@ -1,8 +1,9 @@
-"""Stock Horovod's asynchronous allreduce, over whatever it was built with."""
+"""Stock Horovod's asynchronous collectives, over whatever it was built with."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,9 +26,9 @@ class _HorovodHandle:
     def done(self) -> bool:
         return bool(hvd.poll(self.handle))
 
-    def wait(self) -> None:
+    def wait(self) -> Tensor:
         try:
-            hvd.synchronize(self.handle)
+            result = hvd.synchronize(self.handle)
         except HorovodInternalError as error:
             # Horovod's controller compares shapes and types before it moves any data, and tells
             # every rank. What else it raises is left alone: elastic training acts on it.
@@ -37,6 +38,9 @@ class _HorovodHandle:
                 f"ranks disagree on {self.name}: they use different options or different tensors. "
                 f"Horovod says: {error}"
             ) from error
+        # An Alltoall gives the lengths of the parts too.
+        tensor: Tensor = result[0] if isinstance(result, tuple) else result
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,17 @@ class HorovodTransport:
     def sum_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""
         return self._allreduce(tensor, name, hvd.Sum)
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _HorovodHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        counts = torch.tensor(splits, dtype=torch.int32, device="cpu")
+        handle = hvd.alltoall_async(tensor, counts, name=name, process_set=self.process_set)
+        return _HorovodHandle(handle, name)
+
+    def allgather_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
+        return _HorovodHandle(handle, name)
 
     def pass_turn(self, name: str) -> _HorovodHandle:
         """One word that nobody reads: Horovod counts it like what is started in its place."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +11,13 @@ from torch import Tensor
 __all__ = ["SimulatedTransport", "SimulatedWorld"]
 
 
+Combine = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
 @dataclass
 class _Operation:
-    tensors: list[Tensor] = field(default_factory=list)
-    done: bool = False
+    tensors: dict[int, Tensor] = field(default_factory=dict)  # by rank
+    results: Sequence[Tensor] = ()
 
 
 class SimulatedWorld:
@@ -28,32 +31,29 @@ class SimulatedWorld:
         """The end of rank ``rank``."""
         return SimulatedTransport(self, rank)
 
-    def start(
-        self, tensor: Tensor, name: str, reduce_: Callable[[Tensor, Tensor], None]
-    ) -> _Operation:
-        """One rank's part of an operation; the last one to come reduces for all."""
+    def start(self, rank: int, tensor: Tensor, name: str, combine: Combine) -> _SimulatedHandle:
+        """One rank's part of an operation; the last one to come makes the results of all."""
         operation = self._started.setdefault(name, _Operation())
-        operation.tensors.append(tensor)
+        assert rank not in operation.tensors, f"{name} was started twice"
+        operation.tensors[rank] = tensor
         if len(operation.tensors) == self.size:
             del self._started[name]
-            result = operation.tensors[0]
-            for other in operation.tensors[1:]:
-                reduce_(result, other)
-            for other in operation.tensors[1:]:
-                other.copy_(result)
-            operation.done = True
-        return operation
+            operation.results = combine([operation.tensors[r] for r in range(self.size)])
+            operation.tensors.clear()
+        return _SimulatedHandle(operation, rank)
 
 
 @dataclass(frozen=True)
 class _SimulatedHandle:
     operation: _Operation
+    rank: int
 
     def done(self) -> bool:
-        return self.operation.done
+        return bool(self.operation.results)
 
-    def wait(self) -> None:
-        assert self.operation.done, "nobody else can finish it while this thread waits"
+    def wait(self) -> Tensor:
+        assert self.operation.results, "nobody else can finish it while this thread waits"
+        return self.operation.results[self.rank]
 
 
 @dataclass(frozen=True)
@@ -76,23 +76,29 @@ class SimulatedTransport:
 
     def max_async(self, tensor: Tensor, name: str) -> _SimulatedHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""
-
-        def maximum(total: Tensor, other: Tensor) -> None:
-            torch.maximum(total, other, out=total)
-
-        return _SimulatedHandle(self.world.start(tensor, name, maximum))
+        return self.world.start(self.rank, tensor, name, _reduce(torch.maximum))
 
     def sum_async(self, tensor: Tensor, name: str) -> _SimulatedHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self.world.start(self.rank, tensor, name, _reduce(torch.add))
 
-        def add(total: Tensor, other: Tensor) -> None:
-            total.add_(other)
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _SimulatedHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
 
-        return _SimulatedHandle(self.world.start(tensor, name, add))
+        def deal(tensors: list[Tensor]) -> Sequence[Tensor]:
+            return [part.reshape(-1) for part in torch.stack(tensors).split(list(splits), dim=1)]
+
+        return self.world.start(self.rank, tensor, name, deal)
+
+    def allgather_async(self, tensor: Tensor, name: str) -> _SimulatedHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self.world.start(
+            self.rank, tensor, name, lambda tensors: [torch.cat(tensors)] * len(tensors)
+        )
 
     def pass_turn(self, name: str) -> _SimulatedHandle:
         """Nobody counts here."""
-        return _SimulatedHandle(_Operation(done=True))
+        return _SimulatedHandle(_Operation(results=[torch.empty(0)]), 0)
 
     def idle(self) -> None:
         """Nothing will come by itself here: the other ranks run in this thread.
@@ -101,3 +107,17 @@ class SimulatedTransport:
             RuntimeError: always.
         """
         raise RuntimeError("waited for before all simulated ranks had started it")
+
+
+def _reduce(operation: Callable[..., Tensor]) -> Combine:
+    """In place, on all ranks."""
+
+    def reduce_(tensors: list[Tensor]) -> Sequence[Tensor]:
+        result = tensors[0]
+        for other in tensors[1:]:
+            operation(result, other, out=result)
+        for other in tensors[1:]:
+            other.copy_(result)
+        return tensors
+
+    return reduce_

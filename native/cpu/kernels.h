@@ -8,15 +8,23 @@ namespace gqsgd {
 
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
-// What both directions of linear dithering need to know of a tensor. `norms` has one entry a block:
-// int32 bits of a float, for float64 tensors int64 bits of a double.
-struct LinearArgs {
+// What both directions of a code need to know of a tensor. `norms` has one entry a block: int32
+// bits of a float, for float64 tensors int64 bits of a double.
+struct CodeArgs {
   DType dtype;
   int64_t numel;
   int64_t block;   // elements that share a norm
-  int bits;        // lane width, 2 to 16
-  int32_t levels;  // s: levels a side, 1 to 2^15 - 1
+  int bits;        // lane width, 2 to 16; 4 or 8 for exponential dithering
+  int32_t levels;  // s: levels a side, 1 to 2^15 - 1; 0 for exponential dithering
   const void* norms;
+};
+
+// The codes of one tensor's tiles from `begin` on, as `ranks` ranks have sent them to the one that
+// owns those tiles.
+struct Received {
+  const void* words;  // rank 0's
+  int64_t ranks;
+  int64_t stride;  // words from one rank's to the next one's
 };
 
 struct Kernels {
@@ -24,13 +32,29 @@ struct Kernels {
   // Largest magnitude of blocks [begin, end) of x, to norms[begin, end).
   void (*block_max)(DType, const void* x, int64_t numel, int64_t block, void* norms, int64_t begin,
                     int64_t end);
+  // Sum of the squares of blocks [begin, end) in units of l2.h, to squares[begin, end). Levels and
+  // bits are not looked at.
+  void (*block_squares)(const CodeArgs&, const void* x, int64_t* squares, int64_t begin,
+                        int64_t end);
+  // Largest magnitudes of blocks [begin, end) become L2 norms. Not for the dtype, which is only one
+  // that has such norms.
+  void (*l2_norms)(DType, void* norms, const int64_t* squares, int64_t begin, int64_t end);
   // Codes of tiles [begin, end). `key` is a dither_key(); `offset` is added to all dither.
-  void (*quantize)(const LinearArgs&, const void* x, uint64_t key, uint32_t offset, void* words,
+  void (*quantize)(const CodeArgs&, const void* x, uint64_t key, uint32_t offset, void* words,
                    int64_t begin, int64_t end);
   // out = (sum of codes) * scale / levels * norm for tiles [begin, end), where `contributors` ranks
-  // have added their words. Blocks with a norm that is not finite become NaN.
-  void (*dequantize)(const LinearArgs&, const void* words, int64_t contributors, double scale,
+  // have added their words. Blocks with a norm that is not finite become NaN. Linear alone.
+  void (*dequantize)(const CodeArgs&, const void* words, int64_t contributors, double scale,
                      void* out, int64_t begin, int64_t end);
+  // The mean over the ranks of tiles [begin, end), rounded again, as laid out by MeansLayout:
+  // `received` and `means` begin with tile `first`. Of `dtype`, only the arithmetic type counts.
+  void (*requantize)(const CodeArgs&, const Received& received, uint64_t key, void* means,
+                     int64_t first, int64_t begin, int64_t end);
+  // out = mean * scale for tiles [begin, end); `means` begins with tile 0.
+  void (*dequantize_means)(const CodeArgs&, const void* means, double scale, void* out,
+                           int64_t begin, int64_t end);
+  // Sum of the squares of x in double, in an order that is the same everywhere.
+  double (*sum_of_squares)(DType, const void* x, int64_t numel);
 };
 
 // The tables for each instruction set that this build holds and this processor runs, best last.

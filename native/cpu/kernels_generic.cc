@@ -8,7 +8,7 @@
 namespace gqsgd {
 
 const Kernels* generic_kernels() {
-  static const Kernels table{"generic", block_max_any, quantize_any, dequantize_any};
+  static const Kernels table = make_table("generic");
   return &table;
 }
 

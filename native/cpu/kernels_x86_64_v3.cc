@@ -13,7 +13,7 @@
 namespace gqsgd {
 
 const Kernels* x86_64_v3_kernels() {
-  static const Kernels table{"x86-64-v3", block_max_any, quantize_any, dequantize_any};
+  static const Kernels table = make_table("x86-64-v3");
   // By feature: compilers know the name of the level as a target longer than as a question.
   const bool supported = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");

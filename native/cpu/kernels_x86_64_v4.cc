@@ -13,7 +13,7 @@
 namespace gqsgd {
 
 const Kernels* x86_64_v4_kernels() {
-  static const Kernels table{"x86-64-v4", block_max_any, quantize_any, dequantize_any};
+  static const Kernels table = make_table("x86-64-v4");
   // By feature: compilers know the name of the level as a target longer than as a question.
   const bool supported = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&

@@ -168,7 +168,7 @@ def test_results_do_not_share_memory(rank, size):
 
 def test_too_many_ranks_for_the_lanes(rank, several):
     with pytest.raises(ValueError, match="bits must be at least"):
-        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(bits=2))
+        hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(bits=2, exchange="allreduce"))
 
 
 def test_a_process_set_and_all_ranks_at_once(rank, size, process_set):

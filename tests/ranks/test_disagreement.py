@@ -12,7 +12,7 @@ import torch
 from helpers import assert_same_on_all_ranks, bound, gradients
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_gqsgd import AgreementError, GlobalQSGD
+from hvd_gqsgd import AgreementError, DynamicBits, GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
 
 pytestmark = pytest.mark.usefixtures("several")
@@ -23,6 +23,9 @@ pytestmark = pytest.mark.usefixtures("several")
     ({"block_size": 1024}, {"block_size": None}), ({"block_size": 1024}, {"block_size": 1025}),
     ({"correlated": True}, {"correlated": False}),
     ({"seed": 0}, {"seed": 1}), ({"bucket_mb": 25}, {"bucket_mb": 1}),
+    ({}, {"exchange": "two_phase"}), ({}, {"norm": "l2"}), ({"norm": "l2"}, {}),
+    ({"exchange": "two_phase"}, {"dither": "exponential"}),
+    ({"bits": 5}, {"bits": DynamicBits(5)}), ({"bits": DynamicBits(6)}, {"bits": DynamicBits(5)}),
 ])  # fmt: skip
 def test_options(rank, size, options):
     compressor = GlobalQSGD(**options[rank == size - 1])
@@ -53,6 +56,19 @@ def test_reductions_that_are_not_linear(rank, size, name):
     everyone = gradients(size, 9000)
     mean = hvd.allreduce(everyone[rank], name="x", compression=compressor)  # and it still works
     assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
+
+
+@pytest.mark.parametrize("options", [
+    {"exchange": "two_phase"}, {"dither": "exponential", "bits": 4}, {"norm": "l2"},
+    {"bits": DynamicBits(6, min_bits=4)},
+])  # fmt: skip
+def test_all_operators_abandon_what_is_not_linear(rank, size, options):
+    compressor = GlobalQSGD(**options)
+    with pytest.raises(AgreementError, match="linear"):
+        hvd.allreduce(torch.ones(9000), name="x", op=hvd.Max, compression=compressor)
+    everyone = gradients(size, 9000)
+    mean = hvd.allreduce(everyone[rank], name="x", compression=compressor)  # and it still works
+    assert_same_on_all_ranks(mean)
 
 
 def test_other_process_set_than_the_compressor_s(rank, process_set):
@@ -90,13 +106,14 @@ def exchange_in_order(compressor, tensors, order):
 
 @pytest.mark.parametrize("numels", [(9000, 9000, 9000), (9000, 5000, 7000)])
 @pytest.mark.parametrize("bucket_mb", [25, 0.03])
-def test_other_order_without_names(rank, size, numels, bucket_mb):
+@pytest.mark.parametrize("exchange", ["allreduce", "two_phase"])
+def test_other_order_without_names(rank, size, numels, bucket_mb, exchange):
     tensors = {f"t{i}": torch.ones(numel) for i, numel in enumerate(numels)}
     order = list(tensors)
     if rank == size - 1:
         order = [order[1], order[0], order[2]]
     with pytest.raises(AgreementError, match="order"):
-        exchange_in_order(GlobalQSGD(bucket_mb=bucket_mb), tensors, order)
+        exchange_in_order(GlobalQSGD(exchange=exchange, bucket_mb=bucket_mb), tensors, order)
     hvd.barrier()
 
 

@@ -7,8 +7,10 @@ once one of them had more batches than another.
 from __future__ import annotations
 
 import horovod.torch as hvd
+import pytest
 import torch
 from helpers import assert_same_on_all_ranks, backward, bound, gradients, mlp
+from horovod.common.exceptions import HorovodInternalError
 
 from hvd_gqsgd import GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
@@ -47,3 +49,12 @@ def test_join_with_an_optimizer(rank, size, several):
     optimizer.step()
     for parameter in model.parameters():
         assert_same_on_all_ranks(parameter)
+
+
+def test_two_phases_need_all_ranks(rank, size, several):
+    """A rank that has left owns a part of the bucket: Horovod raises its own error; no hang."""
+    compressor = GlobalQSGD(exchange="two_phase")
+    if rank > 0:
+        with pytest.raises(HorovodInternalError, match=r"[Jj]oin"):
+            hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
+    hvd.join()

@@ -8,10 +8,11 @@
 // Forced inlining is not for speed alone: the CPU kernels are compiled once per instruction set,
 // and an out-of-line copy shared by the linker could be the one that this processor cannot run.
 #if defined(__CUDACC__)
-#define GQSGD_INLINE static __host__ __device__ __forceinline__
+#define GQSGD_MEMBER __host__ __device__ __forceinline__
 #else
-#define GQSGD_INLINE static inline __attribute__((always_inline))
+#define GQSGD_MEMBER inline __attribute__((always_inline))
 #endif
+#define GQSGD_INLINE static GQSGD_MEMBER
 
 namespace gqsgd {
 
@@ -22,5 +23,9 @@ GQSGD_INLINE To bit_cast(From from) {
   memcpy(&to, &from, sizeof(to));
   return to;
 }
+
+// Correctly rounded, as IEEE 754 has it, so the same everywhere.
+GQSGD_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+GQSGD_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 
 }  // namespace gqsgd

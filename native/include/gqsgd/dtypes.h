@@ -76,6 +76,13 @@ GQSGD_INLINE int32_t norm_from_magnitude(Half, int16_t bits) {
 GQSGD_INLINE bool is_finite_norm(int32_t bits) { return bits < 0x7f800000; }
 GQSGD_INLINE bool is_finite_norm(int64_t bits) { return bits < 0x7ff0000000000000; }
 
+GQSGD_INLINE int32_t largest_finite(int32_t) { return 0x7f7fffff; }
+GQSGD_INLINE int64_t largest_finite(int64_t) { return 0x7fefffffffffffff; }
+
+// Bits of a number as the type that norms have.
+GQSGD_INLINE int32_t bits_of(float x) { return bit_cast<int32_t>(x); }
+GQSGD_INLINE int64_t bits_of(double x) { return bit_cast<int64_t>(x); }
+
 GQSGD_INLINE float quiet_nan(int32_t) { return bit_cast<float>(0x7fc00000); }
 GQSGD_INLINE double quiet_nan(int64_t) { return bit_cast<double>(int64_t{0x7ff8000000000000}); }
 

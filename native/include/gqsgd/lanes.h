@@ -8,6 +8,8 @@
 // Lanes hold u = code + s, at most 2s, and n ranks add up to at most 2sn <= 2^b - 1: no lane
 // spills. The top lane holds the code itself, without + s, so that the word as a signed integer
 // never overflows either: summed words lie in [-sn * 2^(b(L-1)), (sn + 1) * 2^(b(L-1)) - 1].
+//
+// Codes that are not added, those of exponential dithering, lie in their lanes as they are.
 #pragma once
 
 #include "gqsgd/config.h"
@@ -16,7 +18,8 @@ namespace gqsgd {
 
 constexpr int64_t kTile = 1024;
 
-GQSGD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// For a >= 0, b >= 1; a + b - 1 could overflow.
+GQSGD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 GQSGD_INLINE bool fits_int32(int bits) { return 32 % bits == 0; }
 GQSGD_INLINE int lanes_per_word(int bits) { return (fits_int32(bits) ? 32 : 64) / bits; }
@@ -40,11 +43,6 @@ struct Layout {
   struct Tile {
     int64_t block, begin, size, word, words;  // begin: first element; word: first word
   };
-#if defined(__CUDACC__)
-#define GQSGD_MEMBER __host__ __device__ __forceinline__
-#else
-#define GQSGD_MEMBER inline __attribute__((always_inline))
-#endif
   GQSGD_MEMBER int64_t blocks() const { return ceil_div(numel, block); }
   GQSGD_MEMBER int64_t tiles_per_block() const { return ceil_div(block, kTile); }
   GQSGD_MEMBER int64_t tiles() const {
@@ -61,6 +59,35 @@ struct Layout {
     return {block_index, block_index * block + inside * kTile, size,
             block_index * words_of(block, lanes) + inside * ceil_div(kTile, lanes),
             ceil_div(size, lanes)};
+  }
+  // Where the words of tile `index` begin; for the number of tiles, where the last one's end.
+  GQSGD_MEMBER int64_t word(int64_t index) const {
+    return index == tiles() ? words() : tile(index).word;
+  }
+};
+
+// How the means of a two-phase exchange travel: for each tile a norm of its own and its words, so
+// that the parts that ranks send, put end to end, make the whole. Offsets are counted in units of
+// the larger of a norm and a word, and everything begins on one.
+struct MeansLayout {
+  Layout layout;
+  int64_t word_size, unit;
+
+  GQSGD_MEMBER int64_t units_of_tile(int64_t elements) const {
+    return elements ? 1 + ceil_div(ceil_div(elements, layout.lanes) * word_size, unit) : 0;
+  }
+  GQSGD_MEMBER int64_t units_of(int64_t elements) const {
+    return (elements / kTile) * units_of_tile(kTile) + units_of_tile(elements % kTile);
+  }
+  // Where tile `index` begins; for the number of tiles, where the last one ends.
+  GQSGD_MEMBER int64_t begin(int64_t index) const {
+    const int64_t block_index = index / layout.tiles_per_block();
+    const int64_t inside = index % layout.tiles_per_block();
+    if (index == layout.tiles()) {
+      return (layout.numel / layout.block) * units_of(layout.block) +
+             units_of(layout.numel % layout.block);
+    }
+    return block_index * units_of(layout.block) + inside * units_of_tile(kTile);
   }
 };
 

@@ -1,0 +1,43 @@
+"""Checks that options share. An error names the option, what it got and what it accepts."""
+
+from __future__ import annotations
+
+__all__ = ["check_choice", "check_int", "check_number"]
+
+
+def check_int(name: str, value: object, low: int, high: int, also: str = "") -> None:
+    """That ``value`` is an int from ``low`` to ``high``; ``also`` names another thing to take.
+
+    Raises:
+        TypeError: it is not an int; a bool is not one.
+        ValueError: it is out of range.
+    """
+    alternative = f" or {also}" if also else ""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int{alternative}, got {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}{alternative}, got {value}")
+
+
+def check_number(name: str, value: object, what: str) -> float:
+    """``value`` as a float, so that 25 and 25.0 are the same; ``what`` describes it.
+
+    Raises:
+        TypeError: it is neither an int nor a float; a bool is neither.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {what}, got {value!r}")
+    return float(value)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """That ``value`` is one of some strings.
+
+    Raises:
+        TypeError: it is not a string.
+        ValueError: it is another one.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {choices}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")

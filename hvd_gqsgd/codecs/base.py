@@ -1,0 +1,90 @@
+"""What both ditherings share: norms, places in a message, and the rounding of means.
+
+Every method works on flat, contiguous tensors. A *tile* is a block of at most 1024 elements, or a
+part of a larger block; it is the least that a rank can own in a two-phase exchange.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd import ops
+
+__all__ = ["Codec"]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """One rank's encoder and decoder for codes of one width."""
+
+    bits: int
+    levels: int
+    """s, the levels a side of linear dithering; 0 for exponential dithering."""
+    block_size: int | None
+    correlated: bool
+    seed: int
+    rank: int
+    world_size: int
+
+    @property
+    def word_dtype(self) -> torch.dtype:
+        """Type of the words that codes are packed in."""
+        return ops.word_dtype(self.bits)
+
+    def block(self, numel: int) -> int:
+        """Elements that share a norm in a tensor of ``numel`` elements."""
+        return self.block_size or max(numel, 1)
+
+    def num_norms(self, numel: int) -> int:
+        """Norms of a tensor of ``numel`` elements."""
+        return -(-numel // self.block(numel))
+
+    def num_words(self, numel: int) -> int:
+        """Words for the codes of a tensor of ``numel`` elements."""
+        return ops.words_for(numel, self.block(numel), self.bits)
+
+    def norms(self, x: Tensor, out: Tensor) -> None:
+        """Writes this rank's largest magnitudes, which are to be Max-reduced, to ``out``."""
+        ops.block_max(x, self.block(x.numel()), out)
+
+    def squares(self, x: Tensor, norms: Tensor, out: Tensor) -> None:
+        """Writes this rank's sums of squares on the global ``norms``, to be summed, to ``out``."""
+        ops.block_squares(x, norms, out, self.block(x.numel()))
+
+    def l2_norms(self, norms: Tensor, squares: Tensor) -> None:
+        """Turns the global largest magnitudes into L2 norms, given the sums over all ranks."""
+        ops.l2_norms(norms, squares)
+
+    def encode(self, x: Tensor, norms: Tensor, words: Tensor, step: int, tensor_id: int) -> None:
+        """Writes the codes of ``x`` on the global ``norms`` to ``words``.
+
+        Dither is a hash of the seed, ``step``, ``tensor_id``, the element and, unless it is
+        correlated, the rank.
+        """
+        ops.quantize(
+            x, norms, words, self.block(x.numel()), self.bits, self.levels,
+            self.seed, step, tensor_id, self.rank, self.world_size, self.correlated,
+        )  # fmt: skip
+
+    def requantize(
+        self, received: Tensor, norms: Tensor, means: Tensor, numel: int, tiles: tuple[int, int],
+        step: int, tensor_id: int,
+    ) -> None:  # fmt: skip
+        """Rounds the mean over the ranks of some tiles of a tensor once more, for all ranks.
+
+        ``received`` has a row for each rank, with the words of tiles ``tiles[0]`` to ``tiles[1]``
+        (excluded). The dither does not depend on the rank, so neither does the result.
+        """
+        ops.requantize(
+            received, norms, means, numel, self.block(numel), self.bits, self.levels,
+            *tiles, self.seed, step, tensor_id,
+        )  # fmt: skip
+
+    def decode_means(self, means: Tensor, norms: Tensor, out: Tensor, scale: float) -> None:
+        """Writes ``scale`` times the mean over the ranks to ``out``."""
+        ops.dequantize_means(
+            means, norms, out, self.block(out.numel()), self.bits, self.levels, scale
+        )

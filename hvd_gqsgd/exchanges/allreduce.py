@@ -1,0 +1,68 @@
+"""Codes summed as integers by an ordinary Allreduce.
+
+The lanes must be wide enough for the sum of all ranks' codes, so the number of levels falls with
+the number of ranks. The header of the code message counts who took part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hvd_gqsgd.buckets import CODE_HEADER, Bucket, Item
+from hvd_gqsgd.codecs import LinearCodec
+from hvd_gqsgd.exchanges.base import Exchange, Stage
+from hvd_gqsgd.transports import Handle
+
+__all__ = ["AllreduceExchange"]
+
+
+class AllreduceExchange(Exchange):
+    """Max of norms, then Sum of codes; for linear dithering."""
+
+    @property
+    def summands(self) -> int:
+        """All ranks."""
+        return self.size
+
+    def code_stages(self) -> Sequence[Stage]:
+        """One Sum."""
+        return [Stage("codes", self._fill_codes, self._sum_codes, self._read_codes)]
+
+    def decode(self, bucket: Bucket, item: Item, out: Tensor, scale: float) -> None:
+        """See :class:`Exchange`."""
+        assert isinstance(bucket.codec, LinearCodec) and bucket.contribution is not None
+        assert bucket.words is not None and bucket.norms is not None
+        bucket.codec.decode(
+            bucket.words[item.words], bucket.norms[item.norms], out,
+            bucket.contribution.count, scale,
+        )  # fmt: skip
+
+    def _fill_codes(self, bucket: Bucket) -> None:
+        assert bucket.codec is not None and bucket.norms is not None
+        assert bucket.agreement is not None
+        words = self._words(bucket)
+        bucket.write_code_header(self.rank)
+        for item in bucket.items:
+            assert item.x is not None
+            bucket.codec.encode(
+                item.x, bucket.norms[item.norms], words[item.words],
+                bucket.agreement.step, item.identity,
+            )  # fmt: skip
+
+    def _sum_codes(self, bucket: Bucket, name: str) -> Handle:
+        words = self._words(bucket)
+        self._count(words.nbytes)
+        return self._transport.sum_async(words, name)
+
+    def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
+        bucket.words = result
+        bucket.contribution = bucket.read_code_header()
+
+    def _words(self, bucket: Bucket) -> Tensor:
+        assert bucket.codec is not None
+        if bucket.words is None:
+            numel = bucket.lay_out_words(bucket.codec, CODE_HEADER)
+            bucket.words = self._take(bucket, numel, bucket.codec.word_dtype)
+        return bucket.words

@@ -1,0 +1,217 @@
+"""What an exchange is: stages of one collective each, the first of which finds the norms."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.buckets import Agreement, Bucket, Item
+from hvd_gqsgd.buffers import BufferPool
+from hvd_gqsgd.codecs import Codec, ExponentialCodec, LinearCodec, levels_for
+from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports import Handle, Transport
+
+__all__ = ["ORDER", "Exchange", "Stage"]
+
+ORDER = (
+    "without named_parameters tensors are told apart by their order of arrival, so pass "
+    "GlobalQSGD(named_parameters=model.named_parameters()) if that may differ between ranks"
+)
+
+# Squares are summed in 64 bits; kMostSquares of native/include/gqsgd/l2.h.
+MOST_SQUARES = 2**33
+
+
+class Stage(NamedTuple):
+    """One collective of a bucket's exchange."""
+
+    message: str
+    fill: Callable[[Bucket], None]
+    """Makes what is sent of what came before."""
+    send: Callable[[Bucket, str], Handle]
+    """Starts it; without ``fill`` with whatever is in memory, by a rank that has given up."""
+    read: Callable[[Bucket, Tensor], None]
+    """Takes the result."""
+
+
+class Exchange(ABC):
+    """The way of buckets from their norms to what every rank can decode.
+
+    Raises:
+        ValueError: the options leave no levels to this many ranks.
+    """
+
+    def __init__(
+        self, options: Options, transport: Transport, pool: BufferPool, stats: Stats
+    ) -> None:
+        self.options = options
+        self.rank, self.size = transport.rank, transport.size
+        self._digest = options.digest()
+        self._transport = transport
+        self._pool = pool
+        self._stats = stats
+        self._wanted = Agreement(0, 0, ())
+        self.codec = self.codec_for(options.most_bits)  # for the check; a step may take fewer
+        self.stages = [Stage("norms", self._fill_norms, self._max_norms, self._read_norms)]
+        if options.norm == "l2":
+            self.stages.append(
+                Stage("squares", self._fill_squares, self._sum_squares, self._read_squares)
+            )
+        self.stages += self.code_stages()
+
+    @property
+    @abstractmethod
+    def summands(self) -> int:
+        """How many codes a lane must hold the sum of."""
+
+    @abstractmethod
+    def code_stages(self) -> Sequence[Stage]:
+        """What follows the norms; the last one sets ``bucket.contribution``."""
+
+    @abstractmethod
+    def decode(self, bucket: Bucket, item: Item, out: Tensor, scale: float) -> None:
+        """Writes ``scale`` times the sum over the contributors to ``out``, flat."""
+
+    def codec_for(self, bits: int) -> Codec:
+        """The codec for lanes of this width.
+
+        Raises:
+            ValueError: they are too narrow.
+        """
+        options = self.options
+        exponential = options.dither == "exponential"
+        return (ExponentialCodec if exponential else LinearCodec)(
+            bits=bits,
+            levels=0 if exponential else levels_for(bits, self.summands),
+            block_size=options.block_size,
+            correlated=options.correlated,
+            seed=options.seed,
+            rank=self.rank,
+            world_size=self.size,
+        )
+
+    def check(self, numel: int) -> None:
+        """Whether tensors of so many elements can be exchanged.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        squares = min(self.codec.block(numel), numel) * self.size
+        if self.options.norm == "l2" and squares > MOST_SQUARES:
+            raise ValueError(
+                f"norm='l2' takes blocks of at most {MOST_SQUARES // self.size} elements on "
+                f"{self.size} ranks, got block_size={self.options.block_size} for {numel} elements"
+            )
+
+    def begin_step(self, wanted: Agreement) -> None:
+        """What this rank proposes for the buckets of a step."""
+        self._wanted = wanted
+        if wanted.bits != self.codec.bits:
+            self.codec = self.codec_for(wanted.bits)
+
+    def launch(self, bucket: Bucket) -> None:
+        """Takes this rank's norms of a bucket and starts its first collective."""
+        bucket.codec = self.codec
+        self._enter(bucket, 0)
+
+    def advance(self, bucket: Bucket) -> None:
+        """Reads the result of a collective that is done, and starts the next one if there is one.
+
+        Raises:
+            AgreementError: ranks disagree on the options or on the tensors of the bucket.
+            Exception: whatever the transport raised.
+        """
+        assert bucket.handle is not None
+        handle, bucket.handle = bucket.handle, None
+        self.stages[bucket.stage].read(bucket, handle.wait())
+        if bucket.contribution is None:
+            self._enter(bucket, bucket.stage + 1)
+
+    def start_rest(self, bucket: Bucket) -> list[Handle]:
+        """Starts all collectives that a bucket has before it, whatever is in its messages."""
+        return [
+            stage.send(bucket, f"{bucket.name}.{stage.message}")
+            for stage in self.stages[bucket.stage + 1 :]
+        ]
+
+    def _enter(self, bucket: Bucket, number: int) -> None:
+        stage = self.stages[number]
+        stage.fill(bucket)
+        bucket.handle = stage.send(bucket, f"{bucket.name}.{stage.message}")
+        bucket.stage = number
+
+    def _take(self, bucket: Bucket, numel: int, dtype: torch.dtype) -> Tensor:
+        return self._pool.take(numel, dtype, bucket.kind[1])
+
+    def _count(self, nbytes: int) -> None:
+        self._stats.compressed_bytes_on_wire += nbytes
+
+    # --- norms: the largest magnitude of each block, and all that the ranks must agree on ---------
+
+    def _fill_norms(self, bucket: Bucket) -> None:
+        assert bucket.codec is not None
+        numel = bucket.lay_out_norms(bucket.codec)
+        bucket.norms = self._take(bucket, numel, bucket.kind[0])
+        bucket.write_norm_header(self._digest, self._wanted)
+        for item in bucket.items:
+            assert item.x is not None
+            bucket.codec.norms(item.x, bucket.norms[item.norms])
+
+    def _max_norms(self, bucket: Bucket, name: str) -> Handle:
+        assert bucket.norms is not None
+        self._count(bucket.norms.nbytes)
+        return self._transport.max_async(bucket.norms, name)
+
+    def _read_norms(self, bucket: Bucket, result: Tensor) -> None:
+        bucket.norms = result
+        options_agree, tensors_agree, agreement = bucket.read_norm_header()
+        if not options_agree:
+            raise AgreementError(
+                f"{bucket.name}: the ranks use different options; this rank has {self.options}"
+            )
+        if not tensors_agree:
+            raise AgreementError(
+                f"{bucket.name}: the ranks handed in different tensors, or in another order; "
+                f"{ORDER}"
+            )
+        assert bucket.codec is not None
+        if agreement.bits != bucket.codec.bits:
+            least, most = self.options.least_bits, self.options.most_bits
+            if not least <= agreement.bits <= most:
+                raise AgreementError(
+                    f"{bucket.name}: a rank asked for lanes of {agreement.bits} bits; the options "
+                    f"say from {least} to {most}"
+                )
+            bucket.codec = self.codec_for(agreement.bits)
+        bucket.agreement = agreement
+
+    # --- squares: from largest magnitudes to L2 norms ---------------------------------------------
+
+    def _fill_squares(self, bucket: Bucket) -> None:
+        assert bucket.codec is not None and bucket.norms is not None
+        squares = self._squares(bucket)
+        for item in bucket.items:
+            assert item.x is not None
+            bucket.codec.squares(item.x, bucket.norms[item.norms], squares[item.norms])
+
+    def _sum_squares(self, bucket: Bucket, name: str) -> Handle:
+        squares = self._squares(bucket)[bucket.items[0].norms.start :]
+        self._count(squares.nbytes)
+        return self._transport.sum_async(squares, name)
+
+    def _read_squares(self, bucket: Bucket, result: Tensor) -> None:
+        assert bucket.codec is not None and bucket.norms is not None
+        bucket.codec.l2_norms(bucket.norms[bucket.items[0].norms.start :], result)
+        bucket.squares = None
+
+    def _squares(self, bucket: Bucket) -> Tensor:
+        """A sum of squares for each norm, at the same place; memory for the header goes unused."""
+        if bucket.squares is None:
+            bucket.squares = self._take(bucket, bucket.items[-1].norms.stop, torch.int64)
+        return bucket.squares

@@ -1,0 +1,115 @@
+"""Codes that are not added on the way: every rank averages a part of the bucket for all.
+
+An Alltoall brings the codes of each tile to the rank that owns it. The owner decodes and averages
+them, rounds the means once more, on a norm of the tile's own, and an Allgather brings these to all
+ranks. The bytes are those of a ring Allreduce of as many; lanes need not hold a sum, so the number
+of levels does not fall with the number of ranks; and all ranks decode the same.
+
+Horovod's Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` they raise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from hvd_gqsgd import ops
+from hvd_gqsgd.buckets import Bucket, Item, everyone
+from hvd_gqsgd.exchanges.base import Exchange, Stage
+from hvd_gqsgd.exchanges.segments import Geometry, Segments, tensor_segments
+from hvd_gqsgd.transports import Handle
+
+__all__ = ["TwoPhaseExchange"]
+
+
+class TwoPhaseExchange(Exchange):
+    """Max of norms, Alltoall of codes, Allgather of means; for both ditherings."""
+
+    @property
+    def summands(self) -> int:
+        """A lane holds one rank's code."""
+        return 1
+
+    def code_stages(self) -> Sequence[Stage]:
+        """One Alltoall, one Allgather."""
+        return [
+            Stage("codes", self._fill_codes, self._scatter_codes, self._read_codes),
+            Stage("means", self._fill_means, self._gather_means, self._read_means),
+        ]
+
+    def decode(self, bucket: Bucket, item: Item, out: Tensor, scale: float) -> None:
+        """See :class:`Exchange`."""
+        assert bucket.codec is not None and bucket.means is not None and bucket.norms is not None
+        # What travelled is the mean. A share of 1/n, times n, may not be one again.
+        factor = 1.0 if scale == 1 / self.size else scale * self.size
+        bucket.codec.decode_means(bucket.means[item.means], bucket.norms[item.norms], out, factor)
+
+    def _fill_codes(self, bucket: Bucket) -> None:
+        assert bucket.codec is not None and bucket.norms is not None
+        assert bucket.agreement is not None
+        words = self._words(bucket)
+        for item in bucket.items:
+            assert item.x is not None
+            bucket.codec.encode(
+                item.x, bucket.norms[item.norms], words[item.words],
+                bucket.agreement.step, item.identity,
+            )  # fmt: skip
+
+    def _scatter_codes(self, bucket: Bucket, name: str) -> Handle:
+        words = self._words(bucket)
+        # Half of what an Allreduce of as many bytes takes; the Allgather is the other half.
+        self._count(words.nbytes // 2)
+        return self._transport.alltoall_async(words, self._segments(bucket).words, name)
+
+    def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
+        bucket.words = result  # of all ranks, for the tiles that this rank owns
+
+    def _fill_means(self, bucket: Bucket) -> None:
+        assert bucket.codec is not None and bucket.norms is not None and bucket.words is not None
+        assert bucket.agreement is not None
+        received = bucket.words.view(self.size, -1) if bucket.words.numel() else bucket.words
+        means = self._own_means(bucket)
+        for part in self._segments(bucket).parts:
+            item = bucket.items[part.tensor]
+            bucket.codec.requantize(
+                received[:, part.words], bucket.norms[item.norms], means[part.means],
+                item.numel, part.tiles, bucket.agreement.step, item.identity,
+            )  # fmt: skip
+        bucket.words = None
+
+    def _gather_means(self, bucket: Bucket, name: str) -> Handle:
+        own = self._own_means(bucket)
+        total = tensor_segments(self._geometry(bucket)).means[-1]
+        self._count(total * own.element_size() // 2)
+        return self._transport.allgather_async(own, name)
+
+    def _read_means(self, bucket: Bucket, result: Tensor) -> None:
+        begins = tensor_segments(self._geometry(bucket)).means
+        for item, (begin, end) in zip(bucket.items, itertools.pairwise(begins), strict=True):
+            item.means = slice(begin, end)
+        bucket.means = result
+        bucket.contribution = everyone(self.size)
+
+    def _words(self, bucket: Bucket) -> Tensor:
+        assert bucket.codec is not None
+        if bucket.words is None:
+            numel = bucket.lay_out_words(bucket.codec, 0)
+            bucket.words = self._take(bucket, numel, bucket.codec.word_dtype)
+        return bucket.words
+
+    def _own_means(self, bucket: Bucket) -> Tensor:
+        assert bucket.codec is not None
+        if bucket.means is None:
+            dtype = ops.means_dtype(bucket.codec.bits, bucket.kind[0])
+            bucket.means = self._take(bucket, self._segments(bucket).means, dtype)
+        return bucket.means
+
+    def _geometry(self, bucket: Bucket) -> Geometry:
+        assert bucket.codec is not None
+        tensors = tuple((item.numel, bucket.codec.block(item.numel)) for item in bucket.items)
+        return Geometry(tensors, bucket.codec.bits, bucket.kind[0])
+
+    def _segments(self, bucket: Bucket) -> Segments:
+        return Segments.of(self._geometry(bucket), self.size, self.rank)

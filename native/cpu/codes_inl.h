@@ -1,0 +1,137 @@
+// Codes to lanes and back, a tile at a time. Included by kernels_inl.h alone.
+
+namespace gqsgd {
+namespace {
+
+// The two ditherings, as the loops below see them: `grid` for a norm, `encode` for one element,
+// `decode` for the contents of one lane that holds a single rank's code. A sum of n decoded codes
+// times ratio(n) is a mean, as a share of the norm.
+template <class Real>
+struct LinearCode {
+  using Sum = int32_t;
+  int bits;
+  int32_t levels;
+  int fraction;
+
+  explicit LinearCode(const CodeArgs& args)
+      : bits(args.bits), levels(args.levels), fraction(fraction_bits(args.levels)) {}
+  GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels); }
+  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, levels, fraction); }
+  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
+    return quantize_element(x, grid, levels, fraction, dither);
+  }
+  template <class Word>
+  GQSGD_MEMBER Sum decode(Word word, int shift, bool top) const {
+    using Signed = typename std::make_signed<Word>::type;
+    const Word mask = (Word{1} << bits) - 1;
+    return top ? static_cast<Sum>(static_cast<Signed>(word) >> shift)
+               : static_cast<Sum>((word >> shift) & mask) - levels;
+  }
+  double ratio(double factor) const { return factor / levels; }
+};
+
+template <class Real, int kBits>
+struct ExponentialCode {
+  using Sum = Real;
+
+  explicit ExponentialCode(const CodeArgs&) {}
+  GQSGD_MEMBER uint64_t bias() const { return 0; }
+  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, 1, 0); }
+  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
+    const float place = static_cast<float>((x * grid.pre) * grid.scale);
+    return static_cast<int32_t>(exponential_code<kBits>(place, dither));
+  }
+  template <class Word>
+  GQSGD_MEMBER Sum decode(Word word, int shift, bool) const {
+    return exponential_level<kBits>(static_cast<uint32_t>(word >> shift));
+  }
+  double ratio(double factor) const { return factor; }
+};
+
+// Every lane of a tile in turn: f(lane's first element, how many, shift, whether it is the top
+// one).
+template <class F>
+GQSGD_INLINE void for_each_lane(int64_t size, int64_t words, int64_t lanes, int bits, F f) {
+  for (int64_t lane = 0; lane * words < size; ++lane) {
+    const int64_t first = lane * words, left = size - first;
+    f(first, left < words ? left : words, static_cast<int>(lane) * bits, lane + 1 == lanes);
+  }
+}
+
+template <class Real, class Word, class T, class Code>
+GQSGD_INLINE void encode_tile(const T* __restrict x, const Layout::Tile& tile, int64_t lanes,
+                              int bits, const Code& code, Grid<Real> grid, uint64_t keyed,
+                              uint32_t offset, Word* __restrict out) {
+  for_each_lane(
+      tile.size, tile.words, lanes, bits, [&](int64_t first, int64_t count, int shift, bool) {
+        const T* __restrict in = x + first;
+        const uint32_t index = static_cast<uint32_t>(first);
+        for (int32_t j = 0; j < static_cast<int32_t>(count); ++j) {
+          const uint32_t dither = dither_bits(keyed, index + static_cast<uint32_t>(j)) + offset;
+          const int32_t c = code.encode(load(in[j]), grid, dither);
+          out[j] += static_cast<Word>(static_cast<int64_t>(c)) << shift;
+        }
+      });
+}
+
+template <class T, class Word, class Code>
+void quantize(const CodeArgs& args, const Code code, const T* x, uint64_t key, uint32_t offset,
+              Word* words, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  using Norm = typename Traits<T>::Norm;
+  const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
+  const Word bias = static_cast<Word>(code.bias());
+
+  for (int64_t t = begin; t < end; ++t) {
+    const Layout::Tile tile = layout.tile(t);
+    const Norm norm = static_cast<const Norm*>(args.norms)[tile.block];
+    Word* __restrict out = words + tile.word;
+    for (int64_t j = 0; j < tile.words; ++j) out[j] = bias;
+    if (!is_finite_norm(norm)) continue;  // codes mean nothing there: the block decodes to NaN
+    encode_tile<Real>(x + tile.begin, tile, layout.lanes, args.bits, code,
+                      code.grid(bit_cast<Real>(norm)), tile_key(key, static_cast<uint64_t>(t)),
+                      offset, out);
+  }
+}
+
+template <class T, class Word>
+void dequantize(const CodeArgs& args, const Word* words, int64_t contributors, double scale, T* out,
+                int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  using Norm = typename Traits<T>::Norm;
+  using Signed = typename std::make_signed<Word>::type;
+  const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
+  const Word mask = (Word{1} << args.bits) - 1;
+  const int32_t bias = static_cast<int32_t>(contributors * args.levels);
+  const Real ratio = static_cast<Real>(scale / args.levels);
+
+  for (int64_t t = begin; t < end; ++t) {
+    const Layout::Tile tile = layout.tile(t);
+    const Norm norm_bits = static_cast<const Norm*>(args.norms)[tile.block];
+    if (!is_finite_norm(norm_bits)) {
+      for (int64_t j = 0; j < tile.size; ++j) store(out + tile.begin + j, quiet_nan(norm_bits));
+      continue;
+    }
+    const Real norm = bit_cast<Real>(norm_bits);
+    const Word* __restrict in = words + tile.word;
+    for_each_lane(
+        tile.size, tile.words, layout.lanes, args.bits,
+        [&](int64_t first, int64_t count, int shift, bool top) {
+          T* __restrict to = out + tile.begin + first;
+          if (top) {  // it is signed and has no bias
+            for (int64_t j = 0; j < count; ++j) {
+              const int32_t code_sum = static_cast<int32_t>(static_cast<Signed>(in[j]) >> shift);
+              store(to + j, dequantize_element(code_sum, ratio, norm));
+            }
+          } else {
+            for (int64_t j = 0; j < count; ++j) {
+              const int32_t code_sum = static_cast<int32_t>((in[j] >> shift) & mask) - bias;
+              store(to + j, dequantize_element(code_sum, ratio, norm));
+            }
+          }
+        });
+  }
+}
+
+}  // namespace
+}  // namespace gqsgd

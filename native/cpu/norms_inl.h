@@ -1,0 +1,71 @@
+// Norms of blocks. Included by kernels_inl.h alone.
+
+namespace gqsgd {
+namespace {
+
+template <class T>
+void block_max(const T* x, int64_t numel, int64_t block, typename Traits<T>::Norm* norms,
+               int64_t begin, int64_t end) {
+  using Bits = decltype(magnitude(T{}));
+  for (int64_t b = begin; b < end; ++b) {
+    const T* __restrict in = x + b * block;
+    const int64_t size = numel - b * block < block ? numel - b * block : block;
+    Bits most = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      const Bits bits = magnitude(in[i]);
+      most = bits > most ? bits : most;
+    }
+    norms[b] = norm_from_magnitude(T{}, most);
+  }
+}
+
+template <class T>
+void block_squares(const CodeArgs& args, const T* x, int64_t* squares, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  using Norm = typename Traits<T>::Norm;
+  for (int64_t b = begin; b < end; ++b) {
+    const T* __restrict in = x + b * args.block;
+    const int64_t left = args.numel - b * args.block;
+    const int64_t size = left < args.block ? left : args.block;
+    const Norm norm = static_cast<const Norm*>(args.norms)[b];
+    int64_t sum = 0;
+    if (is_finite_norm(norm)) {
+      const Grid<Real> grid = make_grid(bit_cast<Real>(norm), kSquareUnits, 15);
+      for (int64_t i = 0; i < size; ++i) sum += square_element(load(in[i]), grid);
+    }
+    squares[b] = sum;
+  }
+}
+
+template <class Real>
+void l2_norms(decltype(bits_of(Real{}))* norms, const int64_t* squares, int64_t begin,
+              int64_t end) {
+  const Real most = bit_cast<Real>(largest_finite(bits_of(Real{})));
+  for (int64_t b = begin; b < end; ++b) {
+    if (!is_finite_norm(norms[b])) continue;
+    norms[b] = bits_of(l2_norm(bit_cast<Real>(norms[b]), squares[b], most));
+  }
+}
+
+// In 16 sums, as many as the widest vectors want, whatever the instruction set.
+template <class T>
+double sum_of_squares(const T* __restrict x, int64_t numel) {
+  double sums[16] = {};
+  int64_t i = 0;
+  for (; i + 16 <= numel; i += 16) {
+    for (int64_t lane = 0; lane < 16; ++lane) {
+      const double value = load(x[i + lane]);
+      sums[lane] += value * value;
+    }
+  }
+  for (; i < numel; ++i) {
+    const double value = load(x[i]);
+    sums[i % 16] += value * value;
+  }
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+}  // namespace
+}  // namespace gqsgd

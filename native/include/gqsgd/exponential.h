@@ -1,0 +1,47 @@
+// Exponential dithering: levels 0 and +-2^-k of the norm. An element y = x / M between 2^-(k+1) and
+// 2^-k goes up with the probability (y - 2^-(k+1)) / 2^-(k+1), so its code is right on average.
+// Global-QSGD (arXiv 2305.18627), exponential dithering; natural compression (arXiv 1905.10988).
+//
+// A code is a sign and an exponent: 8 bits hold the levels 2^0 .. 2^-126, 4 bits 2^0 .. 2^-6; the
+// exponent 0 is the level 0. The fraction of a float is just the probability of going up, so the
+// rounding is one integer addition to the bits of y, which carries into the exponent.
+#pragma once
+
+#include "gqsgd/config.h"
+#include "gqsgd/linear.h"
+
+namespace gqsgd {
+
+// The exponent of the level 1.
+template <int kBits>
+constexpr uint32_t kTopExponent = (1u << (kBits - 1)) - 1;
+
+template <int kBits>
+GQSGD_INLINE uint32_t exponential_code(float y, uint32_t dither) {
+  constexpr uint32_t kOne = 0x3f800000;
+  // The lowest level, as the exponent of a float; a float's own lowest normal one at 8 bits.
+  constexpr uint32_t kLowest = 128 - kTopExponent<kBits>;
+  const uint32_t bits = bit_cast<uint32_t>(y), sign = bits >> 31;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  magnitude = magnitude < kOne ? magnitude : kOne;  // a rounding error, or a NaN
+  // How many levels lie at or below, and 23 binary places of the way to the next one.
+  uint32_t place = magnitude - ((kLowest - 1) << 23);
+  if (kLowest > 1) {  // otherwise floats below the lowest level are spaced evenly as they are
+    constexpr float kPlaces =
+        static_cast<float>(1u << (22 + (kBits < 8 ? kTopExponent<kBits> : 0)));
+    const uint32_t below =
+        static_cast<uint32_t>(static_cast<int32_t>(bit_cast<float>(magnitude) * kPlaces));
+    place = magnitude < (kLowest << 23) ? below : place;
+  }
+  return (place + (dither >> 9)) >> 23 | sign << (kBits - 1);
+}
+
+// The level that a code stands for, from -1 to 1. Bits above the code are not looked at.
+template <int kBits>
+GQSGD_INLINE float exponential_level(uint32_t code) {
+  const uint32_t exponent = code & kTopExponent<kBits>, sign = code >> (kBits - 1) & 1;
+  const uint32_t biased = exponent ? exponent + (127 - kTopExponent<kBits>) : 0;
+  return bit_cast<float>(biased << 23 | sign << 31);
+}
+
+}  // namespace gqsgd

@@ -1,0 +1,547 @@
+"""The schedule of the bit width: it keeps the budget, follows the norm, and survives the wire."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvd_gqsgd import ops
+from hvd_gqsgd.schedule import WIDTHS, DynamicBits, Schedule, wire_bits
+
+WORD_MAX = 2**31 - 1
+BUDGETS = [3, 5, 6.5, 8]
+TOLERANCE = 0.03  # of the budget
+
+
+def falling(factor: float) -> Callable[[int], list[float]]:
+    """log2|g| of norms that fall geometrically by a factor over the run."""
+    return lambda total: [-math.log2(factor) * t / total for t in range(total)]
+
+
+def noisy(total: int) -> list[float]:
+    """log2|g| of lognormal norms with sigma 0.5."""
+    rng = random.Random(total)
+    return [rng.gauss(0, 0.5) / math.log(2) for _ in range(total)]
+
+
+def jumping(begin: float, end: float) -> Callable[[int], list[float]]:
+    """log2|g| of norms that are 2^16 times larger for a part of the run."""
+    return lambda total: [16.0 * (begin * total <= t < end * total) for t in range(total)]
+
+
+def jumping_noisily(total: int) -> list[float]:
+    """Both."""
+    return list(map(sum, zip(noisy(total), jumping(0.5, 0.9)(total), strict=True)))
+
+
+# log2|g| of each step of a run of so many steps
+RUNS: dict[str, Callable[[int], list[float]]] = {
+    "constant": lambda total: [0.0] * total,
+    "falling 100x": falling(100),
+    "falling 1000x": falling(1000),
+    "rising 1000x": falling(1 / 1000),
+    "1/t": lambda total: [-math.log2(t + 1) for t in range(total)],
+    "noisy": noisy,
+    "jumping": jumping(0.33, 0.66),
+    "jumping early": jumping(0.02, 0.9),
+    "jumping late": jumping(0.9, 2),
+    "jumping noisily": jumping_noisily,
+}
+
+
+def drive(schedule: Schedule, norms: Sequence[float], ranks: int = 1) -> list[int]:
+    """The widths of steps whose gradients have these log2|g|."""
+    widths = []
+    for norm in norms:
+        widths.append(schedule.width(ranks))
+        schedule.update(widths[-1], 4.0**norm)
+    return widths
+
+
+def costs(widths: Sequence[int]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Bits an element on the wire."""
+    return np.array([wire_bits(width) for width in widths])
+
+
+def feasible(budget: float, ranks: int) -> bool:
+    """Whether the narrowest lane for so many ranks is within the budget, but for the tolerance."""
+    return wire_bits((2 * ranks).bit_length()) <= budget * (1 + TOLERANCE / 2 + 0.001)
+
+
+WORLDS = [pair for pair in itertools.product(BUDGETS, [1, 2, 4]) if feasible(*pair)]
+
+
+def test_worlds() -> None:
+    """All but 3 bits for 4 ranks, which need 4."""
+    assert len(WORLDS) == 11 and (3, 4) not in WORLDS
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_wire_bits(bits: int) -> None:
+    """What ``ops`` allocates, but for padding: less than a word in 1024 elements."""
+    numel = 1024 * 7
+    word = ops.word_dtype(bits).itemsize
+    actual = ops.words_for(numel, 1024, bits) * word * 8 / numel
+    assert 0 <= actual - wire_bits(bits) < word * 8 / 1024
+
+
+def test_widths() -> None:
+    """The widest for each cost, and each costs more than the one before."""
+    widest = {wire_bits(bits): bits for bits in range(2, 17)}
+    assert tuple(widest.values()) == WIDTHS == (2, 3, 4, 5, 6, 7, 8, 9, 10, 12, 16)
+    assert list(widest) == sorted(widest)
+
+
+@pytest.mark.parametrize(("budget", "ranks"), WORLDS)
+@pytest.mark.parametrize("run", RUNS)
+def test_budget_of_a_run_of_known_length(run: str, budget: float, ranks: int) -> None:
+    """Is spent within 3 %, whatever the norms do."""
+    for total in (200, 1000):
+        schedule = Schedule(DynamicBits(budget=budget, total_steps=total))
+        spent = costs(drive(schedule, RUNS[run](total), ranks))
+        assert spent.mean() == pytest.approx(budget, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(("budget", "ranks"), WORLDS)
+@pytest.mark.parametrize("run", RUNS)
+def test_budget_of_a_run_of_unknown_length(run: str, budget: float, ranks: int) -> None:
+    """The same from some hundred steps on, and half a run does not starve the other half."""
+    spent = costs(drive(Schedule(DynamicBits(budget=budget)), RUNS[run](600), ranks))
+    assert spent.mean() == pytest.approx(budget, rel=TOLERANCE)
+    assert spent[:300].mean() == pytest.approx(budget, rel=2 * TOLERANCE)
+
+
+@pytest.mark.parametrize("run", ["falling 1000x", "1/t", "jumping noisily"])
+def test_budget_of_a_long_run_and_of_the_convex_form(run: str) -> None:
+    """Nor does a weight of a^((T-t)/2) change what is spent, even where it is all there is."""
+    for contraction in (1, 0.999, 0.9):
+        dynamic = DynamicBits(total_steps=2000, form="convex", contraction=contraction)
+        spent = costs(drive(Schedule(dynamic), RUNS[run](2000)))
+        assert spent.mean() == pytest.approx(5, rel=TOLERANCE)
+
+
+def test_budget_past_the_end() -> None:
+    """A run that goes on keeps to it."""
+    schedule = Schedule(DynamicBits(budget=5, total_steps=100))
+    spent = costs(drive(schedule, noisy(700)))
+    assert spent[:100].mean() == pytest.approx(5, rel=TOLERANCE)
+    assert spent[100:].mean() == pytest.approx(5, rel=TOLERANCE)
+
+
+def test_an_unpayable_debt_is_forgotten() -> None:
+    """64 ranks cannot keep to 4 bits; the 2 that are left after a while can."""
+    schedule = Schedule(DynamicBits(budget=4))
+    assert set(drive(schedule, [0.0] * 5000, ranks=64)) == {8}
+    drive(schedule, [0.0] * 500, ranks=1)
+    assert costs(drive(schedule, [0.0] * 500)).mean() == pytest.approx(4, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("budget", [5, 6.5, 8])
+@pytest.mark.parametrize("total", [600, 2000])
+def test_widths_follow_falling_norms(total: int, budget: float, ranks: int) -> None:
+    """More bits early, fewer late, by far more than one; a constant width has none of it."""
+    norms = falling(100)(total)
+    schedule = Schedule(DynamicBits(budget=budget, total_steps=total))
+    spent = costs(drive(schedule, norms, ranks))
+    assert spent[: total // 3].mean() > spent[-total // 3 :].mean() + 1
+    assert np.corrcoef(spent, norms)[0, 1] > 0.6
+
+
+def test_widths_follow_rising_norms() -> None:
+    """Fewer bits early."""
+    spent = costs(drive(Schedule(DynamicBits(total_steps=600)), falling(1 / 100)(600)))
+    assert spent[-200:].mean() > spent[:200].mean() + 1
+
+
+def test_twice_the_norm_is_a_bit_more() -> None:
+    """s = k |g|: norms of 2 and 1/2 in turn give widths 2 bits apart."""
+    norms = [(-1.0) ** t for t in range(1000)]
+    spent = costs(drive(Schedule(DynamicBits(budget=8)), norms))[200:]
+    after_high, after_low = spent[1::2], spent[0::2]  # even steps are high
+    assert after_high.mean() - after_low.mean() == pytest.approx(2, abs=0.1)
+
+
+def test_a_larger_norm_is_one_for_some_dozens_of_steps() -> None:
+    """Without an end to plan for, it then becomes what is usual."""
+    spent = costs(drive(Schedule(DynamicBits(budget=8)), [0.0] * 100 + [2.0] * 300))
+    assert set(spent[:101]) == {8}
+    assert spent[109:125].mean() > 8.4
+    assert spent[-100:].mean() == pytest.approx(8, abs=0.1)
+
+
+def test_convex_weight() -> None:
+    """s = k a^((T-t)/2) |g|: at a constant norm, -log2(a)/2 bits more with each step."""
+    total, contraction = 2000, 0.998
+    dynamic = DynamicBits(budget=8, total_steps=total, form="convex", contraction=contraction)
+    spent = costs(drive(Schedule(dynamic), [0.0] * total))
+    slope = np.polyfit(np.arange(total), spent, 1)[0]
+    assert slope == pytest.approx(-math.log2(contraction) / 2, rel=0.1)
+    flat = dataclasses.replace(dynamic, contraction=1)
+    assert set(drive(Schedule(flat), [0.0] * total)) == {8}
+
+
+@pytest.mark.parametrize("run", ["falling 100x", "1/t", "noisy"])
+def test_convex_spends_later_than_nonconvex(run: str) -> None:
+    """Whatever the norms do."""
+    norms = RUNS[run](600)
+    nonconvex = costs(drive(Schedule(DynamicBits(total_steps=600)), norms))
+    dynamic = DynamicBits(total_steps=600, form="convex", contraction=0.995)
+    convex = costs(drive(Schedule(dynamic), norms))
+    late = slice(400, None)
+    assert convex[late].mean() > nonconvex[late].mean() + 0.3
+    assert convex[:200].mean() < nonconvex[:200].mean() - 0.3
+
+
+def test_another_loss_scale_is_not_followed() -> None:
+    """Times 2^16 and back: the gradients have not become more precious."""
+    for total in (None, 600):
+        dynamic = DynamicBits(total_steps=total)
+        assert drive(Schedule(dynamic), jumping(0.5, 0.9)(600)) == drive(
+            Schedule(dynamic), [0.0] * 600
+        )
+        plain = costs(drive(Schedule(dynamic), noisy(600)))
+        scaled = costs(drive(Schedule(dynamic), jumping_noisily(600)))
+        # The change of scale is known but for the noise of the step in which it came.
+        assert abs(plain - scaled).mean() < 0.15 < plain.std() / 5
+
+
+def test_only_usable_widths() -> None:
+    """Within the options, wide enough for a level, and one that the wire has."""
+    rng = random.Random(0)
+    for low, high in [(2, 16), (5, 9), (4, 4), (7, 11), (2, 12)]:
+        usable = [w for w in WIDTHS if low <= w <= high]
+        for ranks in (1, 2, 3, 7, 8, 127):
+            legal = [w for w in usable if (2**w - 1) // (2 * ranks) >= 1]
+            if not legal:
+                continue
+            schedule = Schedule(DynamicBits(budget=low, min_bits=low, max_bits=high))
+            norms = [rng.gauss(0, 10) for _ in range(200)]
+            assert set(drive(schedule, norms, ranks)) <= set(legal)
+
+
+def test_first_width_is_the_budget() -> None:
+    """There is no norm yet to go by."""
+    for budget, total in itertools.product([2, 4, 8, 16], [None, 1, 1000]):
+        assert Schedule(DynamicBits(budget=budget, total_steps=total)).width(1) == budget
+
+
+@pytest.mark.parametrize("ranks", [4, 7, 127, 2**14])
+def test_too_many_ranks(ranks: int) -> None:
+    """The error names a width that works, and the one below it does not."""
+    with pytest.raises(ValueError, match=rf"^max_bits=3 is too narrow for {ranks} ranks") as error:
+        Schedule(DynamicBits(budget=3, max_bits=3)).width(ranks)
+    needed = int(re.findall(r"max_bits must be at least (\d+)$", str(error.value))[0])
+    assert Schedule(DynamicBits(budget=3, max_bits=needed)).width(ranks) == needed
+    with pytest.raises(ValueError, match="too narrow"):
+        Schedule(DynamicBits(budget=3, max_bits=needed - 1)).width(ranks)
+
+
+def test_far_too_many_ranks() -> None:
+    """No width works."""
+    with pytest.raises(ValueError, match=r"too narrow for 32768 ranks.*so 17 bits are needed"):
+        Schedule(DynamicBits()).width(2**15)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "error", "message"),
+    [
+        (0, ValueError, "ranks must be from 1 to 2147483647, got 0"),
+        (True, TypeError, "ranks must be an int, got True"),
+        (2.0, TypeError, "ranks must be an int, got 2.0"),
+    ],
+)
+def test_no_such_ranks(ranks: Any, error: type[Exception], message: str) -> None:
+    """The argument and its range are named."""
+    with pytest.raises(error, match=re.escape(message)):
+        Schedule(DynamicBits()).width(ranks)
+
+
+@pytest.mark.parametrize(
+    ("width", "error", "message"),
+    [
+        (1, ValueError, "width must be from 2 to 16, got 1"),
+        (17, ValueError, "width must be from 2 to 16, got 17"),
+        (8.0, TypeError, "width must be an int, got 8.0"),
+    ],
+)
+def test_no_such_width(width: Any, error: type[Exception], message: str) -> None:
+    """Such a step is not counted."""
+    schedule = Schedule(DynamicBits())
+    with pytest.raises(error, match=re.escape(message)):
+        schedule.update(width, 1.0)
+    assert schedule.steps == 0
+    with pytest.raises(error, match=re.escape(message)):
+        wire_bits(width)
+
+
+def test_asking_changes_nothing() -> None:
+    """``width`` can be called any number of times, and for other ranks."""
+    schedule = Schedule(DynamicBits())
+    drive(schedule, noisy(20))
+    before = schedule.state()
+    assert len({schedule.width(1) for _ in range(5)}) == 1
+    schedule.width(100)
+    assert schedule.state() == before
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("total", [None, 100])
+def test_a_norm_that_is_none(norm: float, total: int | None) -> None:
+    """The step counts as spent; what was known of norms stays as it is."""
+    schedule = Schedule(DynamicBits(budget=5, total_steps=total))
+    drive(schedule, noisy(10))
+    steps, saved, *norms = schedule.state()
+    schedule.update(8, norm)
+    assert schedule.steps == steps + 1
+    assert schedule.state() == [steps + 1, saved - 3 * 2**10, *norms]
+
+    blind = Schedule(DynamicBits(budget=5, total_steps=total))
+    spent = []
+    for _ in range(100):
+        spent.append(blind.width(1))
+        blind.update(spent[-1], norm)
+    assert costs(spent).mean() == pytest.approx(5, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("norm", [5e-324, 1e-300, 1e300, 1.7976931348623157e308])
+def test_extreme_norms(norm: float) -> None:
+    """Any float64 fits the words."""
+    schedule = Schedule(DynamicBits())
+    for squared in (norm, 1.0, norm, norm):
+        schedule.update(schedule.width(1), squared)
+        assert all(0 < word <= WORD_MAX for word in schedule.state())
+
+
+def test_no_history_is_all_zeros() -> None:
+    """And nothing else is, not even after a step that taught nothing."""
+    schedule = Schedule(DynamicBits())
+    assert schedule.state() == [0] * Schedule.STATE_WORDS
+    schedule.update(5, math.nan)
+    assert any(schedule.state())
+    schedule.adopt([0] * Schedule.STATE_WORDS)
+    assert schedule.steps == 0 and not any(schedule.state())
+    schedule.adopt([0, 1, 2, 3, 4])
+    assert schedule.state() == [0] * Schedule.STATE_WORDS
+
+
+@pytest.mark.parametrize("total", [None, 200, 600])
+@pytest.mark.parametrize("after", [1, 2, 300])
+def test_a_newcomer_goes_on_like_the_survivors(total: int | None, after: int) -> None:
+    """It takes the maximum of its zeros and their words, and chooses their widths from then on."""
+    dynamic = DynamicBits(total_steps=total)
+    norms = jumping_noisily(600)
+    survivor, newcomer, untouched = Schedule(dynamic), Schedule(dynamic), Schedule(dynamic)
+    for schedule in (survivor, untouched):
+        drive(schedule, norms[:after])
+    words = list(map(max, survivor.state(), newcomer.state()))
+    assert words == survivor.state()
+    survivor.adopt(words)
+    newcomer.adopt(words)
+    rest = [drive(schedule, norms[after:]) for schedule in (untouched, survivor, newcomer)]
+    assert rest[0] == rest[1] == rest[2]
+    assert untouched.state() == survivor.state() == newcomer.state()
+    assert newcomer.steps == 600
+
+
+@pytest.mark.parametrize("total", [None, 300])
+def test_ranks_whose_norms_differ_slightly_stay_together(total: int | None) -> None:
+    """The maximum of the words before each step brings them to the same width."""
+    dynamic = DynamicBits(total_steps=total)
+    a, b = Schedule(dynamic), Schedule(dynamic)
+    for norm in noisy(300):
+        words = list(map(max, a.state(), b.state()))
+        a.adopt(words)
+        b.adopt(words)
+        assert a.width(2) == b.width(2)
+        a.update(a.width(2), 4.0**norm)
+        b.update(b.width(2), 4.0**norm * (1 + 1e-5))  # much more than ulps: it must show
+        assert a.state() != b.state()
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    words=st.lists(
+        st.integers(0, WORD_MAX) | st.sampled_from([0, 1, 2**30, WORD_MAX]),
+        min_size=Schedule.STATE_WORDS,
+        max_size=Schedule.STATE_WORDS,
+    ),
+    total=st.none() | st.integers(1, WORD_MAX) | st.integers(1, 100),
+    contraction=st.sampled_from([None, 1.0, 0.999, 1e-300]),
+    norm=st.floats(),
+)
+def test_any_words_are_accepted(
+    words: list[int], total: int | None, contraction: float | None, norm: float
+) -> None:
+    """They come from the wire. Words stay words, and widths legal."""
+    convex = {"form": "convex", "contraction": contraction} if contraction and total else {}
+    schedule = Schedule(DynamicBits(min_bits=3, max_bits=12, total_steps=total, **convex))  # type: ignore[arg-type]
+    schedule.adopt(words)
+    assert schedule.state() == (words if words[0] else [0] * Schedule.STATE_WORDS)
+    for step in range(4):
+        width = schedule.width(1 + step)
+        assert width in WIDTHS and (2 * (1 + step)).bit_length() <= width <= 12
+        schedule.update(width, norm if step else 1.0)
+        assert all(0 <= word <= WORD_MAX for word in schedule.state())
+
+
+@pytest.mark.parametrize(("saved", "width"), [(1, 16), (WORD_MAX, 2)])
+def test_what_is_saved_stays_a_word(saved: int, width: int) -> None:
+    """A million bits is the most that it knows of."""
+    schedule = Schedule(DynamicBits(total_steps=WORD_MAX))
+    schedule.adopt([1000, saved, 0, 0, 0])
+    schedule.update(width, 1.0)
+    assert schedule.state()[:2] == [1001, saved]
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "message"),
+    [
+        ([0, 0], ValueError, "a state must have 5 words, got 2"),
+        ([1, 0, 0, 0, 0, 0], ValueError, "a state must have 5 words, got 6"),
+        ([1, 2, 3, 4, 2**31], ValueError, "mean must be from 0 to 2147483647, got 2147483648"),
+        ([-1, 2, 3, 4, 5], ValueError, "steps must be from 0 to 2147483647, got -1"),
+        ([1, 2.0, 3, 4, 5], TypeError, "saved must be an int, got 2.0"),
+    ],
+)
+def test_no_such_words(words: Any, error: type[Exception], message: str) -> None:
+    """The word is named, and the state stays as it was."""
+    schedule = Schedule(DynamicBits())
+    drive(schedule, noisy(3))
+    before = schedule.state()
+    with pytest.raises(error, match=re.escape(message)):
+        schedule.adopt(words)
+    assert schedule.state() == before
+
+
+def test_checkpoint() -> None:
+    """Through JSON, so plain numbers; it goes on as if nothing had happened."""
+    dynamic = DynamicBits(total_steps=400)
+    norms = noisy(400)
+    schedule, restored = Schedule(dynamic), Schedule(dynamic)
+    drive(schedule, norms[:150])
+    restored.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
+    assert restored.state() == schedule.state() and restored.steps == 150
+    assert drive(restored, norms[150:]) == drive(schedule, norms[150:])
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"steps": "3"}, TypeError, "steps must be an int, got '3'"),
+        ({"recent": 1.5}, TypeError, "recent must be an int, got 1.5"),
+        ({"saved": -1}, ValueError, "saved must be from 0 to 2147483647, got -1"),
+        ({"colour": 1}, ValueError, "must have the keys ('steps', 'saved', 'last', 'recent'"),
+    ],
+)
+def test_no_such_checkpoint(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    """What is wrong is named."""
+    schedule = Schedule(DynamicBits())
+    with pytest.raises(error, match=re.escape(message)):
+        schedule.load_state_dict({**schedule.state_dict(), **change})
+
+
+def test_no_checkpoint_at_all() -> None:
+    """Neither something else, nor a part."""
+    schedule = Schedule(DynamicBits())
+    with pytest.raises(TypeError, match="must be a dict, got None"):
+        schedule.load_state_dict(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"got \('steps',\)"):
+        schedule.load_state_dict({"steps": 0})
+
+
+def test_defaults() -> None:
+    """As documented."""
+    assert dataclasses.asdict(DynamicBits()) == {
+        "budget": 5.0,
+        "total_steps": None,
+        "form": "nonconvex",
+        "contraction": 0.999,
+        "min_bits": 2,
+        "max_bits": 16,
+    }
+
+
+def test_equal_options_are_equal() -> None:
+    """5 and 5.0 bits are the same, also to a digest of their ``repr``."""
+    assert repr(DynamicBits(budget=5, contraction=1)) == repr(DynamicBits(contraction=1.0))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        DynamicBits().budget = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"budget": 2},
+        {"budget": 16},
+        {"budget": 3, "min_bits": 3, "max_bits": 3},
+        {"budget": 11.5, "min_bits": 11, "max_bits": 12},
+        {"total_steps": 1},
+        {"total_steps": 2**31 - 1},
+        {"form": "convex", "total_steps": 10, "contraction": 1},
+        {"contraction": 1e-9},
+    ],
+)
+def test_accepted(options: dict[str, Any]) -> None:
+    """Both ends of each range are in it, and work."""
+    schedule = Schedule(DynamicBits(**options))
+    assert set(drive(schedule, noisy(20))) <= set(WIDTHS)
+
+
+BUDGET = "budget must be from min_bits=2 to max_bits=16, got "
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": 1.9}, BUDGET + "1.9"),
+        ({"budget": 17}, BUDGET + "17"),
+        ({"budget": math.nan}, BUDGET + "nan"),
+        ({"budget": 5, "min_bits": 6}, "budget must be from min_bits=6 to max_bits=16, got 5"),
+        ({"min_bits": 1}, "min_bits must be from 2 to 16, got 1"),
+        ({"max_bits": 17}, "max_bits must be from 2 to 16, got 17"),
+        ({"min_bits": 8, "max_bits": 4}, "min_bits=8 to max_bits=4 must have a width of (2, 3,"),
+        ({"min_bits": 13, "max_bits": 15}, "min_bits=13 to max_bits=15 must have a width of"),
+        ({"total_steps": 0}, "total_steps must be from 1 to 2147483647 or None (unknown), got 0"),
+        ({"form": "linear"}, "form must be one of ('nonconvex', 'convex'), got 'linear'"),
+        ({"form": "convex"}, "total_steps must be an int for form='convex', got None"),
+        ({"contraction": 0}, "contraction must be above 0 and at most 1, got 0"),
+        ({"contraction": 1.001}, "contraction must be above 0 and at most 1, got 1.001"),
+        ({"contraction": math.nan}, "contraction must be above 0 and at most 1, got nan"),
+    ],
+)
+def test_out_of_range(options: dict[str, Any], message: str) -> None:
+    """The option, what is accepted and the value are named."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        DynamicBits(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("budget", "5", "budget must be a number of bits, got '5'"),
+        ("budget", True, "budget must be a number of bits, got True"),
+        ("total_steps", 10.0, "total_steps must be an int or None (unknown), got 10.0"),
+        ("total_steps", True, "total_steps must be an int or None (unknown), got True"),
+        ("form", None, "form must be one of ('nonconvex', 'convex'), got None"),
+        ("contraction", None, "contraction must be a number, got None"),
+        ("contraction", True, "contraction must be a number, got True"),
+        ("min_bits", 2.0, "min_bits must be an int, got 2.0"),
+        ("max_bits", True, "max_bits must be an int, got True"),
+    ],
+)
+def test_wrong_type(name: str, value: Any, message: str) -> None:
+    """The option, what it takes and the value are named."""
+    with pytest.raises(TypeError, match=re.escape(message)):
+        DynamicBits(**{name: value})
