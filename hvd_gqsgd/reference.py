@@ -75,7 +75,7 @@ def places(numel: int, block_size: int | None, bits: int) -> Places:
     block, within = np.divmod(np.arange(numel), size)
     tile = block * -(-size // TILE) + within // TILE
     position = within % TILE
-    words = -(-np.bincount(tile) // _lanes(bits))  # of each tile
+    words = -(-np.bincount(tile) // lanes_of(bits))  # of each tile
     lane, word = np.divmod(position, words[tile])
     return Places(block, tile, position, (np.cumsum(words) - words)[tile] + word, lane)
 
@@ -197,7 +197,7 @@ def pack(c: Array, block_size: int | None, bits: int, s: int) -> Array:
     Adding the words of n ranks adds their codes, and no lane and no word can overflow. Lanes behind
     the last element hold the code 0. With s = 0, codes lie in all lanes as they are.
     """
-    at, lanes = places(c.size, block_size, bits), _lanes(bits)
+    at, lanes = places(c.size, block_size, bits), lanes_of(bits)
     digits = np.zeros((at.word.max(initial=-1) + 1, lanes), np.int64)
     digits[at.word, at.lane] = c
     digits[:, :-1] += s
@@ -211,7 +211,7 @@ def unpack(
     """The sum of the codes of each element, from the sum of the words of so many ranks."""
     at = places(numel, block_size, bits)
     digit: Array = words.astype(np.int64)[at.word] // 2 ** (bits * at.lane)
-    top = at.lane == _lanes(bits) - 1
+    top = at.lane == lanes_of(bits) - 1
     return np.where(top, digit, digit % (1 << bits) - contributors * s)
 
 
@@ -276,7 +276,7 @@ def word_type(bits: int) -> np.dtype[Any]:
     return np.dtype(np.int32 if 32 % bits == 0 else np.int64)
 
 
-def _lanes(bits: int) -> int:
+def lanes_of(bits: int) -> int:
     """Lanes of a word."""
     return 8 * word_type(bits).itemsize // bits
 

@@ -34,6 +34,7 @@ from hvd_gqsgd.reference import (
     codes,
     dither_stream,
     floats,
+    lanes_of,
     narrow,
     pack,
     places,
@@ -129,7 +130,12 @@ def _contents(
 ) -> Array:
     """The codes of one rank, as numbers: from -s to s, or levels from -1 to 1."""
     c = unpack(words, numel, block_size, bits, s, 1)
-    return c if s else exponential_levels(c % (1 << bits), bits).astype(real)
+    if not s:
+        return exponential_levels(c % (1 << bits), bits).astype(real)
+    # The top lane is signed. No word that ranks make has anything above it.
+    top = places(numel, block_size, bits).lane == lanes_of(bits) - 1
+    half = 1 << (bits - 1)
+    return np.where(top, (c + half) % (2 * half) - half, c)
 
 
 def requantize(

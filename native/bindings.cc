@@ -202,8 +202,8 @@ void requantize(const Tensor& received, const Tensor& norms, Tensor means, int64
                         (words <= 1 || received.stride(1) == 1),
                     "received must be a row of ", words, " words for each rank, got ",
                     received.sizes(), " with strides ", received.strides());
-  // Sums of linear codes are kept in 32 bits.
-  TORCH_CHECK_VALUE(received.size(0) <= 65536, "received must be from at most 65536 ranks, got ",
+  // Sums of linear codes are kept in 32 bits, and what comes in may be anything.
+  TORCH_CHECK_VALUE(received.size(0) <= 32768, "received must be from at most 32768 ranks, got ",
                     received.size(0));
   check_means(means, layout, dtype, bits, first, last);
   const uint64_t key = gqsgd::dither_key(seed, step, tensor_id, gqsgd::kRequantizeStream);

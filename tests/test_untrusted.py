@@ -184,8 +184,8 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
             ROWS + "[2, 30] with strides [1, 2]",
         ),
         (
-            lambda: requantize_call(WORDS[:1].expand(65537, -1)), ValueError,
-            "received must be from at most 65536 ranks, got 65537",
+            lambda: requantize_call(WORDS[:1].expand(32769, -1)), ValueError,
+            "received must be from at most 32768 ranks, got 32769",
         ),
         (lambda: requantize_call(norms=NORMS[1:]), ValueError, "norms must have 10 elements"),
         (lambda: requantize_call(norms=NORMS.float()), TypeError, "norms must be Int, got Float"),

@@ -1,4 +1,12 @@
 // Codes to lanes and back, a tile at a time. Included by kernels_inl.h alone.
+#pragma once
+
+#include "gqsgd/dtypes.h"
+#include "gqsgd/exponential.h"
+#include "gqsgd/hash.h"
+#include "gqsgd/lanes.h"
+#include "gqsgd/linear.h"
+#include "kernels.h"
 
 namespace gqsgd {
 namespace {
@@ -20,12 +28,13 @@ struct LinearCode {
   GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
     return quantize_element(x, grid, levels, fraction, dither);
   }
+  // No more than the bits of a code count, whatever a word from another rank has above them: sums
+  // of what this gives must not overflow.
   template <class Word>
   GQSGD_MEMBER Sum decode(Word word, int shift, bool top) const {
-    using Signed = typename std::make_signed<Word>::type;
-    const Word mask = (Word{1} << bits) - 1;
-    return top ? static_cast<Sum>(static_cast<Signed>(word) >> shift)
-               : static_cast<Sum>((word >> shift) & mask) - levels;
+    const uint32_t lane = static_cast<uint32_t>(word >> shift) << (32 - bits);
+    return top ? static_cast<Sum>(lane) >> (32 - bits)
+               : static_cast<Sum>(lane >> (32 - bits)) - levels;
   }
   double ratio(double factor) const { return factor / levels; }
 };

@@ -3,12 +3,6 @@
 // includes is local to that file.
 
 #include "codes_inl.h"
-#include "gqsgd/dtypes.h"
-#include "gqsgd/exponential.h"
-#include "gqsgd/hash.h"
-#include "gqsgd/l2.h"
-#include "gqsgd/lanes.h"
-#include "gqsgd/linear.h"
 #include "kernels.h"
 #include "norms_inl.h"
 #include "two_phase_inl.h"

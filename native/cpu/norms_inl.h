@@ -1,4 +1,10 @@
 // Norms of blocks. Included by kernels_inl.h alone.
+#pragma once
+
+#include "gqsgd/dtypes.h"
+#include "gqsgd/l2.h"
+#include "gqsgd/linear.h"
+#include "kernels.h"
 
 namespace gqsgd {
 namespace {

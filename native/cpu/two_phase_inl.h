@@ -4,6 +4,9 @@
 // A mean is kept as a share of the tile's global norm M, from -1 to 1, and rounded on the norm R of
 // these shares. So neither the smallest nor the largest M costs any precision: M comes in at the
 // very end, in (code * ratio * R) * M.
+#pragma once
+
+#include "codes_inl.h"
 
 namespace gqsgd {
 namespace {

@@ -25,15 +25,16 @@ GQSGD_INLINE uint32_t exponential_code(float y, uint32_t dither) {
   uint32_t magnitude = bits & 0x7fffffffu;
   magnitude = magnitude < kOne ? magnitude : kOne;  // a rounding error, or a NaN
   // How many levels lie at or below, and 23 binary places of the way to the next one.
-  uint32_t place = magnitude - ((kLowest - 1) << 23);
-  if (kLowest > 1) {  // otherwise floats below the lowest level are spaced evenly as they are
-    constexpr float kPlaces =
-        static_cast<float>(1u << (22 + (kBits < 8 ? kTopExponent<kBits> : 0)));
-    const uint32_t below =
-        static_cast<uint32_t>(static_cast<int32_t>(bit_cast<float>(magnitude) * kPlaces));
-    place = magnitude < (kLowest << 23) ? below : place;
+  int32_t place = static_cast<int32_t>(magnitude - ((kLowest - 1) << 23));
+  if (kLowest > 1) {
+    // Below the lowest level numbers are spaced evenly. (At 8 bits floats are so by themselves.)
+    // There `place` falls short of that; above, this is cut to what is never more than `place`.
+    constexpr float kPlaces = 1u << (22 + (kBits < 8 ? kTopExponent<kBits> : 0));
+    const int32_t even = static_cast<int32_t>(bit_cast<float>(magnitude) * kPlaces);
+    const int32_t below = even < (1 << 23) ? even : 1 << 23;
+    place = place > below ? place : below;
   }
-  return (place + (dither >> 9)) >> 23 | sign << (kBits - 1);
+  return (static_cast<uint32_t>(place) + (dither >> 9)) >> 23 | sign << (kBits - 1);
 }
 
 // The level that a code stands for, from -1 to 1. Bits above the code are not looked at.
