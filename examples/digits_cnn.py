@@ -1,6 +1,7 @@
 """Trains a small CNN on scikit-learn's handwritten digits, on several Horovod ranks.
 
     mpirun -n 2 python examples/digits_cnn.py --compression gqsgd --bits 8
+    mpirun -n 2 python examples/digits_cnn.py --bits dynamic --budget 5 --plot
 
 This is a plain Horovod script; the line that hvd_gqsgd changes is ``compression=``. At the end it
 prints what the gradients took on the wire and checks that all ranks hold the same model.
@@ -14,6 +15,8 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from hvd_gqsgd import GlobalQSGD, Stats
+from hvd_gqsgd import DynamicBits, GlobalQSGD, Stats
+from hvd_gqsgd.schedule import wire_bits
 
 
 def parse_args() -> argparse.Namespace:
@@ -35,13 +39,27 @@ def parse_args() -> argparse.Namespace:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--compression", choices=("none", "fp16", "gqsgd"), default="gqsgd")
-    parser.add_argument("--bits", type=int, default=8, help="lane width of gqsgd, 2 to 16")
+    parser.add_argument(
+        "--bits", type=width, default=8, help="lane width of gqsgd, 2 to 16, or 'dynamic' (DQ-SGD)"
+    )
+    parser.add_argument("--budget", type=float, default=5, help="mean bits if they are dynamic")
+    parser.add_argument("--dither", choices=("linear", "exponential"), default="linear")
+    parser.add_argument("--exchange", choices=("auto", "allreduce", "two_phase"), default="auto")
+    parser.add_argument("--norm", choices=("max", "l2"), default="max")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=32, help="images a step, over all ranks")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result to this file")
+    parser.add_argument(
+        "--plot", type=Path, metavar="PATH", nargs="?", const=Path("digits_bits.png"),
+        help="plot bits and gradient norm of each step to this file (default: %(const)s)",
+    )  # fmt: skip
     return parser.parse_args()
+
+
+def width(text: str) -> int | str:
+    return text if text == "dynamic" else int(text)
 
 
 def load_data(seed: int) -> tuple[TensorDataset, TensorDataset]:
@@ -94,9 +112,19 @@ class Counted(Compressor):
         return self._stats
 
 
-def make_compression(args: argparse.Namespace, model: nn.Module) -> Counted | GlobalQSGD:
+def make_compression(
+    args: argparse.Namespace, model: nn.Module, steps: int
+) -> Counted | GlobalQSGD:
     if args.compression == "gqsgd":
-        return GlobalQSGD(bits=args.bits, seed=args.seed, named_parameters=model.named_parameters())
+        dynamic = args.bits == "dynamic"
+        return GlobalQSGD(
+            bits=DynamicBits(args.budget, total_steps=steps) if dynamic else args.bits,
+            dither=args.dither,
+            exchange=args.exchange,
+            norm=args.norm,
+            seed=args.seed,
+            named_parameters=model.named_parameters(),
+        )
     return Counted(getattr(hvd.Compression, args.compression))
 
 
@@ -111,36 +139,51 @@ def distorted(images: Tensor) -> Tensor:
     return F.grid_sample(images, grid, align_corners=False)
 
 
-def train(model: nn.Module, optimizer: Any, data: TensorDataset, args: argparse.Namespace) -> float:
-    """Trains with a DistributedOptimizer; returns the seconds blocked in its synchronize()."""
-    # Every rank takes another part of the images, and as many of them as any other.
+def make_loader(data: TensorDataset, args: argparse.Namespace) -> DataLoader[Any]:
+    """Every rank takes another part of the images, and as many of them as any other."""
     sampler = DistributedSampler(
         data, num_replicas=hvd.size(), rank=hvd.rank(), seed=args.seed, drop_last=True
     )
     batch_size = args.batch_size // hvd.size()
     if not 1 <= batch_size <= len(sampler):
         sys.exit(f"--batch-size {args.batch_size} does not split into steps for {hvd.size()} ranks")
-    loader = DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs)
+    return DataLoader(data, batch_size=batch_size, sampler=sampler, drop_last=True)
 
-    blocked = 0.0
+
+@dataclass
+class Log:
+    """What happened: seconds blocked in the optimizer's synchronize(), and two numbers a step."""
+
+    seconds_blocked: float = 0.0
+    bits: list[int] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+
+
+def train(
+    model: nn.Module, optimizer: Any, loader: DataLoader[Any], epochs: int, stats: Any
+) -> Log:
+    """Trains with a DistributedOptimizer."""
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    log = Log()
     model.train()
-    with tqdm(total=args.epochs * len(loader), unit="step", disable=hvd.rank() != 0) as progress:
-        for epoch in range(args.epochs):
-            progress.set_description(f"epoch {epoch + 1}/{args.epochs}", refresh=False)
-            sampler.set_epoch(epoch)
+    with tqdm(total=epochs * len(loader), unit="step", disable=hvd.rank() != 0) as progress:
+        for epoch in range(epochs):
+            progress.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
+            loader.sampler.set_epoch(epoch)
             for images, labels in loader:
                 optimizer.zero_grad()
                 F.cross_entropy(model(distorted(images)), labels).backward()
                 # optimizer.step() alone does both; apart, the first can be timed.
                 start = time.perf_counter()
                 optimizer.synchronize()
-                blocked += time.perf_counter() - start
+                log.seconds_blocked += time.perf_counter() - start
                 with optimizer.skip_synchronize():
                     optimizer.step()
+                log.bits.append(stats().bits)
+                log.norms.append(nn.utils.get_total_norm(p.grad for p in model.parameters()).item())
                 progress.update()
             schedule.step()
-    return blocked
+    return log
 
 
 @torch.no_grad()
@@ -158,8 +201,31 @@ def replica_difference(model: nn.Module) -> float:
     return (largest - smallest).abs().max().item()
 
 
+def plot(log: Log, path: Path) -> None:
+    """Bits of each step and their mean so far, above the norm of the gradient."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    above, below = figure.subplots(2, sharex=True)
+    # Lanes of 5 bits take 64/12 bits of an int64, and so on.
+    on_wire = [wire_bits(width) for width in log.bits]
+    means = [total / step for step, total in enumerate(accumulate(on_wire), 1)]
+    above.step(range(len(on_wire)), on_wire, lw=0.7, label="this step")
+    above.plot(means, label="mean so far")
+    above.set_ylabel("bits an element on the wire")
+    above.legend()
+    below.semilogy(log.norms, lw=0.7)
+    below.set(xlabel="step", ylabel="gradient norm")
+    figure.savefig(path)
+    print(f"plot                {path}")
+
+
 def report(result: dict[str, Any]) -> None:
-    bits = f", {result['bits']} bits" if result["compression"] == "gqsgd" else ""
+    bits = f", {result['dither']}, {result['bits']} bits" if result["dither"] else ""
+    if result["bits_per_step"]:
+        on_wire = 32 * result["compressed_bytes_on_wire"] / result["compressed_bytes_before"]
+        low, high = min(result["bits_per_step"]), max(result["bits_per_step"])
+        bits += f": {low} to {high} a step, {on_wire:.2f} an element on the wire with all overhead"
     print(f"compression         {result['compression']}{bits}; {result['ranks']} rank(s)")
     print(f"test accuracy       {result['accuracy']:.2%}")
     for text, of in (("gradient bytes", ""), ("  if compressed", "compressed_")):
@@ -193,13 +259,14 @@ def main() -> None:
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
 
-    compression = make_compression(args, model)
+    loader = make_loader(train_data, args)
+    compression = make_compression(args, model, args.epochs * len(loader))
     optimizer = hvd.DistributedOptimizer(
         optimizer, named_parameters=model.named_parameters(), compression=compression
     )
 
     start = time.perf_counter()
-    seconds_blocked = train(model, optimizer, train_data, args)
+    log = train(model, optimizer, loader, args.epochs, compression.stats)
     seconds = time.perf_counter() - start
 
     stats = compression.stats()
@@ -208,6 +275,8 @@ def main() -> None:
         result = {
             "compression": args.compression,
             "bits": args.bits,
+            "bits_per_step": log.bits if args.bits == "dynamic" else [],
+            "dither": args.dither if args.compression == "gqsgd" else "",
             "ranks": hvd.size(),
             "seed": args.seed,
             "accuracy": accuracy(model, test_data),
@@ -215,13 +284,15 @@ def main() -> None:
             "bytes_on_wire": stats.bytes_on_wire,
             "compressed_bytes_before": stats.compressed_bytes_before,
             "compressed_bytes_on_wire": stats.compressed_bytes_on_wire,
-            "seconds_blocked": seconds_blocked,
+            "seconds_blocked": log.seconds_blocked,
             "seconds": seconds,
             "replica_difference": difference,
         }
         report(result)
         if args.json:
             args.json.write_text(json.dumps(result, indent=2) + "\n")
+        if args.plot:
+            plot(log, args.plot)
     if difference != 0:
         sys.exit(f"rank {hvd.rank()}: the replicas differ, by up to {difference:g}")
 

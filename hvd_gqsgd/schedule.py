@@ -14,10 +14,12 @@ n codes has the ideal width log2(2 n s + 1). With k such that it is c bits at a 
 - |g_t| is taken from the step before, as the width must be known before the gradient is.
 - c is what the budget has left for each step that is left: feedback that makes up for whatever the
   forecast got wrong.
-- The typical s is a forecast for the steps to come, as the budget must last for them. It assumes
-  that log2|g| goes on along a line in sqrt(t): then, if m is its mean so far and r = sqrt(t/T), the
-  mean of what is to come is u + (u - m) (1-r)(2+r) / (r(1+r)). For u a short average is taken, or
-  noise would be taken for a trend. a^((T-t)/2) is known, so its part of the forecast is exact.
+- The typical s is a forecast for the steps to come, as the budget must last for them. If the norm
+  falls, it assumes that log2|g| goes on along a line in sqrt(t): then, if m is its mean so far and
+  r = sqrt(t/T), the mean of what is to come is u + (u - m) (1-r)(2+r) / (r(1+r)). For u a short
+  average is taken, or noise would be taken for a trend. If the norm rises, it is m: training sets in
+  with a rise that passes, and bits saved for a further one would be missing there. a^((T-t)/2) is
+  known, so its part of the forecast is exact.
 - A norm that changes by more than 2^5 in one step shows another loss scale: what is remembered of
   norms moves along.
 - w_t never goes so high that the narrowest width to the end would overrun the budget, nor so low
@@ -305,8 +307,8 @@ class Schedule:
         left = self._steps_left()
         excess = 0.0
         if last and recent and mean:
-            trend = -1.0  # no end to plan for: what comes is as what was
-            if left is not None:
+            trend = -1.0  # what is to come is as what was
+            if left is not None and recent < mean:
                 r = math.sqrt(self.steps / (self.steps + left))
                 trend = min((1 - r) * (2 + r) / (r * (1 + r)), TREND_MAX)
             excess = (last - recent - trend * (recent - mean)) / NORM_UNIT
