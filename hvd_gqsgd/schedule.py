@@ -17,7 +17,7 @@ n codes has the ideal width log2(2 n s + 1). With k such that it is c bits at a 
 - The typical s is a forecast for the steps to come, as the budget must last for them. If the norm
   falls, it assumes that log2|g| goes on along a line in sqrt(t): then, if m is its mean so far and
   r = sqrt(t/T), the mean of what is to come is u + (u - m) (1-r)(2+r) / (r(1+r)). For u a short
-  average is taken, or noise would be taken for a trend. If the norm rises, it is m: training sets in
+  average is taken, or noise would be taken for a trend. If the norm rises, it is m: training begins
   with a rise that passes, and bits saved for a further one would be missing there. a^((T-t)/2) is
   known, so its part of the forecast is exact.
 - A norm that changes by more than 2^5 in one step shows another loss scale: what is remembered of

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from hvd_gqsgd.options import Options
 from hvd_gqsgd.schedule import wire_bits
 from hvd_gqsgd.simulate import simulate
 
-__all__ = ["expected_variance", "main", "measure", "sure_bound", "variance_bound", "wire_bytes"]
+__all__ = ["expected_variance", "main", "measure", "variance_bound", "wire_bytes"]
 
 TILE = ops.TILE
 BUCKET = 25 * 2**20 // 4  # elements of float32 in a bucket of DistributedDataParallel
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         print(json.dumps(result))
     else:
-        (_show_markdown if options.markdown else _show)(_tables(result))
+        _show(result, options.markdown)
 
 
 def measure(
@@ -106,20 +106,22 @@ def measure(
     rng = np.random.default_rng(0)
     large = _student(rng, ranks, numel)
     comparison = [_row(name, large, 1, options) for name, options in COMPARISON]
-    first, default = (comparison[i]["relative_error"] for i in (0, 3))
+    default = comparison[3]["relative_error"]
+    for row in comparison:
+        row["to_default"] = row["relative_error"] / default
     small = large[:, :most].contiguous()
     return {
         "ranks": ranks,
         "numel": numel,
         "trials": trials,
         "comparison": comparison,
-        "ratio_to_authors": first / default,
+        "ratio_to_authors": comparison[0]["to_default"],
         "operators": [
             _row(name, small, trials, options)
             for name, options in OPERATORS
             if "exchange" in options or "dither" in options or _fits(ranks, options)
         ],
-        "tight": [case(trials) for case in _tight(rng, ranks)],
+        "tight": _tight(rng, ranks, trials),
         "by_ranks": [_by_ranks(rng, n, trials) for n in (2, 4, 8, 16, 32, 64)],
         "widths": [_width(bits) for bits in range(2, 17)],
     }
@@ -145,21 +147,6 @@ def variance_bound(rows: Tensor, **options: Any) -> Tensor:
     if s:
         return first + (_reach(x, norm, norm / s, chosen) / s) ** 2 / 4
     return first + (x.mean(0) ** 2 + first) / 8 + lowest**2 / 4
-
-
-def sure_bound(rows: Tensor, **options: Any) -> Tensor:
-    """What no error of an element exceeds but for rounding of floats: float64, of shape (d,)."""
-    chosen, n = Options(**options), len(rows)
-    norm, s = _norms(rows, chosen), _levels(chosen, n)
-    x = rows.double() / n  # before the sum, which may overflow
-    if s:
-        first = norm / s
-        second = _reach(x * n, norm, first, chosen) / s
-    else:
-        lowest = norm * _lowest(chosen)
-        first = torch.maximum(x.abs(), lowest / n).sum(0)
-        second = torch.maximum(x.sum(0).abs() + first, lowest)
-    return first if chosen.exchange_for(n) == "allreduce" else first + second
 
 
 def expected_variance(rows: Tensor, **options: Any) -> Tensor:
@@ -299,63 +286,46 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
     }
 
 
-class _Tight(NamedTuple):
-    """Data that reaches a bound, and the bound."""
+def _tight(
+    rng: np.random.Generator, n: int, trials: int, numel: int = 2**15
+) -> list[dict[str, Any]]:
+    """Data that reaches a bound, on n ranks or on as few as show it."""
 
-    name: str
-    formula: str
-    rows: Tensor
-    bound: float
-    options: dict[str, Any]
+    def case(
+        name: str, formula: str, shares: Any, bound: float, options: dict[str, Any]
+    ) -> dict[str, Any]:
+        rows = torch.as_tensor(shares, dtype=torch.float64)
+        rows = rows[:, None].repeat(1, numel) if rows.dim() == 1 else rows.clone()
+        first = torch.arange(numel) % 1024 == 0
+        rows[:, first] = 1  # M, which is exact
+        measured = float(_squares(rows, trials, options)[~first].mean())
+        return {"name": name, "formula": formula, "ranks": len(rows), "mean_square": measured,
+                "to_formula": measured / bound}  # fmt: skip
 
-    def __call__(self, trials: int) -> dict[str, Any]:
-        # The first element of each block is there for the norm, and is exact.
-        inner = torch.arange(self.rows.shape[1]) % self.options.get("block_size", 1024) > 0
-        measured = float(_squares(self.rows, trials, self.options)[inner].mean())
-        return {
-            "name": self.name,
-            "formula": self.formula,
-            "ranks": len(self.rows),
-            "mean_square": measured,
-            "to_formula": measured / self.bound,
-        }
-
-
-def _tight(rng: np.random.Generator, n: int, numel: int = 2**15) -> list[_Tight]:
-    """Cases for n ranks, or for as many as are named."""
-
-    def blocks(shares: Sequence[float] | np.ndarray[Any, Any], top: float = 1) -> Tensor:
-        rows = torch.tensor(shares, dtype=torch.float64)
-        rows = rows[:, None].repeat(1, numel) if rows.dim() == 1 else rows
-        rows[:, ::1024] = top
-        return rows
-
-    r = np.arange(n)
-    s, one, two = levels_for(8, n), 127, {"exchange": "two_phase"}
-    summed, wide = {"exchange": "allreduce"}, levels_for(16, n)
-    alone: dict[str, Any] = {**summed, "correlated": False}
-    exponential = {"dither": "exponential"}
+    s, wide, one = levels_for(8, n), levels_for(16, n), levels_for(8, 1)
+    summed: dict[str, Any] = {"exchange": "allreduce"}
+    alone, exponential = {**summed, "correlated": False}, {"dither": "exponential"}
     # f = 1/2 on a norm that the elements themselves are part of, n (1 + 1023 (M2 / 2s)^2)
     l2 = (n / (1 - n * 1023 / (4 * wide**2))) ** 0.5
     uniform = rng.uniform(-1, 1, (n, numel))
     return [
-        _Tight("independent, half way", "(M/s)² / (4n)", blocks([0.5 / s] * n),
+        case("independent, half way", "(M/s)² / (4n)", [0.5 / s] * n,
                1 / (4 * n * s**2), alone),
-        _Tight("independent, uniform", "(M/s)² / (6n)", blocks(uniform), 1 / (6 * n * s**2), alone),
-        _Tight("correlated, uniform", "(M/s)² (n+1) / (12n²)", blocks(uniform),
+        case("independent, uniform", "(M/s)² / (6n)", uniform, 1 / (6 * n * s**2), alone),
+        case("correlated, uniform", "(M/s)² (n+1) / (12n²)", uniform,
                (n + 1) / (12 * n**2 * s**2), summed),
-        _Tight("correlated, equal ranks", "(M/s)² / (4n²)", blocks([0.5 / (n * s)] * n),
+        case("correlated, equal ranks", "(M/s)² / (4n²)", [0.5 / (n * s)] * n,
                1 / (4 * n**2 * s**2), summed),
-        _Tight("correlated, worst data", "(M/s)² (1/12 + 1/(6n²))",
-               blocks((0.5 / n - r / n) % 1 / s), (1 / 12 + 1 / (6 * n**2)) / s**2, summed),
-        _Tight("l2, 16 bits, half way", "(M₂/s)² / (4n)", blocks([0.5 * l2 / wide] * n),
+        case("correlated, worst data", "(M/s)² (1/12 + 1/(6n²))",
+               (0.5 - np.arange(n)) / n % 1 / s, (1 / 12 + 1 / (6 * n**2)) / s**2, summed),
+        case("l2, 16 bits, half way", "(M₂/s)² / (4n)", [0.5 * l2 / wide] * n,
                (l2 / wide) ** 2 / (4 * n), {**alone, "bits": 16, "norm": "l2"}),
-        _Tight("two-phase linear, phase 2", "(R M/s)² / 4", blocks([3 / one, 4 / one]),
-               1 / (4 * one**2), {**two}),
-        _Tight("exponential, phase 1", "x² / 8", blocks([1 / 12]), 1 / (12**2 * 8), exponential),
-        _Tight("exponential, phase 2", "m² / 8", blocks([1 / 16, 1 / 16, 1 / 8]),
+        case("two-phase linear, phase 2", "(R M/s)² / 4", [3 / one, 4 / one],
+               1 / (4 * one**2), {"exchange": "two_phase"}),
+        case("exponential, phase 1", "x² / 8", [1 / 12], 1 / (12**2 * 8), exponential),
+        case("exponential, phase 2", "m² / 8", [1 / 16, 1 / 16, 1 / 8],
                1 / (12**2 * 8), exponential),
-        _Tight("exponential, 4 bits, below all levels", "L² / 4", blocks([1 / 128]), 1 / 128**2,
+        case("exponential, 4 bits, below all levels", "L² / 4", [1 / 128], 1 / 128**2,
                {**exponential, "bits": 4}),
     ]  # fmt: skip
 
@@ -366,8 +336,8 @@ def _by_ranks(rng: np.random.Generator, ranks: int, trials: int) -> dict[str, An
     different = _student(rng, ranks, 2**14)
     for kind, rows in (("different", different), ("equal", different[:1].repeat(ranks, 1))):
         for exchange in ("allreduce", "two_phase"):
-            options = {"exchange": exchange}
-            row[f"{exchange}_levels"] = _levels(Options(**options), ranks)
+            options: dict[str, Any] = {"exchange": exchange}
+                row[f"{exchange}_levels"] = _levels(Options(**options), ranks)
             row[f"{exchange}_{kind}"] = _row("", rows, trials, options)["relative_error"]
     return row
 
@@ -380,106 +350,64 @@ def _width(bits: int) -> dict[str, Any]:
         "word_bytes": word,
         "lanes": lanes,
         "wire_bits": wire_bits(bits),
-        "wire_bits_of_a_tile": -(-TILE // lanes) * 8 * word / TILE,
+        "bits_in_tiles": -(-TILE // lanes) * 8 * word / TILE,
     }
 
 
 # --- tables --------------------------------------------------------------------------------------
 
-
-class _Table(NamedTuple):
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-def _tables(result: dict[str, Any]) -> list[_Table]:
-    def number(value: float | None, form: str) -> str:
-        return "" if value is None else format(value, form)
-
-    n, default = result["ranks"], result["comparison"][3]["relative_error"]
-    header = ["bits", "levels", "bits on the wire", "relative error"]
-
-    def start(row: dict[str, Any]) -> list[str]:
-        return [
-            row["name"], str(row["bits"]), number(row["levels"], "d"),
-            f"{row['wire_bits']:.3f}", f"{row['relative_error']:.5f}",
-        ]  # fmt: skip
-
-    theory = ["mean square / expected", "mean square / bound"]
-    return [
-        _Table(
-            f"One tensor of {result['numel']:,} float32 on {n} ranks, one step, Allreduce",
-            ["", *header, "times the default", *theory],
-            [
-                [*start(row), f"{row['relative_error'] / default:.2f}",
-                 number(row["to_expected"], ".3f"), number(row["to_bound"], ".3f")]
-                for row in result["comparison"]
-            ],
-        ),
-        _Table(
-            f"Operators on {n} ranks, {result['trials']} steps; blocks of 1024 and correlated "
-            "dither but where it says otherwise",
-            ["", *header, *theory],
-            [
-                [*start(row), number(row["to_expected"], ".3f"), number(row["to_bound"], ".3f")]
-                for row in result["operators"]
-            ],
-        ),
-        _Table(
-            "Data that reaches the formula",
-            ["", "ranks", "formula", "mean square / formula"],
-            [
-                [row["name"], str(row["ranks"]), row["formula"], f"{row['to_formula']:.3f}"]
-                for row in result["tight"]
-            ],
-        ),
-        _Table(
-            "Relative error at 8 bits by the number of ranks",
-            ["ranks", "levels: Allreduce", "two-phase", "independent ranks: Allreduce",
-             "two-phase", "equal ranks: Allreduce", "two-phase"],
-            [
-                [str(row["ranks"]), str(row["allreduce_levels"]), str(row["two_phase_levels"])]
-                + [f"{row[f'{exchange}_{kind}']:.4f}" for kind in ("different", "equal")
-                   for exchange in ("allreduce", "two_phase")]
-                for row in result["by_ranks"]
-            ],
-        ),
-        _Table(
-            "Lanes",
-            ["width", "bytes of a word", "lanes", "bits on the wire", "in tiles of 1024"],
-            [
-                [str(row["bits"]), str(row["word_bytes"]), str(row["lanes"]),
-                 f"{row['wire_bits']:.2f}", f"{row['wire_bits_of_a_tile']:.2f}"]
-                for row in result["widths"]
-            ],
-        ),
-    ]  # fmt: skip
+Columns = list[tuple[str, str, str]]  # title, key of a row, format
+OPERATOR: Columns = [
+    ("", "name", ""), ("bits", "bits", ""), ("levels", "levels", ""),
+    ("bits on the wire", "wire_bits", ".3f"), ("relative error", "relative_error", ".5f"),
+    ("mean square / expected", "to_expected", ".3f"), ("mean square / bound", "to_bound", ".3f"),
+]  # fmt: skip
+TABLES: list[tuple[str, str, Columns]] = [
+    ("comparison", "One tensor of {numel:,} float32 on {ranks} ranks, one step, Allreduce",
+     [*OPERATOR, ("times the default", "to_default", ".2f")]),
+    ("operators", "Operators on {ranks} ranks, {trials} steps; blocks of 1024 and correlated dither "
+     "where it does not say otherwise", OPERATOR),
+    ("tight", "Data that reaches the formula",
+     [("", "name", ""), ("ranks", "ranks", ""), ("formula", "formula", ""),
+      ("mean square / formula", "to_formula", ".3f")]),
+    ("by_ranks", "Relative error at 8 bits by the number of ranks",
+     [("ranks", "ranks", ""), ("levels: Allreduce", "allreduce_levels", ""),
+      ("two-phase", "two_phase_levels", ""),
+      ("independent ranks: Allreduce", "allreduce_different", ".4f"),
+      ("two-phase", "two_phase_different", ".4f"),
+      ("equal ranks: Allreduce", "allreduce_equal", ".4f"),
+      ("two-phase", "two_phase_equal", ".4f")]),
+    ("widths", "Lanes",
+     [("width", "bits", ""), ("bytes of a word", "word_bytes", ""), ("lanes", "lanes", ""),
+      ("bits on the wire", "wire_bits", ".2f"), ("in tiles of 1024", "bits_in_tiles", ".2f")]),
+]  # fmt: skip
 
 
-def _show_markdown(tables: list[_Table]) -> None:
-    for title, header, rows in tables:
-        aligned = ["---" if i == 0 else "---:" for i in range(len(header))]
-        print(f"{title}:\n")
-        for row in [header, aligned, *rows]:
-            print("|", " | ".join(row), "|")
-        print()
-
-
-def _show(tables: list[_Table]) -> None:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        _show_markdown(tables)
-        return
-    for title, header, rows in tables:
-        table = Table(title=title, title_justify="left")
-        for column, name in enumerate(header):
-            table.add_column(name, justify="right" if column else "left")
-        for row in rows:
-            table.add_row(*row)
-        Console().print(table)
+def _show(result: dict[str, Any], markdown: bool) -> None:
+    for key, title, columns in TABLES:
+        title = title.format(**result)
+        header = [name for name, _, _ in columns]
+        cells = [
+            ["" if row[field] is None else format(row[field], form) for _, field, form in columns]
+            for row in result[key]
+        ]
+        try:
+            if markdown:
+                raise ImportError
+            from rich.console import Console
+            from rich.table import Table
+        except ImportError:
+            print(f"{title}:\n")
+            for line in [header, ["---", *["---:"] * (len(header) - 1)], *cells]:
+                print("|", " | ".join(line), "|")
+            print()
+        else:
+            table = Table(title=title, title_justify="left")
+            for column, name in enumerate(header):
+                table.add_column(name, justify="right" if column else "left")
+            for line in cells:
+                table.add_row(*line)
+            Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,39 @@
+"""The examples, on real ranks, with what they promise."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from launch import HERE, mpirun, run
+
+from hvd_gqsgd.schedule import wire_bits
+
+DIGITS = HERE.parent / "examples" / "digits_cnn.py"
+
+
+def train(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The result of training on the digits with 2 ranks."""
+    result = folder / "result.json"
+    command = [sys.executable, str(DIGITS), "--json", str(result), *arguments]
+    job = run(mpirun(2) + command, limit=240)
+    assert job.returncode == 0, job.stdout[-5000:]
+    return json.loads(result.read_text())
+
+
+@pytest.mark.timeout(600)
+def test_dynamic_bits_reach_the_accuracy_of_eight(tmp_path: Path) -> None:
+    """A budget of 5 mean bits costs less than a point, is held, and really moves the width."""
+    plot = tmp_path / "bits.png"
+    fixed = train(tmp_path, "--bits", "8")
+    dynamic = train(tmp_path, "--bits", "dynamic", "--budget", "5", "--plot", str(plot))
+    assert dynamic["accuracy"] > max(fixed["accuracy"] - 0.01, 0.95)
+    bits = [wire_bits(width) for width in dynamic["bits_per_step"]]
+    assert sum(bits) / len(bits) == pytest.approx(5, rel=0.03)
+    assert max(bits) - min(bits) >= 2
+    shrunk = dynamic["compressed_bytes_on_wire"] / fixed["compressed_bytes_on_wire"]
+    assert shrunk == pytest.approx(5 / 8, rel=0.03)
+    assert plot.read_bytes().startswith(b"\x89PNG")
