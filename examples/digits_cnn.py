@@ -222,7 +222,7 @@ def plot(log: Log, path: Path) -> None:
 
 def report(result: dict[str, Any]) -> None:
     bits = f", {result['dither']}, {result['bits']} bits" if result["dither"] else ""
-    if result["bits_per_step"]:
+    if result["bits"] == "dynamic" and result["bits_per_step"]:
         on_wire = 32 * result["compressed_bytes_on_wire"] / result["compressed_bytes_before"]
         low, high = min(result["bits_per_step"]), max(result["bits_per_step"])
         bits += f": {low} to {high} a step, {on_wire:.2f} an element on the wire with all overhead"
@@ -275,7 +275,7 @@ def main() -> None:
         result = {
             "compression": args.compression,
             "bits": args.bits,
-            "bits_per_step": log.bits if args.bits == "dynamic" else [],
+            "bits_per_step": log.bits if max(log.bits) > 0 else [],
             "dither": args.dither if args.compression == "gqsgd" else "",
             "ranks": hvd.size(),
             "seed": args.seed,

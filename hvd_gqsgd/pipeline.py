@@ -23,7 +23,6 @@ code runs, all ranks have started the same number of operations.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import logging
@@ -48,6 +47,7 @@ from hvd_gqsgd.plan import BucketPlan
 from hvd_gqsgd.schedule import make_schedule
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports import Handle, Transport
+from hvd_gqsgd.turns import Turns, reaped
 
 __all__ = ["Pipeline", "Ticket"]
 
@@ -109,9 +109,7 @@ class Pipeline:
         self._positions = itertools.count()
         self._repeats: Counter[Hashable] = Counter()
         self._opened: Counter[Hashable] = Counter()
-        self._turns = 0
-        self._passes: list[Handle] = []
-        self._reaped_passes = 0
+        self._turns = Turns(transport, self.stats)
 
     @property
     def active(self) -> bool:
@@ -250,10 +248,10 @@ class Pipeline:
             assert self._exchange is not None
             failed = failed or bucket.failure is not None
             if failed:  # on all ranks, so that none of them has gone on from there
-                self._turns += len(self._exchange.stages) - 1 - bucket.stage
+                self._turns.taken += len(self._exchange.stages) - 1 - bucket.stage
                 continue
             self._orphans += self._exchange.start_rest(bucket)
-        self._pass_turns()
+        self._turns.make_up(self._prefix())
         self._namespace.failures += 1
         self.forget()
 
@@ -263,9 +261,7 @@ class Pipeline:
             if bucket.handle is not None:
                 self._orphans.append(bucket.handle)
             bucket.abandon()
-        self._orphans += self._passes[self._reaped_passes :]
-        self._passes.clear()
-        self._reaped_passes = 0
+        self._orphans += self._turns.begin_step()
         self._open.clear()
         self._in_flight.clear()
         self._live.clear()
@@ -284,8 +280,7 @@ class Pipeline:
         if self._sent:
             self.abandon()
         self.forget()
-        self._turns = 0
-        self._orphans = [handle for handle in self._orphans if not _reaped(handle)]
+        self._orphans = [handle for handle in self._orphans if not reaped(handle)]
         self._arrivals, self._positions = itertools.count(), itertools.count()
         self._repeats.clear()
         self._opened.clear()
@@ -342,20 +337,10 @@ class Pipeline:
 
     def _take_turn(self) -> None:
         """Starts one collective if it can be, and passes otherwise."""
-        self._turns += 1
+        self._turns.taken += 1
         bucket = self._due()
         if bucket is None or not self._advance(bucket):
-            self._pass_turn()
-
-    def _pass_turn(self) -> None:
-        name = f"{self._prefix()}.pass.{len(self._passes)}"
-        self._passes.append(self._transport.pass_turn(name))
-        self.stats.compressed_bytes_on_wire += self._transport.turn_bytes
-
-    def _pass_turns(self) -> None:
-        """Makes up for the turns that were not passed."""
-        while len(self._passes) < self._turns:
-            self._pass_turn()
+            self._turns.pass_(self._prefix())
 
     def _due(self) -> Bucket | None:
         """The oldest bucket whose next collective can be started now."""
@@ -381,14 +366,11 @@ class Pipeline:
         """Whether a bucket is done, with all collectives started and all turns passed."""
         if not self.advance():
             return False
-        self._pass_turns()
+        self._turns.make_up(self._prefix())
         for other in list(self._in_flight):
             if other.failure is None and other.handle is not None and other.handle.done():
                 self._advance(other)
-        while self._reaped_passes < len(self._passes) and self._passes[self._reaped_passes].done():
-            self._passes[self._reaped_passes].wait()
-            self._reaped_passes += 1
-        return bucket.contribution is not None and self._reaped_passes == len(self._passes)
+        return self._turns.done() and bucket.contribution is not None
 
     def _advance(self, bucket: Bucket) -> bool:
         """Takes a bucket whose collective is done one stage further; whether that went well."""
@@ -420,12 +402,3 @@ class Pipeline:
 @functools.cache
 def _say_once(message: str) -> None:
     _log.warning(message)
-
-
-def _reaped(handle: Handle) -> bool:
-    """Clears away an operation that nobody waits for any more, if it is done."""
-    if not handle.done():
-        return False
-    with contextlib.suppress(Exception):
-        handle.wait()
-    return True

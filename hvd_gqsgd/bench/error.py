@@ -8,6 +8,7 @@ is timed, and seeds are fixed, so that the tables are the same on every machine.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -78,9 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not 2 <= options.ranks <= 127:
         parser.error(f"--ranks must be from 2 to 127, got {options.ranks}")
-    for name in ("numel", "trials"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if min(options.numel, options.trials) < 1:
+        parser.error(f"--numel and --trials must be at least 1, got {options}")
     result = measure(options.ranks, options.numel, options.trials)
     if options.json:
         print(json.dumps(result))
@@ -106,9 +106,8 @@ def measure(
     rng = np.random.default_rng(0)
     large = _student(rng, ranks, numel)
     comparison = [_row(name, large, 1, options) for name, options in COMPARISON]
-    default = comparison[3]["relative_error"]
     for row in comparison:
-        row["to_default"] = row["relative_error"] / default
+        row["to_default"] = row["relative_error"] / comparison[3]["relative_error"]
     small = large[:, :most].contiguous()
     return {
         "ranks": ranks,
@@ -119,7 +118,7 @@ def measure(
         "operators": [
             _row(name, small, trials, options)
             for name, options in OPERATORS
-            if "exchange" in options or "dither" in options or _fits(ranks, options)
+            if _two_phase(options) or (1 << options.get("bits", 8)) - 1 >= 2 * ranks
         ],
         "tight": _tight(rng, ranks, trials),
         "by_ranks": [_by_ranks(rng, n, trials) for n in (2, 4, 8, 16, 32, 64)],
@@ -173,11 +172,8 @@ def wire_bytes(
     numels: Sequence[int], *, bits: int = 8, block_size: int | None = 1024,
     two_phase: bool = False, l2: bool = False, double: bool = False,
 ) -> int:  # fmt: skip
-    """Bytes for a bucket of tensors as ``Stats`` counts them, without probes and passed turns.
-
-    Args:
-        numels: elements of each tensor.
-        double: whether they are float64.
+    """Bytes for a bucket of tensors of so many elements, of float64 if ``double``, as ``Stats``
+    counts them, but without probes and passed turns.
     """
     norm, word = 8 if double else 4, 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)
@@ -229,12 +225,10 @@ def _reach(x: Tensor, norm: Tensor, step: Tensor, options: Options) -> Tensor:
     """What R M of each element's tile is at most, if the first phase is off by a step at most."""
     numel = x.shape[1]
     mean = (x / len(x)).sum(0).abs()
-    if not numel:
-        return mean
-    block = options.block_size or numel
+    block = options.block_size or max(numel, 1)
     within = torch.arange(numel) % block
     tile = torch.arange(numel) // block * -(-block // TILE) + within // TILE
-    largest = torch.zeros(int(tile[-1]) + 1, dtype=torch.float64)
+    largest = torch.zeros(int(tile.max()) + 1 if numel else 0, dtype=torch.float64)
     largest.scatter_reduce_(0, tile, mean, "amax")
     return torch.minimum(norm, largest[tile] + step)
 
@@ -246,9 +240,8 @@ def _student(rng: np.random.Generator, ranks: int, numel: int) -> Tensor:
     return torch.from_numpy(rng.standard_t(4, (ranks, numel)).astype(np.float32))
 
 
-def _fits(ranks: int, options: dict[str, Any]) -> bool:
-    """Whether the lanes leave a level to the sum."""
-    return (1 << options.get("bits", 8)) - 1 >= 2 * ranks
+def _two_phase(options: dict[str, Any]) -> bool:
+    return "two_phase" in options.values() or "exponential" in options.values()
 
 
 def _squares(rows: Tensor, trials: int, options: dict[str, Any]) -> Tensor:
@@ -263,8 +256,8 @@ def _squares(rows: Tensor, trials: int, options: dict[str, Any]) -> Tensor:
 def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[str, Any]:
     """An operator's levels, bits an element on the wire, error, and what theory says of it."""
     n, numel = rows.shape
-    # "auto" is for users; the operator that is named here is the one to be measured.
-    two_phase = "two_phase" in options.values() or "exponential" in options.values()
+    two_phase = _two_phase(options)
+    # Not "auto": the operator that is named is the one to be measured, whatever n is.
     options = {**options, "exchange": "two_phase" if two_phase else "allreduce"}
     chosen = Options(**options)
     squares = _squares(rows, trials, options).mean()
@@ -275,7 +268,6 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
     )  # fmt: skip
     return {
         "name": name,
-        "options": options,
         "bits": chosen.most_bits,
         "levels": _levels(chosen, n) or None,
         "wire_bits": 8 * on_wire / numel,
@@ -286,21 +278,18 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
     }
 
 
-def _tight(
-    rng: np.random.Generator, n: int, trials: int, numel: int = 2**15
-) -> list[dict[str, Any]]:
+def _tight(rng: np.random.Generator, n: int, trials: int) -> list[dict[str, Any]]:
     """Data that reaches a bound, on n ranks or on as few as show it."""
+    numel = 2**15
 
-    def case(
-        name: str, formula: str, shares: Any, bound: float, options: dict[str, Any]
-    ) -> dict[str, Any]:
+    def case(name: str, formula: str, shares: Any, bound: float, options: Any) -> dict[str, Any]:
         rows = torch.as_tensor(shares, dtype=torch.float64)
         rows = rows[:, None].repeat(1, numel) if rows.dim() == 1 else rows.clone()
         first = torch.arange(numel) % 1024 == 0
         rows[:, first] = 1  # M, which is exact
         measured = float(_squares(rows, trials, options)[~first].mean())
-        return {"name": name, "formula": formula, "ranks": len(rows), "mean_square": measured,
-                "to_formula": measured / bound}  # fmt: skip
+        ratio = measured / bound
+        return {"name": name, "formula": formula, "ranks": len(rows), "to_formula": ratio}
 
     s, wide, one = levels_for(8, n), levels_for(16, n), levels_for(8, 1)
     summed: dict[str, Any] = {"exchange": "allreduce"}
@@ -309,24 +298,23 @@ def _tight(
     l2 = (n / (1 - n * 1023 / (4 * wide**2))) ** 0.5
     uniform = rng.uniform(-1, 1, (n, numel))
     return [
-        case("independent, half way", "(M/s)² / (4n)", [0.5 / s] * n,
-               1 / (4 * n * s**2), alone),
+        case("independent, half way", "(M/s)² / (4n)", [0.5 / s] * n, 1 / (4 * n * s**2), alone),
         case("independent, uniform", "(M/s)² / (6n)", uniform, 1 / (6 * n * s**2), alone),
         case("correlated, uniform", "(M/s)² (n+1) / (12n²)", uniform,
-               (n + 1) / (12 * n**2 * s**2), summed),
+             (n + 1) / (12 * n**2 * s**2), summed),
         case("correlated, equal ranks", "(M/s)² / (4n²)", [0.5 / (n * s)] * n,
-               1 / (4 * n**2 * s**2), summed),
+             1 / (4 * n**2 * s**2), summed),
         case("correlated, worst data", "(M/s)² (1/12 + 1/(6n²))",
-               (0.5 - np.arange(n)) / n % 1 / s, (1 / 12 + 1 / (6 * n**2)) / s**2, summed),
+             (0.5 - np.arange(n)) / n % 1 / s, (1 / 12 + 1 / (6 * n**2)) / s**2, summed),
         case("l2, 16 bits, half way", "(M₂/s)² / (4n)", [0.5 * l2 / wide] * n,
-               (l2 / wide) ** 2 / (4 * n), {**alone, "bits": 16, "norm": "l2"}),
+             (l2 / wide) ** 2 / (4 * n), {**alone, "bits": 16, "norm": "l2"}),
         case("two-phase linear, phase 2", "(R M/s)² / 4", [3 / one, 4 / one],
-               1 / (4 * one**2), {"exchange": "two_phase"}),
+             1 / (4 * one**2), {"exchange": "two_phase"}),
         case("exponential, phase 1", "x² / 8", [1 / 12], 1 / (12**2 * 8), exponential),
-        case("exponential, phase 2", "m² / 8", [1 / 16, 1 / 16, 1 / 8],
-               1 / (12**2 * 8), exponential),
+        case("exponential, phase 2", "m² / 8", [1 / 16, 1 / 16, 1 / 8], 1 / (12**2 * 8),
+             exponential),
         case("exponential, 4 bits, below all levels", "L² / 4", [1 / 128], 1 / 128**2,
-               {**exponential, "bits": 4}),
+             {**exponential, "bits": 4}),
     ]  # fmt: skip
 
 
@@ -337,7 +325,7 @@ def _by_ranks(rng: np.random.Generator, ranks: int, trials: int) -> dict[str, An
     for kind, rows in (("different", different), ("equal", different[:1].repeat(ranks, 1))):
         for exchange in ("allreduce", "two_phase"):
             options: dict[str, Any] = {"exchange": exchange}
-                row[f"{exchange}_levels"] = _levels(Options(**options), ranks)
+            row[f"{exchange}_levels"] = _levels(Options(**options), ranks)
             row[f"{exchange}_{kind}"] = _row("", rows, trials, options)["relative_error"]
     return row
 
@@ -365,8 +353,8 @@ OPERATOR: Columns = [
 TABLES: list[tuple[str, str, Columns]] = [
     ("comparison", "One tensor of {numel:,} float32 on {ranks} ranks, one step, Allreduce",
      [*OPERATOR, ("times the default", "to_default", ".2f")]),
-    ("operators", "Operators on {ranks} ranks, {trials} steps; blocks of 1024 and correlated dither "
-     "where it does not say otherwise", OPERATOR),
+    ("operators", "Operators on {ranks} ranks, {trials} steps; blocks of 1024 and correlated dither"
+     " where it does not say otherwise", OPERATOR),
     ("tight", "Data that reaches the formula",
      [("", "name", ""), ("ranks", "ranks", ""), ("formula", "formula", ""),
       ("mean square / formula", "to_formula", ".3f")]),
@@ -391,23 +379,21 @@ def _show(result: dict[str, Any], markdown: bool) -> None:
             ["" if row[field] is None else format(row[field], form) for _, field, form in columns]
             for row in result[key]
         ]
-        try:
-            if markdown:
-                raise ImportError
-            from rich.console import Console
-            from rich.table import Table
-        except ImportError:
+        if markdown or importlib.util.find_spec("rich") is None:
             print(f"{title}:\n")
             for line in [header, ["---", *["---:"] * (len(header) - 1)], *cells]:
                 print("|", " | ".join(line), "|")
             print()
-        else:
-            table = Table(title=title, title_justify="left")
-            for column, name in enumerate(header):
-                table.add_column(name, justify="right" if column else "left")
-            for line in cells:
-                table.add_row(*line)
-            Console().print(table)
+            continue
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for column, name in enumerate(header):
+            table.add_column(name, justify="right" if column else "left")
+        for line in cells:
+            table.add_row(*line)
+        Console().print(table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,281 @@
+"""The operators through the whole pipeline, many ranks in one process."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import DTYPES, as_numpy, bits_of, gradient_like, random_floats
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from hvd_gqsgd import AgreementError, DynamicBits, ops, pipeline, reference, simulate
+from hvd_gqsgd.buckets import NORM_HEADER
+from hvd_gqsgd.exchanges.segments import Geometry, Segments, tensor_segments
+from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.pipeline import Pipeline
+from hvd_gqsgd.reference_two_phase import two_phase_mean
+from hvd_gqsgd.transports.simulated import SimulatedWorld
+
+RNG = np.random.default_rng
+WIDE = {"deadline": None, "derandomize": True, "database": None}
+TOO_SLOW = [HealthCheck.too_slow]
+BLOCKS = [1, 3, 64, 1000, 1024, 1500, None]
+EXPONENTIAL = [{"dither": "exponential", "bits": 8}, {"dither": "exponential", "bits": 4}]
+OPERATORS = [
+    {"exchange": "allreduce", "bits": 16}, {"exchange": "allreduce", "bits": 16, "norm": "l2"},
+    {"exchange": "two_phase", "bits": 8}, {"exchange": "two_phase", "bits": 3, "norm": "l2"},
+    *EXPONENTIAL, {"bits": DynamicBits(5)},
+]  # fmt: skip
+
+
+def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
+    """Bit for bit."""
+    return bool((a.view(f"i{a.itemsize}") == b.view(f"i{b.itemsize}")).all())
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
+    """Gradients of some ranks, and options."""
+    n = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 9]))
+    numel = draw(st.sampled_from([0, 1, 2, 63, 1023, 1024, 1025, 2000, 5000]))
+    dtype = draw(st.sampled_from(DTYPES))
+    rng = RNG(draw(st.integers(0, 2**32)))
+    if draw(st.booleans()):
+        rows = random_floats(rng, (n, numel), dtype)
+    else:
+        magnitude = 10.0 ** draw(st.integers(-45, 38))
+        rows = torch.from_numpy(rng.uniform(-1, 1, (n, numel)) * magnitude).to(dtype)
+    operator = draw(
+        st.sampled_from(EXPONENTIAL)
+        | st.builds(lambda bits: {"exchange": "two_phase", "bits": bits}, st.integers(2, 16))
+    )
+    return rows, operator | {
+        "norm": draw(st.sampled_from(["max", "l2"])),
+        "block_size": draw(st.sampled_from(BLOCKS)),
+        "correlated": draw(st.booleans()),
+        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
+        "step": draw(st.integers(0, 2**31 - 1)),
+    }
+
+
+@given(worlds())
+@settings(max_examples=300, suppress_health_check=TOO_SLOW, **WIDE)
+def test_two_phases_have_the_bits_of_the_reference(world: tuple[Tensor, dict[str, Any]]) -> None:
+    rows, options = world
+    mean = as_numpy(simulate(rows, **options))
+    options.pop("exchange", None)
+    identity = digest((0, 0, rows.shape[1], str(rows.dtype)))
+    expected = two_phase_mean(as_numpy(rows), tensor_id=identity, **{"dither": "linear", **options})
+    assert same(mean, expected)
+
+
+@given(worlds())
+@settings(max_examples=100, suppress_health_check=TOO_SLOW, **WIDE)
+def test_l2_norm_has_the_bits_of_the_reference(world: tuple[Tensor, dict[str, Any]]) -> None:
+    rows, options = world
+    options = options | {"dither": "linear", "exchange": "allreduce", "norm": "l2"}
+    options["bits"] = max(options["bits"], 5)  # for nine ranks
+    mean = as_numpy(simulate(rows, **options))
+    del options["exchange"], options["dither"]
+    identity = digest((0, 0, rows.shape[1], str(rows.dtype)))
+    assert same(mean, reference.mean(as_numpy(rows), tensor_id=identity, **options))
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [*EXPONENTIAL, {"exchange": "two_phase", "bits": 5}], ids=str)
+def test_tensors_share_a_bucket(n: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Wherever the ranks' runs of tiles are cut: within a tensor, between, or not at all."""
+    sizes = (3000, 1, 0, 1024, 5001, 17)
+    tensors = [gradient_like(RNG(i), (n, size), dtype) for i, size in enumerate(sizes)]
+    world = SimulatedWorld(n)
+    ranks = [Pipeline(Options(**options), world.transport(r)) for r in range(n)]
+    tickets = [[p.submit(x[r].contiguous()) for x in tensors] for r, p in enumerate(ranks)]
+    for p in ranks:
+        p.flush()
+    for _ in range(3):
+        for p in ranks:
+            p.advance()
+    for i, x in enumerate(tensors):
+        expected = two_phase_mean(
+            x.numpy(), tensor_id=digest((i, 0, sizes[i], str(dtype))), seed=0, step=0,
+            block_size=1024, correlated=True,
+            bits=options["bits"], dither=options.get("dither", "linear"),
+        )  # fmt: skip
+        for r, p in enumerate(ranks):
+            p.wait(tickets[r][i])
+            assert same(p.decode(tickets[r][i], 1 / n).numpy(), expected)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 5000), st.sampled_from([1, 7, 1000, 1024, 1500, 2500])),
+        min_size=1, max_size=6,
+    ),
+    st.integers(2, 16), st.sampled_from([torch.int32, torch.int64]), st.integers(1, 12),
+)  # fmt: skip
+@settings(max_examples=200, **WIDE)
+def test_segments(
+    tensors: list[tuple[int, int]], bits: int, norm_dtype: torch.dtype, ranks: int
+) -> None:
+    """Every tile has one owner, runs differ by one tile at most, and nothing lies between them."""
+    geometry = Geometry(tuple(tensors), bits, norm_dtype)
+    all_ranks = [Segments.of(geometry, ranks, rank) for rank in range(ranks)]
+    tiles = [
+        [(part.tensor, t) for part in segments.parts for t in range(*part.tiles)]
+        for segments in all_ranks
+    ]
+    assert list(itertools.chain(*tiles)) == [
+        (i, t) for i, tensor in enumerate(tensors) for t in range(ops.tiles_for(*tensor))
+    ]
+    assert max(map(len, tiles)) - min(map(len, tiles)) <= 1
+    for rank, segments in enumerate(all_ranks):
+        assert (
+            sum(part.words.stop - part.words.start for part in segments.parts)
+            == (segments.words[rank])
+        )
+        ends = [0, *(part.means.stop for part in segments.parts)]
+        assert [part.means.start for part in segments.parts] == ends[:-1]
+        assert ends[-1] == segments.means
+    totals = tensor_segments(geometry)
+    assert sum(all_ranks[0].words) == totals.words[-1]
+    assert sum(segments.means for segments in all_ranks) == totals.means[-1]
+
+
+@pytest.mark.parametrize("options", OPERATORS, ids=str)
+def test_a_thousand_ranks(options: dict[str, Any]) -> None:
+    """Near the mean, by what independent roundings of 1024 ranks leave."""
+    rows = torch.from_numpy(RNG(0).uniform(-1, 1, (1024, 100_000)).astype(np.float32) + 3)
+    error = (simulate(rows, **options).double() - rows.double().mean(0)).norm() / 3 / 100_000**0.5
+    # l2 norms are some hundred times as large as the largest magnitude.
+    assert error < (200 if "norm" in options else 0.3)
+
+
+def test_auto_exchange() -> None:
+    """Two phases once the lanes keep less than 7 levels, if that gives more."""
+
+    def ranks_for_allreduce(**options: Any) -> int:
+        resolved = Options(**options)
+        return sum(resolved.exchange_for(n) == "allreduce" for n in range(1, 3000))
+
+    assert ranks_for_allreduce() == 18  # 255 // (2 * 18) == 7
+    assert ranks_for_allreduce(bits=4) == 1
+    assert ranks_for_allreduce(bits=2) == 1
+    assert ranks_for_allreduce(bits=16) == 2999
+    assert ranks_for_allreduce(bits=DynamicBits(8.5)) == 18
+    assert ranks_for_allreduce(dither="exponential") == 0
+    assert ranks_for_allreduce(bits=2, exchange="allreduce") == 2999
+    assert ranks_for_allreduce(bits=16, exchange="two_phase") == 0
+
+
+def test_auto_says_once_that_it_takes_two_phases(caplog: pytest.LogCaptureFixture) -> None:
+    pipeline._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "hvd_gqsgd"):
+        for options in ({}, {"bits": 4}, {"bits": 4, "seed": 1}, {"dither": "exponential"}):
+            simulate(torch.ones(3, 10), **options)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "bits=4 leaves less than 7 levels to the sum over 3 ranks: "
+        "exchange='auto' takes the two-phase exchange"
+    )
+
+
+def test_l2_norm_of_too_large_a_block() -> None:
+    """Sums of squares would overflow; the size is looked at, not the memory."""
+    x = torch.zeros(1).expand(2**33 + 1)
+    one = Pipeline(Options(norm="l2", block_size=None), SimulatedWorld(1).transport(0))
+    with pytest.raises(ValueError, match=r"norm='l2' takes blocks of at most 8589934592 elements"):
+        one.submit(x)
+
+
+# --- dynamic widths ------------------------------------------------------------------------------
+
+
+def two_ranks(**dynamic: Any) -> list[Pipeline]:
+    world = SimulatedWorld(2)
+    return [Pipeline(Options(bits=DynamicBits(**dynamic)), world.transport(r)) for r in range(2)]
+
+
+def exchange(ranks: list[Pipeline], x: Tensor) -> list[Tensor]:
+    tickets = [rank.submit(x) for rank in ranks]
+    for rank in ranks:
+        rank.flush()
+    for _ in range(3):
+        for rank in ranks:
+            rank.advance()
+    for rank, ticket in zip(ranks, tickets, strict=True):
+        rank.wait(ticket)
+    return [rank.decode(ticket, 0.5) for rank, ticket in zip(ranks, tickets, strict=True)]
+
+
+def test_ranks_that_want_other_widths_take_the_widest() -> None:
+    """As after a restart from different checkpoints; from the next step on they want the same."""
+    x = torch.randn(3000, generator=torch.Generator().manual_seed(0))
+    ranks = two_ranks(budget=6, total_steps=50, min_bits=4)
+    for step in range(10):
+        exchange(ranks, x * 2.0**step)
+    other = two_ranks(budget=6, total_steps=50, min_bits=4)
+    for step in range(30):
+        exchange(other, x * 0.5**step)
+    ranks[1].load_state_dict(other[1].state_dict())
+    for _ in range(10):
+        one, two = exchange(ranks, x)
+        assert torch.equal(bits_of(one), bits_of(two))
+        assert ranks[0].stats.bits == ranks[1].stats.bits
+    assert ranks[0].state_dict() == ranks[1].state_dict()
+    assert ranks[0].state_dict()["schedule"]["steps"] == 40
+
+
+def test_a_width_that_the_options_do_not_allow() -> None:
+    """A rank that lies about its options: an error on all ranks, and no codec of that width."""
+    ranks = two_ranks(budget=6, max_bits=8)
+    tickets = [rank.submit(torch.ones(3000)) for rank in ranks]
+    ranks[0].flush()
+    norms = ranks[0]._in_flight[0].norms
+    assert norms is not None and NORM_HEADER > 5
+    norms[5] = 16
+    ranks[1].flush()
+    for rank, ticket in zip(ranks, tickets, strict=True):
+        rank.advance()
+        with pytest.raises(AgreementError, match=r"lanes of 16 bits; the options say from 2 to 8"):
+            rank.wait(ticket)
+
+
+def test_steps_that_teach_nothing_are_not_fatal() -> None:
+    """Infinite gradients, as when a gradient scaler looks for its scale, and zeros."""
+    ranks = two_ranks(budget=5)
+    x = torch.ones(3000)
+    for value in (torch.inf, 0.0, torch.nan, 1.0):
+        one, two = exchange(ranks, x * value)
+        assert torch.equal(bits_of(one), bits_of(two))
+    assert ranks[0].stats.bits >= 2
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "must have the keys 'step' and 'schedule'"),
+        ({"step": -1, "schedule": {}}, "step must be from 0"),
+        ({"step": 0, "schedule": {}}, "must have the keys"),
+        ({"step": 0, "schedule": {"colour": 1}}, "must have the keys"),
+    ],
+)
+def test_bad_states(state: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        two_ranks()[0].load_state_dict(state)
+
+
+def test_a_fixed_width_has_no_schedule_to_load() -> None:
+    fixed = Pipeline(Options(), SimulatedWorld(1).transport(0))
+    state = fixed.state_dict()
+    assert state == {"step": 0, "schedule": {}}
+    fixed.load_state_dict({"step": 7, "schedule": {}})
+    assert fixed.state_dict()["step"] == 7
+    with pytest.raises(ValueError, match="state of a fixed width must be empty"):
+        fixed.load_state_dict(two_ranks()[0].state_dict())
