@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -28,9 +29,8 @@ __all__ = ["expected_variance", "main", "measure", "variance_bound", "wire_bytes
 TILE = ops.TILE
 BUCKET = 25 * 2**20 // 4  # elements of float32 in a bucket of DistributedDataParallel
 
-# What Global-QSGD's published code does for linear dithering: one largest magnitude M over the
-# ranks for each bucket, x 127 / (n M) rounded up or down by each rank's own random numbers, int8.
-# That is s = 127/n; here s = floor(255 / (2n)), so that no lane overflows.
+# Global-QSGD's published code: one M over the ranks for each bucket, x 127 / (n M) rounded by each
+# rank's own random numbers. That is s = 127/n; here s = floor(255 / (2n)), and nothing overflows.
 AUTHORS: dict[str, Any] = {"block_size": None, "correlated": False}
 
 COMPARISON: list[tuple[str, dict[str, Any]]] = [
@@ -130,7 +130,7 @@ def measure(
 
 
 def variance_bound(rows: Tensor, **options: Any) -> Tensor:
-    """What the mean square of each element's error is at most: float64, of shape (d,)."""
+    """The most that each element's mean squared error can be: float64, of shape (d,)."""
     chosen, n = Options(**options), len(rows)
     norm, s = _norms(rows, chosen), _levels(chosen, n)
     x = rows.double()
@@ -159,12 +159,11 @@ def expected_variance(rows: Tensor, **options: Any) -> Tensor:
     places = rows.double() * s / norm
     f = places - places.floor()
     total = (f * (1 - f)).sum(0)
-    for r in range(n if chosen.correlated else 0):
-        for q in range(r):
-            apart = (f[r] - f[q] + (r - q) / n) % 1  # from where r's arc begins to where q's does
-            overlap = torch.minimum(f[r] - apart, f[q]).clamp(min=0)
-            overlap += torch.minimum(f[q] - (1 - apart), f[r]).clamp(min=0)
-            total += 2 * (overlap - f[r] * f[q])
+    for q, r in itertools.combinations(range(n if chosen.correlated else 0), 2):
+        apart = (f[r] - f[q] + (r - q) / n) % 1  # from where r's arc begins to where q's does
+        overlap = torch.minimum(f[r] - apart, f[q]).clamp(min=0)
+        overlap += torch.minimum(f[q] - (1 - apart), f[r]).clamp(min=0)
+        total += 2 * (overlap - f[r] * f[q])
     return total * (norm / (s * n)) ** 2
 
 

@@ -13,6 +13,7 @@ from hvd_gqsgd.codecs.linear import levels_for
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("options", [
     {}, {"bits": 16}, {"bits": 5}, {"bits": 11}, {"block_size": 256}, {"block_size": None},
     {"block_size": 1000}, {"correlated": False}, {"seed": 7}, {"bucket_mb": 0.001},
@@ -91,6 +92,7 @@ def test_extreme_magnitudes(rank, size, scale):
     assert (error <= bound(everyone, levels_for(8, size)) + 2e-45).all()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("op_and_scales", [
     (hvd.Sum, 1.0, 1.0), (hvd.Average, 0.5, 1.0), (hvd.Average, 1 / 3, 3.0), (hvd.Sum, 1.0, 0.1),
     (hvd.Average, 1.0, -2.0), (hvd.Sum, 0.0, 1.0),
@@ -108,6 +110,7 @@ def test_linear_reductions(rank, size, op_and_scales):
     assert_same_on_all_ranks(result)
 
 
+@pytest.mark.core
 def test_grouped(rank, size):
     groups = [gradients(size, numel, seed=numel) for numel in (5000, 10, 7000)]
     tensors = [everyone[rank].clone() for everyone in groups]
@@ -171,6 +174,7 @@ def test_too_many_ranks_for_the_lanes(rank, several):
         hvd.allreduce(torch.ones(9000), compression=GlobalQSGD(bits=2, exchange="allreduce"))
 
 
+@pytest.mark.core
 def test_a_process_set_and_all_ranks_at_once(rank, size, process_set):
     """Ranks outside of a process set know nothing of what is in flight there."""
     everyone = gradients(size, 9000)
@@ -190,6 +194,7 @@ def test_a_process_set_and_all_ranks_at_once(rank, size, process_set):
         hvd.allreduce(everyone[rank], compression=in_set, process_set=process_set, name="odd")
 
 
+@pytest.mark.core
 def test_process_sets(rank, size, process_set):
     everyone = gradients(size, 9000)
     compressor = GlobalQSGD(process_set=process_set)

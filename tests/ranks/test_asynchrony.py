@@ -41,6 +41,7 @@ def test_backward_does_not_wait_for_a_delayed_rank(rank, size, named):
             assert_same_on_all_ranks(parameter)
 
 
+@pytest.mark.core
 def test_unnamed_operations_between_backward_and_step(rank, size):
     """Horovod names these by counting, and ranks of different speed must count the same."""
     model = mlp()

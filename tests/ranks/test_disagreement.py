@@ -33,6 +33,7 @@ def test_options(rank, size, options):
         hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
 
 
+@pytest.mark.core
 def test_options_that_average_out(rank, several):
     """Three ranks with digests around the middle one's must not look alike to it."""
     with pytest.raises(AgreementError, match="different options"):
@@ -58,6 +59,7 @@ def test_reductions_that_are_not_linear(rank, size, name):
     assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("options", [
     {"exchange": "two_phase"}, {"dither": "exponential", "bits": 4}, {"norm": "l2"},
     {"bits": DynamicBits(6, min_bits=4)},
@@ -104,6 +106,7 @@ def exchange_in_order(compressor, tensors, order):
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("numels", [(9000, 9000, 9000), (9000, 5000, 7000)])
 @pytest.mark.parametrize("bucket_mb", [25, 0.03])
 @pytest.mark.parametrize("exchange", ["allreduce", "two_phase"])

@@ -16,6 +16,7 @@ from hvd_gqsgd import GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
 
 
+@pytest.mark.core
 def test_join_with_uneven_batches(rank, size, several):
     """Average divides by all ranks, as Horovod's does, though some have left."""
     compressor = GlobalQSGD(min_numel=0)
@@ -30,6 +31,7 @@ def test_join_with_uneven_batches(rank, size, several):
     hvd.join()
 
 
+@pytest.mark.core
 def test_join_with_an_optimizer(rank, size, several):
     model = mlp()
     compressor = GlobalQSGD(min_numel=64, bucket_mb=0.02)
@@ -51,6 +53,7 @@ def test_join_with_an_optimizer(rank, size, several):
         assert_same_on_all_ranks(parameter)
 
 
+@pytest.mark.core
 def test_two_phases_need_all_ranks(rank, size, several):
     """A rank that has left owns a part of the bucket: Horovod raises its own error; no hang."""
     compressor = GlobalQSGD(exchange="two_phase")

@@ -23,6 +23,7 @@ def test_a_dropped_exchange_leaves_the_next_one_in_step(rank, size):
     assert_same_on_all_ranks(mean)
 
 
+@pytest.mark.core
 def test_half_of_a_step_is_dropped(rank, size):
     """Whatever was in flight by then on each rank: the next step goes right, again and again."""
     compressor = GlobalQSGD(bucket_mb=0.01)
@@ -39,6 +40,7 @@ def test_half_of_a_step_is_dropped(rank, size):
         assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
 
 
+@pytest.mark.core
 def test_a_rank_that_lost_a_step_falls_in_line(rank, size, several):
     """As a rejoining worker of an elastic job: it has no idea what step the others are at."""
     everyone = gradients(size, 9000)

@@ -78,6 +78,7 @@ def test_ways_to_reduce(rank, size, several, compression, way):
     assert_close(quantized, gradients_of(model, rank, plainly, **way), size)
 
 
+@pytest.mark.core
 def test_the_class_as_compression(rank, size, several):
     model = mlp()
     plain = gradients_of(model, rank, plainly)
@@ -103,6 +104,7 @@ def test_groups_of_parameters(rank, size, several):
     assert_close(run(GlobalQSGD(**SMALL)), run(hvd.Compression.none), size)
 
 
+@pytest.mark.core
 def test_process_sets(rank, size, process_set):
     model = mlp()
 
@@ -132,6 +134,7 @@ class Heads(nn.Module):
         return self.body(self.sometimes(x) if use_all else x)
 
 
+@pytest.mark.core
 def test_frozen_and_unused_parameters(rank, size, several):
     torch.manual_seed(0)
     model = Heads()
@@ -176,6 +179,7 @@ def test_sparse_gradients(rank, size, several, as_dense):
     assert_close(run(GlobalQSGD(**SMALL)), run(hvd.Compression.none), size)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_optimizers_at_once(rank, size, several, shared):
     models = [mlp(seed=1), mlp(seed=2, width=128)]
