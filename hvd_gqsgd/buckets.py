@@ -79,7 +79,7 @@ class Item:
     identity: int  # 31 bits to recognize it by on another rank, and to draw its dither from
     norms: slice = field(default_factory=lambda: slice(0))
     words: slice = field(default_factory=lambda: slice(0))
-    means: slice = field(default_factory=lambda: slice(0))  # of a two-phase exchange
+    place: int = 0  # among the tensors of its bucket
 
 
 class Bucket:
@@ -130,7 +130,8 @@ class Bucket:
         """Gives every tensor its place in the norm message; returns the message's length."""
         self.items.sort(key=lambda item: item.position)
         end = NORM_HEADER
-        for item in self.items:
+        for place, item in enumerate(self.items):
+            item.place = place
             item.norms = slice(end, end + codec.num_norms(item.numel))
             end = item.norms.stop
         return end

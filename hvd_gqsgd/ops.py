@@ -57,7 +57,7 @@ _library.define(
 )
 _library.define(
     "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int bits, "
-    "int levels, float scale) -> ()"
+    "int levels, int first, int last, float scale) -> ()"
 )
 _library.define("sum_of_squares(Tensor x) -> float")
 _library.define("storage_use_count(Tensor tensor) -> int")
@@ -122,8 +122,8 @@ elements and rounds the means stochastically to codes, on a norm of each tile's 
 """
 
 dequantize_means = _ops.dequantize_means.default
-"""``dequantize_means(means, norms, out, block_size, bits, levels, scale)``: ``scale`` times the
-means of all tiles of a tensor.
+"""``dequantize_means(means, norms, out, block_size, bits, levels, first, last, scale)``: ``scale``
+times the means of tiles ``first`` to ``last`` (excluded), to their places in ``out``.
 """
 
 sum_of_squares = _ops.sum_of_squares.default

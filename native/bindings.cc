@@ -102,6 +102,11 @@ CodeArgs code_args(const Tensor& x, const Tensor& norms, const Tensor& words, co
   return args;
 }
 
+void check_tiles(const Layout& layout, int64_t first, int64_t last) {
+  TORCH_CHECK_VALUE(0 <= first && first <= last && last <= layout.tiles(),
+                    "tiles must be within 0 to ", layout.tiles(), ", got ", first, " to ", last);
+}
+
 // The means of tiles [first, last) as a buffer of the wider one of norms and words.
 void check_means(const Tensor& means, const Layout& layout, DType dtype, int64_t bits,
                  int64_t first, int64_t last) {
@@ -193,8 +198,7 @@ void requantize(const Tensor& received, const Tensor& norms, Tensor means, int64
   const Layout layout = layout_of(numel, block_size, bits);
   const DType dtype = norms.scalar_type() == at::kLong ? DType::kFloat64 : DType::kFloat32;
   const CodeArgs args = code_args(dtype, layout, norms, bits, levels);
-  TORCH_CHECK_VALUE(0 <= first && first <= last && last <= layout.tiles(),
-                    "tiles must be within 0 to ", layout.tiles(), ", got ", first, " to ", last);
+  check_tiles(layout, first, last);
   const int64_t words = layout.word(last) - layout.word(first);
   TORCH_CHECK_TYPE(received.scalar_type() == word_dtype(bits), "received must be ",
                    word_dtype(bits), ", got ", received.scalar_type());
@@ -216,16 +220,17 @@ void requantize(const Tensor& received, const Tensor& norms, Tensor means, int64
 }
 
 void dequantize_means(const Tensor& means, const Tensor& norms, Tensor out, int64_t block_size,
-                      int64_t bits, int64_t levels, double scale) {
+                      int64_t bits, int64_t levels, int64_t first, int64_t last, double scale) {
   check_geometry(out, block_size);
   const Layout layout = layout_of(out.numel(), block_size, bits);
   const DType dtype = dtype_of(out, "the tensor");
   const CodeArgs args = code_args(dtype, layout, norms, bits, levels);
-  check_means(means, layout, dtype, bits, 0, layout.tiles());
+  check_tiles(layout, first, last);
+  check_means(means, layout, dtype, bits, first, last);
   const Kernels* kernels = active_kernels();
-  at::parallel_for(0, layout.tiles(), grain(gqsgd::kTile), [&](int64_t begin, int64_t end) {
-    kernels->dequantize_means(args, means.const_data_ptr(), scale, out.mutable_data_ptr(), begin,
-                              end);
+  at::parallel_for(first, last, grain(gqsgd::kTile), [&](int64_t begin, int64_t end) {
+    kernels->dequantize_means(args, means.const_data_ptr(), scale, out.mutable_data_ptr(), first,
+                              begin, end);
   });
 }
 

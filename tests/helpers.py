@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from statistics import NormalDist
 from typing import Any
@@ -182,12 +182,17 @@ def requantize(
 
 def decode_means(
     means: Tensor, norms: Tensor, like: Tensor, block_size: int | None, bits: int, levels: int,
-    scale: float = 1.0,
+    scale: float = 1.0, cuts: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
-    """Native gradient from means, written over rubbish."""
+    """Native gradient from means, written over rubbish; in parts that end at the tiles ``cuts``."""
     out = torch.full_like(like, -77)
     block = block_size or max(like.numel(), 1)
-    ops.dequantize_means(means, norms, out, block, bits, levels, scale)
+    edges = [0, *cuts, ops.tiles_for(like.numel(), block)]
+    for first, last in pairwise(edges):
+        begin, end = (
+            ops.means_before(tile, like.numel(), block, bits, norms.dtype) for tile in (first, last)
+        )
+        ops.dequantize_means(means[begin:end], norms, out, block, bits, levels, first, last, scale)
     return out
 
 

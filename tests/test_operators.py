@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hvd_gqsgd import AgreementError, DynamicBits, ops, pipeline, reference, simulate
 from hvd_gqsgd.buckets import NORM_HEADER
-from hvd_gqsgd.exchanges.segments import Geometry, Segments, tensor_segments
+from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.pipeline import Pipeline
 from hvd_gqsgd.reference_two_phase import two_phase_mean
@@ -126,26 +126,33 @@ def test_segments(
 ) -> None:
     """Every tile has one owner, runs differ by one tile at most, and nothing lies between them."""
     geometry = Geometry(tuple(tensors), bits, norm_dtype)
-    all_ranks = [Segments.of(geometry, ranks, rank) for rank in range(ranks)]
+    segments = Segments.of(geometry, ranks)
     tiles = [
-        [(part.tensor, t) for part in segments.parts for t in range(*part.tiles)]
-        for segments in all_ranks
+        [(part.tensor, t) for part in parts for t in range(*part.tiles)]
+        for parts in segments.of_rank
     ]
     assert list(itertools.chain(*tiles)) == [
         (i, t) for i, tensor in enumerate(tensors) for t in range(ops.tiles_for(*tensor))
     ]
     assert max(map(len, tiles)) - min(map(len, tiles)) <= 1
-    for rank, segments in enumerate(all_ranks):
-        assert (
-            sum(part.words.stop - part.words.start for part in segments.parts)
-            == (segments.words[rank])
-        )
-        ends = [0, *(part.means.stop for part in segments.parts)]
-        assert [part.means.start for part in segments.parts] == ends[:-1]
-        assert ends[-1] == segments.means
-    totals = tensor_segments(geometry)
-    assert sum(all_ranks[0].words) == totals.words[-1]
-    assert sum(segments.means for segments in all_ranks) == totals.means[-1]
+    for rank, parts in enumerate(segments.of_rank):
+        assert [0, *(part.words.stop for part in parts)] == [
+            *(part.words.start for part in parts), segments.words[rank]
+        ]  # fmt: skip
+        assert [segments.means[rank] + FLAG, *(part.means.stop for part in parts)] == [
+            *(part.means.start for part in parts), segments.means[rank + 1]
+        ]  # fmt: skip
+    words = means = 0
+    for i, (numel, block) in enumerate(tensors):
+        assert [part.tensor for part in segments.of_tensor[i]] == [i] * len(segments.of_tensor[i])
+        count = ops.tiles_for(numel, block)
+        words += ops.words_before(count, numel, block, bits)
+        means += ops.means_before(count, numel, block, bits, norm_dtype)
+    assert sum(segments.words) == words
+    assert segments.means[-1] == means + ranks * FLAG
+    assert sorted(itertools.chain(*segments.of_tensor)) == sorted(
+        itertools.chain(*segments.of_rank)
+    )
 
 
 @pytest.mark.parametrize("options", OPERATORS, ids=str)

@@ -70,8 +70,8 @@ def test_any_means_decode_as_in_the_reference(dtype: torch.dtype, code: tuple[st
         wide = 8 in (shared.element_size(), ops.word_dtype(bits).itemsize)
         info = torch.iinfo(torch.int64 if wide else torch.int32)
         norm_type = f"i{shared.element_size()}"
-        size = reference_two_phase.tile_offsets(numel, block_size, bits, norm_type)[-1]
-        fuzz = rng.integers(info.min, info.max, size, dtype=f"int{info.bits}", endpoint=True)
+        offsets = reference_two_phase.tile_offsets(numel, block_size, bits, norm_type)
+        fuzz = rng.integers(info.min, info.max, offsets[-1], dtype=f"int{info.bits}", endpoint=True)
         for scale in (1.0, -0.3, 1e30):
             with np.errstate(all="ignore"):
                 expected = reference_two_phase.decode_means(
@@ -80,8 +80,9 @@ def test_any_means_decode_as_in_the_reference(dtype: torch.dtype, code: tuple[st
             expected = torch.from_numpy(expected.view(f"i{expected.itemsize}")).view(dtype)
             for isa in ops.instruction_sets():
                 with instruction_set(isa):
+                    cuts = sorted(int(cut) for cut in rng.integers(0, len(offsets), 2))
                     got = decode_means(
-                        torch.from_numpy(fuzz), shared, like, block_size, bits, s, scale
+                        torch.from_numpy(fuzz), shared, like, block_size, bits, s, scale, cuts
                     )
                 # NaNs may differ in their bits: those of a peer's norm come through.
                 assert torch.equal(got.isnan(), expected.isnan())
@@ -128,7 +129,7 @@ def test_buffers_are_not_left(dtype: torch.dtype, code: tuple[str, int]) -> None
             part, around = within(edge, torch.zeros(size[last] - size[first], dtype=unit))
             out, around_out = within(float_edge, torch.zeros(numel, dtype=dtype))
             ops.requantize(received, near_norms, part, numel, block, bits, s, first, last, 1, 2, 3)
-            ops.dequantize_means(to_decode, near_norms, out, block, bits, s, 0.5)
+            ops.dequantize_means(to_decode, near_norms, out, block, bits, s, 0, tiles, 0.5)
             assert torch.equal(around[:64], edge[:64])
             assert torch.equal(around[-64:], edge[64:])
             assert torch.equal(bits_of(around_out[:64]), bits_of(float_edge[:64]))
@@ -159,11 +160,11 @@ def requantize_call(
 
 def decode_call(
     means: Tensor = MEANS, norms: Tensor = NORMS, out: Tensor = X, block_size: int = 10,
-    bits: int = 8, levels: int = 0,
+    bits: int = 8, levels: int = 0, first: int = 0, last: int = 10,
 ) -> None:  # fmt: skip
     """The same for the other direction."""
     out = out.clone() if out is X else out
-    ops.dequantize_means(means, norms, out, block_size, bits, levels, 1.0)
+    ops.dequantize_means(means, norms, out, block_size, bits, levels, first, last, 1.0)
 
 
 def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
@@ -211,6 +212,8 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         (lambda: decode_call(out=X.int()), TypeError, "float16, bfloat16, float32 or float64"),
         (lambda: decode_call(out=X.view(10, 10).t()), ValueError, "tensor must be contiguous"),
         (lambda: decode_call(block_size=0), ValueError, "block_size must be at least 1, got 0"),
+        (lambda: decode_call(first=3, last=11), ValueError, "within 0 to 10, got 3 to 11"),
+        (lambda: decode_call(first=1), ValueError, "means must have 36 elements, got 40"),
         (lambda: decode_call(bits=16), ValueError, "exponential dithering has 4 or 8 bits"),
     ],
 )  # fmt: skip
@@ -232,5 +235,5 @@ def test_opcheck(dtype: torch.dtype, code: tuple[str, int]) -> None:
         ops.requantize, (words, shared, empty, 1500, 1024, bits, s, 0, 2, 7, 8, 9)
     )
     torch.library.opcheck(
-        ops.dequantize_means, (means, shared, torch.zeros_like(rows[0]), 1024, bits, s, 0.5)
+        ops.dequantize_means, (means, shared, torch.zeros_like(rows[0]), 1024, bits, s, 0, 2, 0.5)
     )

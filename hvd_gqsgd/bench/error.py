@@ -169,14 +169,14 @@ def expected_variance(rows: Tensor, **options: Any) -> Tensor:
 
 def wire_bytes(
     numels: Sequence[int], *, bits: int = 8, block_size: int | None = 1024,
-    two_phase: bool = False, l2: bool = False, double: bool = False,
+    two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
 ) -> int:  # fmt: skip
     """Bytes for a bucket of tensors of so many elements, of float64 if ``double``, as ``Stats``
     counts them, but without probes and passed turns.
     """
     norm, word = 8 if double else 4, 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)
-    blocks = words = means = 0
+    blocks, words, means = 0, 0, ranks * unit
     for numel in numels:
         block = block_size or max(numel, 1)
         sizes = [min(block, numel - i) for i in range(0, numel, block)]
@@ -263,7 +263,7 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
     expected = None if two_phase else expected_variance(rows, **options).mean()
     on_wire = wire_bytes(
         [numel], bits=chosen.most_bits, block_size=chosen.block_size, two_phase=two_phase,
-        l2=chosen.norm == "l2",
+        l2=chosen.norm == "l2", ranks=n,
     )  # fmt: skip
     return {
         "name": name,

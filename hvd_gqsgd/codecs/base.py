@@ -83,8 +83,11 @@ class Codec:
             *tiles, self.seed, step, tensor_id,
         )  # fmt: skip
 
-    def decode_means(self, means: Tensor, norms: Tensor, out: Tensor, scale: float) -> None:
-        """Writes ``scale`` times the mean over the ranks to ``out``."""
+    def decode_means(
+        self, means: Tensor, norms: Tensor, out: Tensor, tiles: tuple[int, int], scale: float
+    ) -> None:
+        """Writes ``scale`` times the mean over the ranks to tiles ``tiles[0]`` to ``tiles[1]``
+        (excluded) of ``out``, given the means of just these."""
         ops.dequantize_means(
-            means, norms, out, self.block(out.numel()), self.bits, self.levels, scale
+            means, norms, out, self.block(out.numel()), self.bits, self.levels, *tiles, scale
         )

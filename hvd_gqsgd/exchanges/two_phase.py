@@ -5,20 +5,23 @@ them, rounds the means once more, on a norm of the tile's own, and an Allgather 
 ranks. The bytes are those of a ring Allreduce of as many; lanes need not hold a sum, so the number
 of levels does not fall with the number of ranks; and all ranks decode the same.
 
+Before its means a rank tells by a flag that it took part. One that has given up the step, and only
+keeps the others from waiting, has sent codes and means that mean nothing.
+
 Horovod's Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` they raise.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from hvd_gqsgd import ops
 from hvd_gqsgd.buckets import Bucket, Item, everyone
+from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.base import Exchange, Stage
-from hvd_gqsgd.exchanges.segments import Geometry, Segments, tensor_segments
+from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
 from hvd_gqsgd.transports import Handle
 
 __all__ = ["TwoPhaseExchange"]
@@ -44,7 +47,10 @@ class TwoPhaseExchange(Exchange):
         assert bucket.codec is not None and bucket.means is not None and bucket.norms is not None
         # What travelled is the mean. A share of 1/n, times n, may not be one again.
         factor = 1.0 if scale == 1 / self.size else scale * self.size
-        bucket.codec.decode_means(bucket.means[item.means], bucket.norms[item.norms], out, factor)
+        for part in self._segments(bucket).of_tensor[item.place]:
+            bucket.codec.decode_means(
+                bucket.means[part.means], bucket.norms[item.norms], out, part.tiles, factor
+            )
 
     def _fill_codes(self, bucket: Bucket) -> None:
         assert bucket.codec is not None and bucket.norms is not None
@@ -70,25 +76,31 @@ class TwoPhaseExchange(Exchange):
         assert bucket.codec is not None and bucket.norms is not None and bucket.words is not None
         assert bucket.agreement is not None
         received = bucket.words.view(self.size, -1) if bucket.words.numel() else bucket.words
-        means = self._own_means(bucket)
-        for part in self._segments(bucket).parts:
+        segments, own = self._segments(bucket), self._own_means(bucket)
+        own[:FLAG] = 1
+        begin = segments.means[self.rank]
+        for part in segments.of_rank[self.rank]:
             item = bucket.items[part.tensor]
             bucket.codec.requantize(
-                received[:, part.words], bucket.norms[item.norms], means[part.means],
+                received[:, part.words], bucket.norms[item.norms],
+                own[part.means.start - begin : part.means.stop - begin],
                 item.numel, part.tiles, bucket.agreement.step, item.identity,
             )  # fmt: skip
         bucket.words = None
 
     def _gather_means(self, bucket: Bucket, name: str) -> Handle:
         own = self._own_means(bucket)
-        total = tensor_segments(self._geometry(bucket)).means[-1]
-        self._count(total * own.element_size() // 2)
+        self._count(self._segments(bucket).means[-1] * own.element_size() // 2)
         return self._transport.allgather_async(own, name)
 
     def _read_means(self, bucket: Bucket, result: Tensor) -> None:
-        begins = tensor_segments(self._geometry(bucket)).means
-        for item, (begin, end) in zip(bucket.items, itertools.pairwise(begins), strict=True):
-            item.means = slice(begin, end)
+        flags = result[list(self._segments(bucket).means[:-1])]
+        if not bool((flags == 1).all()):
+            gone = (flags != 1).nonzero().flatten().tolist()
+            raise AgreementError(
+                f"{bucket.name}: ranks {gone} have given up this step, as after an exception in it "
+                "that was caught; the others cannot complete it"
+            )
         bucket.means = result
         bucket.contribution = everyone(self.size)
 
@@ -103,7 +115,9 @@ class TwoPhaseExchange(Exchange):
         assert bucket.codec is not None
         if bucket.means is None:
             dtype = ops.means_dtype(bucket.codec.bits, bucket.kind[0])
-            bucket.means = self._take(bucket, self._segments(bucket).means, dtype)
+            begin, end = self._segments(bucket).means[self.rank : self.rank + 2]
+            bucket.means = self._take(bucket, end - begin, dtype)
+            bucket.means[:FLAG] = 0
         return bucket.means
 
     def _geometry(self, bucket: Bucket) -> Geometry:
@@ -112,4 +126,4 @@ class TwoPhaseExchange(Exchange):
         return Geometry(tensors, bucket.codec.bits, bucket.kind[0])
 
     def _segments(self, bucket: Bucket) -> Segments:
-        return Segments.of(self._geometry(bucket), self.size, self.rank)
+        return Segments.of(self._geometry(bucket), self.size)

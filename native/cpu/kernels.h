@@ -50,9 +50,9 @@ struct Kernels {
   // `received` and `means` begin with tile `first`. Of `dtype`, only the arithmetic type counts.
   void (*requantize)(const CodeArgs&, const Received& received, uint64_t key, void* means,
                      int64_t first, int64_t begin, int64_t end);
-  // out = mean * scale for tiles [begin, end); `means` begins with tile 0.
+  // out = mean * scale for tiles [begin, end); `means` begins with tile `first`.
   void (*dequantize_means)(const CodeArgs&, const void* means, double scale, void* out,
-                           int64_t begin, int64_t end);
+                           int64_t first, int64_t begin, int64_t end);
   // Sum of the squares of x in double, in an order that is the same everywhere.
   double (*sum_of_squares)(DType, const void* x, int64_t numel);
 };

@@ -107,12 +107,12 @@ void requantize_any(const CodeArgs& args, const Received& received, uint64_t key
 }
 
 void dequantize_means_any(const CodeArgs& args, const void* means, double scale, void* out,
-                          int64_t begin, int64_t end) {
+                          int64_t first, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     with_code<typename Traits<T>::Real>(args, [&](auto code, auto word) {
       dequantize_means<T, decltype(word)>(args, code, static_cast<const unsigned char*>(means),
-                                          scale, static_cast<T*>(out), begin, end);
+                                          scale, static_cast<T*>(out), first, begin, end);
     });
   });
 }

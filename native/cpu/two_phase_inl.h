@@ -63,11 +63,12 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
 
 template <class T, class Word, class Code>
 void dequantize_means(const CodeArgs& args, const Code code, const unsigned char* means,
-                      double scale, T* out, int64_t begin, int64_t end) {
+                      double scale, T* out, int64_t first_tile, int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
   using Norm = typename Traits<T>::Norm;
   const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
   const MeansLayout at = means_layout<Real, Word>(layout);
+  const int64_t first_unit = at.begin(first_tile);
   const Real ratio = static_cast<Real>(code.ratio(scale));
 
   for (int64_t t = begin; t < end; ++t) {
@@ -77,7 +78,7 @@ void dequantize_means(const CodeArgs& args, const Code code, const unsigned char
       for (int64_t j = 0; j < tile.size; ++j) store(out + tile.begin + j, quiet_nan(norm_bits));
       continue;
     }
-    const unsigned char* record = means + at.begin(t) * at.unit;
+    const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
     Norm share_bits;
     memcpy(&share_bits, record, sizeof(share_bits));
     const Real share = bit_cast<Real>(share_bits), norm = bit_cast<Real>(norm_bits);

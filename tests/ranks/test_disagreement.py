@@ -12,7 +12,7 @@ import torch
 from helpers import assert_same_on_all_ranks, bound, gradients
 from horovod.common.exceptions import HorovodInternalError
 
-from hvd_gqsgd import AgreementError, DynamicBits, GlobalQSGD
+from hvd_gqsgd import AgreementError, DynamicBits, GlobalQSGD, simulate
 from hvd_gqsgd.codecs.linear import levels_for
 
 pytestmark = pytest.mark.usefixtures("several")
@@ -57,6 +57,28 @@ def test_reductions_that_are_not_linear(rank, size, name):
     everyone = gradients(size, 9000)
     mean = hvd.allreduce(everyone[rank], name="x", compression=compressor)  # and it still works
     assert ((mean - everyone.mean(0)).abs() <= bound(everyone, levels_for(8, size))).all()
+
+
+OPERATORS = [{}, {"exchange": "two_phase"}, {"norm": "l2"}, {"norm": "l2", "dither": "exponential"}]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("options", OPERATORS, ids=str)
+def test_a_rank_that_gave_up_a_step_spoils_none(rank, size, options):
+    """As after an exception that it caught. What it then sends for the others' sake must not count
+    as a gradient, and the next step is right."""
+    everyone = gradients(size, 9000)
+    compressor = GlobalQSGD(bucket_mb=0.01, **options)
+    probe, context = compressor.compress(everyone[rank])
+    reduced = hvd.synchronize(hvd.allreduce_async_(probe, name="given up"))
+    if rank == size - 1:
+        del context
+    else:
+        with pytest.raises(AgreementError):
+            compressor.decompress(reduced, context)
+    mean = hvd.allreduce(everyone[rank], name="the next one", compression=compressor)
+    assert_same_on_all_ranks(mean)
+    assert torch.equal(mean, simulate(everyone, step=1, **options))
 
 
 @pytest.mark.core
