@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +13,11 @@ from torch import Tensor
 from hvd_gqsgd import ops
 from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.options import digest
+from hvd_gqsgd.schedule import Schedule
 from hvd_gqsgd.transports import Handle
+
+if TYPE_CHECKING:
+    from hvd_gqsgd.exchanges.segments import Segments
 
 __all__ = ["Agreement", "Bucket", "Contribution", "Item", "everyone", "kind_of", "rank_weight"]
 
@@ -20,7 +25,6 @@ __all__ = ["Agreement", "Bucket", "Contribution", "Item", "everyone", "kind_of",
 # behind them starts on a cache line.
 NORM_HEADER = 16
 CODE_HEADER = 16
-SCHEDULE_WORDS = 5  # of the norm header
 
 _FULL = 2**31 - 1
 
@@ -65,6 +69,8 @@ class Agreement:
     bits: int
     schedule: tuple[int, ...]
     """State of the bit width's schedule; see ``Schedule.state``."""
+    all_here: bool = True
+    """Whether no rank has left by ``hvd.join()``: such a rank puts 0 where the others put -1."""
 
 
 @dataclass
@@ -108,6 +114,7 @@ class Bucket:
         self.squares: Tensor | None = None
         self.words: Tensor | None = None
         self.means: Tensor | None = None
+        self.segments: Segments | None = None
 
     def add(self, item: Item) -> None:
         """Puts a tensor in; the bucket must still be filling."""
@@ -150,7 +157,7 @@ class Bucket:
         layout = digest(tuple(item.identity for item in self.items))
         _write(
             self.norms,
-            [options, _FULL - options, layout, _FULL - layout, wanted.step, wanted.bits],
+            [options, _FULL - options, layout, _FULL - layout, -1, wanted.step, wanted.bits],
             wanted.schedule,
             NORM_HEADER,
         )
@@ -159,13 +166,14 @@ class Bucket:
         """Whether options agree, whether tensors agree, and what was settled on; from reduced
         norms."""
         assert self.norms is not None
-        options, no_options, layout, no_layout, step, bits, *schedule = self.norms[
+        options, no_options, layout, no_layout, absent, step, bits, *more = self.norms[
             :NORM_HEADER
         ].tolist()
+        schedule = tuple(more[: Schedule.STATE_WORDS])
         return (
             options + no_options == _FULL,
             layout + no_layout == _FULL,
-            Agreement(step, bits, tuple(schedule[:SCHEDULE_WORDS])),
+            Agreement(step, bits, schedule, absent < 0),
         )
 
     def write_code_header(self, rank: int) -> None:
@@ -181,5 +189,6 @@ class Bucket:
 
 def _write(message: Tensor, numbers: list[int], more: Sequence[int], length: int) -> None:
     header = [*numbers, *more]
+    assert len(header) <= length
     header += [0] * (length - len(header))
     message[:length] = torch.tensor(header, dtype=torch.int64, device="cpu")

@@ -7,6 +7,7 @@ exchange and makes the gradient.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import logging
@@ -18,7 +19,7 @@ from horovod.torch.compression import Compressor
 from torch import Tensor
 
 from hvd_gqsgd.buckets import Contribution, everyone
-from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges import ORDER
 from hvd_gqsgd.names import ParameterNames, is_compressible
 from hvd_gqsgd.namespace import Namespace
@@ -217,7 +218,7 @@ class GlobalQSGD(Compressor):
             contribution = self._pipeline.wait(ctx.ticket, PATIENCE)
         elif reading.same_tensor():
             contribution = self._pipeline.wait(ctx.ticket)
-        problem = _problem(reading, contribution)
+        problem = _problem(reading, contribution, everyone(ctx.world_size))
         if problem is not None or contribution is None:
             self._pipeline.abandon()
             raise AgreementError(problem)
@@ -239,7 +240,8 @@ class GlobalQSGD(Compressor):
         Plain numbers. All ranks have the same; it is enough to save that of one.
         """
         if self._pipeline is None:
-            return dict(self._state or Pipeline(self.options, self._transport).state_dict())
+            state = self._state or Pipeline(self.options, self._transport).state_dict()
+            return copy.deepcopy(state)
         return self._pipeline.state_dict()
 
     @_ClassOrInstanceMethod
@@ -249,13 +251,14 @@ class GlobalQSGD(Compressor):
         A rank that does not, as a worker that joins later, takes over the state of the others.
 
         Raises:
-            TypeError: a value is not an int.
+            TypeError: it is not a dict, or a value is not an int.
             ValueError: it is the state of something else.
+            RuntimeError: gradients are in flight.
         """
         Pipeline(self.options, self._transport).load_state_dict(state)  # raises here, not later
-        self._state = dict(state)
         if self._pipeline is not None:
             self._pipeline.load_state_dict(state)
+        self._state = copy.deepcopy(state)
 
     def _compresses(self, tensor: Tensor) -> bool:
         return (
@@ -285,8 +288,12 @@ class GlobalQSGD(Compressor):
         return pipeline
 
 
-def _problem(reading: Reading, contribution: Contribution | None) -> str | None:
+def _problem(
+    reading: Reading, contribution: Contribution | None, everyone: Contribution
+) -> str | None:
     """Why there is no right answer, if so; the same on all ranks."""
+    if contribution != everyone and reading.matches(everyone):
+        return GAVE_UP  # all have sent a probe, and not all a payload
     if contribution is None or not reading.matches(contribution):
         return (
             "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "

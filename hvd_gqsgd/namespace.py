@@ -44,6 +44,6 @@ class Namespace:
         self._pipelines.add(pipeline)
         for other in list(self.unfinished):
             if other is not pipeline and not other.active:
-                other.abandon()  # its names must not come up again
+                other.give_up()  # its names must not come up again
         taken = {p.number for p in self._pipelines if p is not pipeline and p.active}
         return next(number for number in itertools.count() if number not in taken)

@@ -23,9 +23,7 @@ code runs, all ranks have started the same number of operations.
 
 from __future__ import annotations
 
-import functools
 import itertools
-import logging
 import math
 import time
 import weakref
@@ -39,10 +37,10 @@ from hvd_gqsgd import ops
 from hvd_gqsgd.buckets import Agreement, Bucket, Contribution, Item, Kind, kind_of
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.checks import check_int
-from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.errors import AgreementError, RankLeftError
 from hvd_gqsgd.exchanges import Exchange, make_exchange
 from hvd_gqsgd.namespace import Namespace
-from hvd_gqsgd.options import ENOUGH_LEVELS, Options, digest
+from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.plan import BucketPlan
 from hvd_gqsgd.schedule import make_schedule
 from hvd_gqsgd.stats import Stats
@@ -50,8 +48,6 @@ from hvd_gqsgd.transports import Handle, Transport
 from hvd_gqsgd.turns import Turns, reaped
 
 __all__ = ["Pipeline", "Ticket"]
-
-_log = logging.getLogger("hvd_gqsgd")
 
 
 class Ticket:
@@ -104,6 +100,7 @@ class Pipeline:
         self._sent = 0  # tensors whose norms were sent off and that are not decoded
         self.number = 0  # of the step, from the namespace
         self._exchange: Exchange | None = None
+        self._done_its_part = False
         self._bits = 0  # of the step's lanes, as the ranks have settled on
         self._arrivals = itertools.count()
         self._positions = itertools.count()
@@ -126,6 +123,7 @@ class Pipeline:
             self._begin_step()
         assert self._exchange is not None
         self._exchange.check(x.numel())
+        self._done_its_part = False
 
         label = name if name is not None else next(self._arrivals)
         repeat = self._repeats[label]
@@ -183,7 +181,7 @@ class Pipeline:
         while not self._arrived(ticket.bucket):
             failure = next((b.failure for b in self._in_flight if b.failure is not None), None)
             if isinstance(failure, AgreementError):
-                self.abandon()
+                self.abandon(counted=not isinstance(failure, RankLeftError))
             if failure is not None:
                 self.forget()
                 raise failure
@@ -195,6 +193,7 @@ class Pipeline:
             if deadline is not None and time.monotonic() > deadline:
                 return None
             self._transport.idle()
+        self._done_its_part = True
         assert ticket.bucket.contribution is not None
         return ticket.bucket.contribution
 
@@ -228,31 +227,56 @@ class Pipeline:
 
         Raises:
             TypeError, ValueError: it is not what ``state_dict`` gives.
+            RuntimeError: tensors are in flight.
         """
-        if not isinstance(state, dict) or state.keys() != {"step", "schedule"}:
+        if not isinstance(state, dict):
+            raise TypeError(f"a state must be a dict, got {state!r}")
+        if state.keys() != {"step", "schedule"}:
             raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
-        check_int("step", state["step"], 0, 2**31 - 1)
-        self._learn()
+        check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
+        if self.active:
+            raise RuntimeError("a state cannot be loaded while gradients are in flight")
+        self._squared_norms.clear()
         self._schedule.load_state_dict(state["schedule"])
         self._next_step = state["step"]
 
-    def abandon(self) -> None:
+    def abandon(self, counted: bool = True) -> None:
         """Ends the step for all its tickets, after an error that all ranks come to see.
+
+        Later messages get other names, as some of this step may stay in flight for ever. Not
+        ``counted`` is an error of which a rank cannot know that will be back: names stay the same,
+        and what is in flight is waited for, as the ranks that see the error have all started it.
 
         Explicit, so that it does not hang on when each rank frees the tickets: an exception's
         traceback may keep them for long. Collectives that other ranks may have started are started
         here too, whatever is in their messages, or they would be in flight for ever.
         """
-        failed = False
+        last = len(self._exchange.stages) - 1 if self._exchange else 0
         for bucket in self._in_flight:
             assert self._exchange is not None
-            failed = failed or bucket.failure is not None
-            if failed:  # on all ranks, so that none of them has gone on from there
-                self._turns.taken += len(self._exchange.stages) - 1 - bucket.stage
-                continue
-            self._orphans += self._exchange.start_rest(bucket)
+            if bucket.failure is not None:  # on all ranks: none has taken a bucket beyond this
+                last = min(last, bucket.stage)
+            self._turns.taken += len(self._exchange.stages) - 1 - max(last, bucket.stage)
+            self._orphans += self._exchange.start_rest(bucket, last)
         self._turns.make_up(self._prefix())
-        self._namespace.failures += 1
+        if counted:
+            self._namespace.failures += 1
+        else:
+            handles = [bucket.handle for bucket in self._in_flight if bucket.handle is not None]
+            while not (all(handle.done() for handle in handles) and self._turns.done()):
+                self._transport.idle()
+        self.forget()
+
+    def give_up(self) -> None:
+        """Ends a step whose tickets were dropped here, of which other ranks may know nothing.
+
+        A rank that has waited since its last tensor has done its part, and the others can complete
+        the step. Otherwise it starts whatever they may be waiting for, in a way that tells them
+        that the step is lost, and counts the failure that they will count.
+        """
+        if self._sent and not self._done_its_part:
+            self.flush()
+            self.abandon()
         self.forget()
 
     def forget(self) -> None:
@@ -266,10 +290,12 @@ class Pipeline:
         self._in_flight.clear()
         self._live.clear()
         self._sent = 0
+        self._squared_norms.clear()  # of a part of the gradient, if of anything
         self._namespace.unfinished.discard(self)
 
     def _begin_step(self) -> None:
         """Leaves behind whatever was not decoded, and counts from the start again."""
+        self._learn()
         session = self._transport.session
         self._namespace.renew(session)
         if session is not self._session:
@@ -277,9 +303,7 @@ class Pipeline:
             self.forget()
             self._orphans.clear()  # handles of another session mean nothing in this one
             self._exchange = None
-        if self._sent:
-            self.abandon()
-        self.forget()
+        self.give_up()
         self._orphans = [handle for handle in self._orphans if not reaped(handle)]
         self._arrivals, self._positions = itertools.count(), itertools.count()
         self._repeats.clear()
@@ -288,31 +312,17 @@ class Pipeline:
         rank, size = self._transport.rank, self._transport.size
         if self._exchange is None or (self._exchange.rank, self._exchange.size) != (rank, size):
             self._exchange = make_exchange(self.options, self._transport, self._pool, self.stats)
-            self._say_which_exchange()
         self.number = self._namespace.join(self)
-        self._learn()
         bits = self._schedule.width(self._exchange.summands)
         self._exchange.begin_step(Agreement(self._next_step, bits, tuple(self._schedule.state())))
         self._next_step += 1
         self.stats.steps += 1
 
     def _learn(self) -> None:
-        """Tells the schedule of the bit width how the step before was, if it is over."""
-        if self._squared_norms and not self.active:
+        """Tells the schedule of the bit width how the step before was, if it was completed."""
+        if self._squared_norms and not (self._sent or self._open):
             self._schedule.update(self._bits, math.fsum(self._squared_norms))
             self._squared_norms.clear()
-
-    def _say_which_exchange(self) -> None:
-        size = self._transport.size
-        if (
-            self._transport.rank == 0
-            and (self.options.exchange, self.options.dither) == ("auto", "linear")
-            and self.options.exchange_for(size) == "two_phase"
-        ):
-            _say_once(
-                f"bits={self.options.bits} leaves less than {ENOUGH_LEVELS} levels to the sum over "
-                f"{size} ranks: exchange='auto' takes the two-phase exchange"
-            )
 
     def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
         planned = isinstance(key, int)
@@ -327,6 +337,7 @@ class Pipeline:
         assert self._exchange is not None
         bucket = self._open.pop(key)
         self.stats.compressed_bytes_before += bucket.nbytes
+        self.stats.elements += sum(item.numel for item in bucket.items)
         self._in_flight.append(bucket)
         self._sent += len(bucket.items)
         self._namespace.unfinished.add(self)
@@ -396,9 +407,3 @@ class Pipeline:
         self._schedule.adopt(bucket.agreement.schedule)
         self._bits = bucket.agreement.bits
         self.stats.bits = self._bits
-        self.stats.elements += sum(item.numel for item in bucket.items)
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    _log.warning(message)

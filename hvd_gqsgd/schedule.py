@@ -92,7 +92,7 @@ class DynamicBits:
     """
 
     budget: float = 5.0
-    """Mean bits an element on the wire."""
+    """Mean bits an element that the codes take on the wire; norms and padding come on top."""
     total_steps: int | None = None
     """Steps of the run, over which the budget is held; ``None``: over some dozens of steps."""
     form: str = "nonconvex"
@@ -194,7 +194,7 @@ class Schedule:
             TypeError: ``ranks`` is not an int.
             ValueError: it is not positive, or ``max_bits`` is too narrow for that many.
         """
-        widths = self._usable(ranks)
+        widths = self.usable(ranks)
         costs = [wire_bits(width) for width in widths]
         bits = self._wanted(costs[0], costs[-1])
         index = max(i for i, cost in enumerate(costs) if cost <= bits)
@@ -270,7 +270,7 @@ class Schedule:
             )
         self.adopt([state[key] for key in self._KEYS])
 
-    def _usable(self, ranks: int) -> list[int]:
+    def usable(self, ranks: int) -> list[int]:
         """Those of ``WIDTHS`` within the options that leave each rank a level a side."""
         check_int("ranks", ranks, 1, WORD_MAX)
         needed = (2 * ranks).bit_length()  # 2^w - 1 >= 2 * ranks

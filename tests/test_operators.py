@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, DynamicBits, ops, pipeline, reference, simulate
+from hvd_gqsgd import AgreementError, DynamicBits, exchanges, ops, reference, simulate
 from hvd_gqsgd.buckets import NORM_HEADER
 from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
 from hvd_gqsgd.options import Options, digest
@@ -182,7 +182,7 @@ def test_auto_exchange() -> None:
 
 
 def test_auto_says_once_that_it_takes_two_phases(caplog: pytest.LogCaptureFixture) -> None:
-    pipeline._say_once.cache_clear()
+    exchanges._say_once.cache_clear()
     with caplog.at_level(logging.WARNING, "hvd_gqsgd"):
         for options in ({}, {"bits": 4}, {"bits": 4, "seed": 1}, {"dither": "exponential"}):
             simulate(torch.ones(3, 10), **options)
@@ -245,8 +245,8 @@ def test_a_width_that_the_options_do_not_allow() -> None:
     tickets = [rank.submit(torch.ones(3000)) for rank in ranks]
     ranks[0].flush()
     norms = ranks[0]._in_flight[0].norms
-    assert norms is not None and NORM_HEADER > 5
-    norms[5] = 16
+    assert norms is not None and NORM_HEADER > 6
+    norms[6] = 16
     ranks[1].flush()
     for rank, ticket in zip(ranks, tickets, strict=True):
         rank.advance()
@@ -276,6 +276,50 @@ def test_steps_that_teach_nothing_are_not_fatal() -> None:
 def test_bad_states(state: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         two_ranks()[0].load_state_dict(state)
+
+
+def test_states_of_the_wrong_type() -> None:
+    for state in (None, []):
+        with pytest.raises(TypeError, match="a state must be a dict"):
+            two_ranks()[0].load_state_dict(state)  # type: ignore[arg-type]
+
+
+def test_no_state_while_tensors_are_in_flight() -> None:
+    rank = two_ranks()[0]
+    state = rank.state_dict()
+    ticket = rank.submit(torch.ones(10))
+    with pytest.raises(RuntimeError, match="while gradients are in flight"):
+        rank.load_state_dict(state)
+    del ticket
+    rank.load_state_dict(state)
+
+
+def test_a_lost_step_teaches_nothing() -> None:
+    """Nor does one of which a rank decoded only a part."""
+    ranks = two_ranks(budget=5)
+    exchange(ranks, torch.ones(3000))
+    before = ranks[0].state_dict()
+    tickets = [[rank.submit(torch.ones(n)) for n in (3000, 200)] for rank in ranks]
+    for rank in ranks:
+        rank.flush()
+    for _ in range(3):
+        for rank in ranks:
+            rank.advance()
+    ranks[0].wait(tickets[0][0])
+    ranks[0].decode(tickets[0][0], 0.5)
+    del tickets
+    schedule = ranks[0].state_dict()["schedule"]
+    assert schedule["steps"] == before["schedule"]["steps"] == 1
+
+
+def test_says_that_a_budget_cannot_be_held(caplog: pytest.LogCaptureFixture) -> None:
+    exchanges._say_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "hvd_gqsgd"):
+        simulate(torch.ones(40, 10), bits=DynamicBits(5), exchange="allreduce")
+    assert [record.getMessage() for record in caplog.records] == [
+        "a budget of 5 bits cannot be held: the sum over 40 ranks takes lanes of 7.11111 bits at "
+        "the least"
+    ]
 
 
 def test_a_fixed_width_has_no_schedule_to_load() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import ORDER, Exchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import ENOUGH_LEVELS, Options
+from hvd_gqsgd.schedule import DynamicBits, Schedule, wire_bits
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports import Transport
 
 __all__ = ["ORDER", "Exchange", "make_exchange"]
 
-KINDS = {"allreduce": AllreduceExchange, "two_phase": TwoPhaseExchange}
+_log = logging.getLogger("hvd_gqsgd")
+
+_KINDS = {"allreduce": AllreduceExchange, "two_phase": TwoPhaseExchange}
 
 
 def make_exchange(
@@ -20,7 +26,29 @@ def make_exchange(
 ) -> Exchange:
     """The exchange that the options ask for among this many ranks.
 
+    Rank 0 logs what a user may not expect of it.
+
     Raises:
         ValueError: they leave no levels to this many ranks.
     """
-    return KINDS[options.exchange_for(transport.size)](options, transport, pool, stats)
+    size, kind = transport.size, options.exchange_for(transport.size)
+    exchange = _KINDS[kind](options, transport, pool, stats)
+    if transport.rank == 0:
+        if kind == "two_phase" and (options.exchange, options.dither) == ("auto", "linear"):
+            _say_once(
+                f"bits={options.bits} leaves less than {ENOUGH_LEVELS} levels to the sum over "
+                f"{size} ranks: exchange='auto' takes the two-phase exchange"
+            )
+        if isinstance(options.bits, DynamicBits):
+            least = wire_bits(Schedule(options.bits).usable(exchange.summands)[0])
+            if least > options.bits.budget:
+                _say_once(
+                    f"a budget of {options.bits.budget:g} bits cannot be held: the sum over {size} "
+                    f"ranks takes lanes of {least:g} bits at the least"
+                )
+    return exchange
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.warning(message)

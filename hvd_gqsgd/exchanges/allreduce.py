@@ -65,4 +65,5 @@ class AllreduceExchange(Exchange):
         if bucket.words is None:
             numel = bucket.lay_out_words(bucket.codec, CODE_HEADER)
             bucket.words = self._take(bucket, numel, bucket.codec.word_dtype)
+            bucket.words[:CODE_HEADER] = 0  # as long as nobody has taken part
         return bucket.words

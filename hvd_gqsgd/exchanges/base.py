@@ -12,7 +12,7 @@ from torch import Tensor
 from hvd_gqsgd.buckets import Agreement, Bucket, Item
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.codecs import Codec, ExponentialCodec, LinearCodec, levels_for
-from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.errors import AgreementError, RankLeftError
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports import Handle, Transport
@@ -64,6 +64,9 @@ class Exchange(ABC):
                 Stage("squares", self._fill_squares, self._sum_squares, self._read_squares)
             )
         self.stages += self.code_stages()
+
+    needs_all_ranks = False
+    """Whether a rank that has left by ``hvd.join()`` would be missing."""
 
     @property
     @abstractmethod
@@ -133,11 +136,12 @@ class Exchange(ABC):
         if bucket.contribution is None:
             self._enter(bucket, bucket.stage + 1)
 
-    def start_rest(self, bucket: Bucket) -> list[Handle]:
-        """Starts all collectives that a bucket has before it, whatever is in its messages."""
+    def start_rest(self, bucket: Bucket, last: int) -> list[Handle]:
+        """Starts the collectives that a bucket has before it, up to the one numbered ``last``, with
+        messages that tell the others that they mean nothing."""
         return [
             stage.send(bucket, f"{bucket.name}.{stage.message}")
-            for stage in self.stages[bucket.stage + 1 :]
+            for stage in self.stages[bucket.stage + 1 : last + 1]
         ]
 
     def _enter(self, bucket: Bucket, number: int) -> None:
@@ -179,6 +183,15 @@ class Exchange(ABC):
             raise AgreementError(
                 f"{bucket.name}: the ranks handed in different tensors, or in another order; "
                 f"{ORDER}"
+            )
+        if max(agreement.step, *agreement.schedule, 0) >= 2**31 or min(agreement.schedule) < 0:
+            raise AgreementError(
+                f"{bucket.name}: a rank sent numbers that no rank has: {agreement}"
+            )
+        if not agreement.all_here and self.needs_all_ranks:
+            raise RankLeftError(
+                f"{bucket.name}: a rank has left by hvd.join(), and an exchange in two phases "
+                "needs all of them; pass exchange='allreduce', with bits enough for it"
             )
         assert bucket.codec is not None
         if agreement.bits != bucket.codec.bits:

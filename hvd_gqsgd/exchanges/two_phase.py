@@ -8,7 +8,7 @@ of levels does not fall with the number of ranks; and all ranks decode the same.
 Before its means a rank tells by a flag that it took part. One that has given up the step, and only
 keeps the others from waiting, has sent codes and means that mean nothing.
 
-Horovod's Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` they raise.
+Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` the others raise.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hvd_gqsgd import ops
 from hvd_gqsgd.buckets import Bucket, Item, everyone
-from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.base import Exchange, Stage
 from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
 from hvd_gqsgd.transports import Handle
@@ -29,6 +29,9 @@ __all__ = ["TwoPhaseExchange"]
 
 class TwoPhaseExchange(Exchange):
     """Max of norms, Alltoall of codes, Allgather of means; for both ditherings."""
+
+    # Horovod would raise an error of its own, but only for names that it has not seen before.
+    needs_all_ranks = True
 
     @property
     def summands(self) -> int:
@@ -70,7 +73,9 @@ class TwoPhaseExchange(Exchange):
         return self._transport.alltoall_async(words, self._segments(bucket).words, name)
 
     def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
-        bucket.words = result  # of all ranks, for the tiles that this rank owns
+        # Of all ranks, for the tiles that this rank owns. Horovod lets ranks send what they like.
+        _check(bucket, result, self.size * self._segments(bucket).words[self.rank])
+        bucket.words = result
 
     def _fill_means(self, bucket: Bucket) -> None:
         assert bucket.codec is not None and bucket.norms is not None and bucket.words is not None
@@ -94,13 +99,10 @@ class TwoPhaseExchange(Exchange):
         return self._transport.allgather_async(own, name)
 
     def _read_means(self, bucket: Bucket, result: Tensor) -> None:
-        flags = result[list(self._segments(bucket).means[:-1])]
-        if not bool((flags == 1).all()):
-            gone = (flags != 1).nonzero().flatten().tolist()
-            raise AgreementError(
-                f"{bucket.name}: ranks {gone} have given up this step, as after an exception in it "
-                "that was caught; the others cannot complete it"
-            )
+        segments = self._segments(bucket)
+        _check(bucket, result, segments.means[-1])
+        if not bool((result[list(segments.means[:-1])] == 1).all()):
+            raise AgreementError(GAVE_UP)
         bucket.means = result
         bucket.contribution = everyone(self.size)
 
@@ -126,4 +128,12 @@ class TwoPhaseExchange(Exchange):
         return Geometry(tensors, bucket.codec.bits, bucket.kind[0])
 
     def _segments(self, bucket: Bucket) -> Segments:
-        return Segments.of(self._geometry(bucket), self.size)
+        if bucket.segments is None:
+            bucket.segments = Segments.of(self._geometry(bucket), self.size)
+        return bucket.segments
+
+
+def _check(bucket: Bucket, result: Tensor, numel: int) -> None:
+    """That all ranks have sent as much as they should; else one has given up the step."""
+    if result.numel() != numel:
+        raise AgreementError(GAVE_UP)

@@ -63,21 +63,69 @@ OPERATORS = [{}, {"exchange": "two_phase"}, {"norm": "l2"}, {"norm": "l2", "dith
 
 
 @pytest.mark.core
+@pytest.mark.parametrize("numels", [(9000,), (9000, 5000)])  # the second one stays in its bucket
 @pytest.mark.parametrize("options", OPERATORS, ids=str)
-def test_a_rank_that_gave_up_a_step_spoils_none(rank, size, options):
+def test_a_rank_that_gave_up_a_step_spoils_none(rank, size, options, numels):
     """As after an exception that it caught. What it then sends for the others' sake must not count
     as a gradient, and the next step is right."""
+    compressor = GlobalQSGD(bucket_mb=0.03, **options)
+    waiting = []
+    for i, numel in enumerate(numels):
+        probe, context = compressor.compress(gradients(size, numel)[rank])
+        waiting.append((hvd.allreduce_async_(probe, name=f"given up {i}"), context))
+    reduced = [hvd.synchronize(handle) for handle, _ in waiting]
+    if rank == size - 1:
+        del context, waiting
+    else:
+        with pytest.raises(AgreementError, match="given up this step"):
+            compressor.decompress(reduced[0], waiting[0][1])
     everyone = gradients(size, 9000)
-    compressor = GlobalQSGD(bucket_mb=0.01, **options)
-    probe, context = compressor.compress(everyone[rank])
+    mean = hvd.allreduce(everyone[rank], name="the next one", compression=compressor)
+    assert_same_on_all_ranks(mean)
+    assert torch.equal(mean, simulate(everyone, step=1, **options))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("exchange", ["allreduce", "two_phase"])
+def test_a_newcomer_that_gave_up_with_another_width(rank, size, exchange):
+    """What it sends has another length than the others'."""
+    compressor = GlobalQSGD(bits=DynamicBits(7, total_steps=9, min_bits=5), exchange=exchange)
+    x = gradients(size, 9000)[rank]
+    for step in range(4):  # norms that make the others' width another one than the newcomer's
+        hvd.allreduce(x / 4**step, name="x", compression=compressor)
+    if rank == size - 1:
+        compressor = GlobalQSGD(bits=compressor.options.bits, exchange=exchange)
+    pipeline = compressor._pipeline
+    if pipeline is not None:
+        compressor.load_state_dict(compressor.state_dict() | {"step": 4})
+    probe, context = compressor.compress(x.repeat(800))  # its bucket is full
     reduced = hvd.synchronize(hvd.allreduce_async_(probe, name="given up"))
     if rank == size - 1:
         del context
     else:
         with pytest.raises(AgreementError):
             compressor.decompress(reduced, context)
+    for _ in range(2):
+        mean = hvd.allreduce(x, name="the next one", compression=compressor)
+        assert_same_on_all_ranks(mean)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("options", OPERATORS, ids=str)
+@pytest.mark.parametrize("bucket_mb", [25, 0.03])
+def test_a_rank_that_drops_a_part_of_a_completed_step(rank, size, options, bucket_mb):
+    """It has done its part, so the others complete the step, and the next one is right."""
+    compressor = GlobalQSGD(bucket_mb=bucket_mb, **options)
+    waiting = []
+    for i in range(3):
+        probe, context = compressor.compress(gradients(size, 9000, seed=i)[rank])
+        waiting.append((hvd.allreduce_async_(probe, name=f"part {i}"), context))
+    reduced = [hvd.synchronize(handle) for handle, _ in waiting]
+    for i in range(1 if rank == 0 else 3):
+        compressor.decompress(reduced[i], waiting[i][1])
+    del waiting, context
+    everyone = gradients(size, 9000)
     mean = hvd.allreduce(everyone[rank], name="the next one", compression=compressor)
-    assert_same_on_all_ranks(mean)
     assert torch.equal(mean, simulate(everyone, step=1, **options))
 
 

@@ -10,9 +10,8 @@ import horovod.torch as hvd
 import pytest
 import torch
 from helpers import assert_same_on_all_ranks, backward, bound, gradients, mlp
-from horovod.common.exceptions import HorovodInternalError
 
-from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd import AgreementError, GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
 
 
@@ -54,10 +53,36 @@ def test_join_with_an_optimizer(rank, size, several):
 
 
 @pytest.mark.core
-def test_two_phases_need_all_ranks(rank, size, several):
-    """A rank that has left owns a part of the bucket: Horovod raises its own error; no hang."""
+@pytest.mark.parametrize("steps", [0, 5])  # Horovod remembers what it has seen before
+def test_two_phases_need_all_ranks(rank, size, several, steps):
+    """A rank that has left owns a part of the bucket: an error on all others, and no hang."""
     compressor = GlobalQSGD(exchange="two_phase")
+    for _ in range(steps):
+        hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
     if rank > 0:
-        with pytest.raises(HorovodInternalError, match=r"[Jj]oin"):
+        with pytest.raises(AgreementError, match=r"left by hvd.join.*exchange='allreduce'"):
             hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
+    hvd.join()
+    everyone = gradients(size, 9000)
+    mean = hvd.allreduce(everyone[rank], name="all are back", compression=GlobalQSGD(bits=4))
+    assert_same_on_all_ranks(mean)
+
+
+@pytest.mark.core
+def test_two_phases_need_all_ranks_of_an_optimizer(rank, size, several):
+    model = mlp()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.01),
+        named_parameters=model.named_parameters(),
+        compression=GlobalQSGD(bits=4, min_numel=64, bucket_mb=0.02),
+    )
+    for step in range(4):
+        optimizer.zero_grad()
+        backward(model, rank, step)
+        optimizer.step()
+    if rank > 0:
+        optimizer.zero_grad()
+        backward(model, rank)
+        with pytest.raises(AgreementError, match=r"left by hvd.join"):
+            optimizer.step()
     hvd.join()
