@@ -1,7 +1,9 @@
 """Ranks that run out of data and leave by ``hvd.join()``.
 
 All operations have names: Horovod names the others by counting, and ranks have counted differently
-once one of them had more batches than another.
+once one of them had more batches than another. In the tests that end after the first rank has left,
+that is the last one: of 7 ranks over MPI, Horovod 0.28.1 crashes in any allreduce if rank 0 is the
+only one that has.
 """
 
 from __future__ import annotations
@@ -59,7 +61,7 @@ def test_two_phases_need_all_ranks(rank, size, several, steps):
     compressor = GlobalQSGD(exchange="two_phase")
     for _ in range(steps):
         hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
-    if rank > 0:
+    if rank < size - 1:
         with pytest.raises(AgreementError, match=r"left by hvd.join.*exchange='allreduce'"):
             hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
     hvd.join()
@@ -80,7 +82,7 @@ def test_two_phases_need_all_ranks_of_an_optimizer(rank, size, several):
         optimizer.zero_grad()
         backward(model, rank, step)
         optimizer.step()
-    if rank > 0:
+    if rank < size - 1:
         optimizer.zero_grad()
         backward(model, rank)
         with pytest.raises(AgreementError, match=r"left by hvd.join"):
