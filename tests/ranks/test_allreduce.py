@@ -92,7 +92,6 @@ def test_extreme_magnitudes(rank, size, scale):
     assert (error <= bound(everyone, levels_for(8, size)) + 2e-45).all()
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("op_and_scales", [
     (hvd.Sum, 1.0, 1.0), (hvd.Average, 0.5, 1.0), (hvd.Average, 1 / 3, 3.0), (hvd.Sum, 1.0, 0.1),
     (hvd.Average, 1.0, -2.0), (hvd.Sum, 0.0, 1.0),

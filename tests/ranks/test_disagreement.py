@@ -110,7 +110,6 @@ def test_a_newcomer_that_gave_up_with_another_width(rank, size, exchange):
         assert_same_on_all_ranks(mean)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("options", OPERATORS, ids=str)
 @pytest.mark.parametrize("bucket_mb", [25, 0.03])
 def test_a_rank_that_drops_a_part_of_a_completed_step(rank, size, options, bucket_mb):
@@ -176,7 +175,6 @@ def exchange_in_order(compressor, tensors, order):
     }
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("numels", [(9000, 9000, 9000), (9000, 5000, 7000)])
 @pytest.mark.parametrize("bucket_mb", [25, 0.03])
 @pytest.mark.parametrize("exchange", ["allreduce", "two_phase"])

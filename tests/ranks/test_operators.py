@@ -29,7 +29,6 @@ def test_has_the_bits_of_simulate(rank, size, options):
         assert_same_on_all_ranks(mean)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", TWO_PHASE, ids=str)
 def test_types(rank, size, dtype, options):

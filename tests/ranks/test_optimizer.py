@@ -134,7 +134,6 @@ class Heads(nn.Module):
         return self.body(self.sometimes(x) if use_all else x)
 
 
-@pytest.mark.core
 def test_frozen_and_unused_parameters(rank, size, several):
     torch.manual_seed(0)
     model = Heads()
@@ -179,7 +178,6 @@ def test_sparse_gradients(rank, size, several, as_dense):
     assert_close(run(GlobalQSGD(**SMALL)), run(hvd.Compression.none), size)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("shared", [True, False])
 def test_two_optimizers_at_once(rank, size, several, shared):
     models = [mlp(seed=1), mlp(seed=2, width=128)]
