@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -157,8 +156,10 @@ class Bucket:
         layout = digest(tuple(item.identity for item in self.items))
         _write(
             self.norms,
-            [options, _FULL - options, layout, _FULL - layout, -1, wanted.step, wanted.bits],
-            wanted.schedule,
+            [
+                *(options, _FULL - options, layout, _FULL - layout),
+                *(-1, wanted.step, wanted.bits, *wanted.schedule),
+            ],
             NORM_HEADER,
         )
 
@@ -179,7 +180,7 @@ class Bucket:
     def write_code_header(self, rank: int) -> None:
         """This rank's mark that it took part."""
         assert self.words is not None
-        _write(self.words, [1, rank, rank_weight(rank)], (), CODE_HEADER)
+        _write(self.words, [1, rank, rank_weight(rank)], CODE_HEADER)
 
     def read_code_header(self) -> Contribution:
         """Who took part; from summed words."""
@@ -187,8 +188,7 @@ class Bucket:
         return Contribution(*self.words[:3].tolist())
 
 
-def _write(message: Tensor, numbers: list[int], more: Sequence[int], length: int) -> None:
-    header = [*numbers, *more]
+def _write(message: Tensor, header: list[int], length: int) -> None:
     assert len(header) <= length
-    header += [0] * (length - len(header))
-    message[:length] = torch.tensor(header, dtype=torch.int64, device="cpu")
+    padded = header + [0] * (length - len(header))
+    message[:length] = torch.tensor(padded, dtype=torch.int64, device="cpu")

@@ -61,6 +61,11 @@ void check_buffer(const Tensor& buffer, const char* role, at::ScalarType dtype, 
 
 at::ScalarType norm_dtype(DType dtype) { return dtype == DType::kFloat64 ? at::kLong : at::kInt; }
 
+// Of the types that have such norms, the one of the arithmetic.
+DType arithmetic_of(const Tensor& norms) {
+  return norms.scalar_type() == at::kLong ? DType::kFloat64 : DType::kFloat32;
+}
+
 void check_geometry(const Tensor& x, int64_t block_size) {
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
   TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
@@ -153,7 +158,7 @@ void l2_norms(Tensor norms, const Tensor& squares) {
                    "norms must be Int or Long, got ", norms.scalar_type());
   check_buffer(norms, "norms", norms.scalar_type(), norms.numel());
   check_buffer(squares, "squares", at::kLong, norms.numel());
-  const DType dtype = norms.scalar_type() == at::kLong ? DType::kFloat64 : DType::kFloat32;
+  const DType dtype = arithmetic_of(norms);
   active_kernels().load()->l2_norms(dtype, norms.mutable_data_ptr(),
                                     squares.const_data_ptr<int64_t>(), 0, norms.numel());
 }
@@ -196,7 +201,7 @@ void requantize(const Tensor& received, const Tensor& norms, Tensor means, int64
                 int64_t block_size, int64_t bits, int64_t levels, int64_t first, int64_t last,
                 int64_t seed, int64_t step, int64_t tensor_id) {
   const Layout layout = layout_of(numel, block_size, bits);
-  const DType dtype = norms.scalar_type() == at::kLong ? DType::kFloat64 : DType::kFloat32;
+  const DType dtype = arithmetic_of(norms);
   const CodeArgs args = code_args(dtype, layout, norms, bits, levels);
   check_tiles(layout, first, last);
   const int64_t words = layout.word(last) - layout.word(first);

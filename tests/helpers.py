@@ -60,6 +60,20 @@ def random_floats(rng: np.random.Generator, shape: Any, dtype: torch.dtype) -> T
     return torch.where(x.isfinite(), x, torch.zeros((), dtype=dtype))
 
 
+def random_place(
+    rng: np.random.Generator, rank: int, world_size: int, correlated: bool
+) -> dict[str, Any]:
+    """What dither depends on, besides the element."""
+    return {
+        "seed": int(rng.integers(-(2**63), 2**63 - 1)),
+        "step": int(rng.integers(0, 2**31)),
+        "tensor_id": int(rng.integers(0, 2**31)),
+        "rank": rank,
+        "world_size": world_size,
+        "correlated": correlated,
+    }
+
+
 def gradient_like(
     rng: np.random.Generator, shape: Any, dtype: torch.dtype = torch.float32
 ) -> Tensor:

@@ -28,6 +28,7 @@ from helpers import (
     instruction_set,
     name,
     norms,
+    random_place,
     requantize,
     special_values,
     threshold,
@@ -68,14 +69,7 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
     for block_size, numel, kind in itertools.product(BLOCKS, SIZES, range(4)):
         rank, world_size, correlated = next(worlds)
         x = data(rng, kind, numel, dtype)
-        place = {
-            "seed": int(rng.integers(-(2**63), 2**63 - 1)),
-            "step": int(rng.integers(0, 2**31)),
-            "tensor_id": int(rng.integers(0, 2**31)),
-            "rank": rank,
-            "world_size": world_size,
-            "correlated": correlated,
-        }
+        place = random_place(rng, rank, world_size, correlated)
         # Another rank has the same numbers in other places, so that not all maxima are this one's.
         rows = np.stack([as_numpy(x), as_numpy(x.roll(1))])
         shared = reference.shared_norms(rows, block_size, "l2" if kind == 0 else "max")

@@ -27,6 +27,7 @@ from helpers import (
     instruction_set,
     name,
     norms,
+    random_place,
     special_values,
 )
 from torch import Tensor
@@ -52,14 +53,7 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
         rank = min(rank, world_size - 1)
         s = reference.levels(bits, world_size)
         x = data(rng, kind, numel, dtype)
-        place = {
-            "seed": int(rng.integers(-(2**63), 2**63 - 1)),
-            "step": int(rng.integers(0, 2**31)),
-            "tensor_id": int(rng.integers(0, 2**31)),
-            "rank": rank,
-            "world_size": world_size,
-            "correlated": correlated,
-        }
+        place = random_place(rng, rank, world_size, correlated)
         what = (block_size, numel, kind, place)
 
         own = reference.norms(as_numpy(x), block_size)

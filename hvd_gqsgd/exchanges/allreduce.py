@@ -21,6 +21,8 @@ __all__ = ["AllreduceExchange"]
 class AllreduceExchange(Exchange):
     """Max of norms, then Sum of codes; for linear dithering."""
 
+    code_header = CODE_HEADER
+
     @property
     def summands(self) -> int:
         """All ranks."""
@@ -40,16 +42,8 @@ class AllreduceExchange(Exchange):
         )  # fmt: skip
 
     def _fill_codes(self, bucket: Bucket) -> None:
-        assert bucket.codec is not None and bucket.norms is not None
-        assert bucket.agreement is not None
-        words = self._words(bucket)
+        super()._fill_codes(bucket)
         bucket.write_code_header(self.rank)
-        for item in bucket.items:
-            assert item.x is not None
-            bucket.codec.encode(
-                item.x, bucket.norms[item.norms], words[item.words],
-                bucket.agreement.step, item.identity,
-            )  # fmt: skip
 
     def _sum_codes(self, bucket: Bucket, name: str) -> Handle:
         words = self._words(bucket)
@@ -59,11 +53,3 @@ class AllreduceExchange(Exchange):
     def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
         bucket.words = result
         bucket.contribution = bucket.read_code_header()
-
-    def _words(self, bucket: Bucket) -> Tensor:
-        assert bucket.codec is not None
-        if bucket.words is None:
-            numel = bucket.lay_out_words(bucket.codec, CODE_HEADER)
-            bucket.words = self._take(bucket, numel, bucket.codec.word_dtype)
-            bucket.words[:CODE_HEADER] = 0  # as long as nobody has taken part
-        return bucket.words

@@ -24,7 +24,7 @@ ORDER = (
     "GlobalQSGD(named_parameters=model.named_parameters()) if that may differ between ranks"
 )
 
-# Squares are summed in 64 bits; kMostSquares of native/include/gqsgd/l2.h.
+# Squares are summed in 64 bits, in the units of native/include/gqsgd/l2.h.
 MOST_SQUARES = 2**33
 
 
@@ -67,6 +67,9 @@ class Exchange(ABC):
 
     needs_all_ranks = False
     """Whether a rank that has left by ``hvd.join()`` would be missing."""
+
+    code_header = 0
+    """Words before the codes; zero as long as the rank has not taken part."""
 
     @property
     @abstractmethod
@@ -228,3 +231,24 @@ class Exchange(ABC):
         if bucket.squares is None:
             bucket.squares = self._take(bucket, bucket.items[-1].norms.stop, torch.int64)
         return bucket.squares
+
+    # --- codes: of all tensors, one behind the other ----------------------------------------------
+
+    def _fill_codes(self, bucket: Bucket) -> None:
+        assert bucket.codec is not None and bucket.norms is not None
+        assert bucket.agreement is not None
+        words = self._words(bucket)
+        for item in bucket.items:
+            assert item.x is not None
+            bucket.codec.encode(
+                item.x, bucket.norms[item.norms], words[item.words],
+                bucket.agreement.step, item.identity,
+            )  # fmt: skip
+
+    def _words(self, bucket: Bucket) -> Tensor:
+        assert bucket.codec is not None
+        if bucket.words is None:
+            numel = bucket.lay_out_words(bucket.codec, self.code_header)
+            bucket.words = self._take(bucket, numel, bucket.codec.word_dtype)
+            bucket.words[: self.code_header] = 0
+        return bucket.words

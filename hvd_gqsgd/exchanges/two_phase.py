@@ -55,17 +55,6 @@ class TwoPhaseExchange(Exchange):
                 bucket.means[part.means], bucket.norms[item.norms], out, part.tiles, factor
             )
 
-    def _fill_codes(self, bucket: Bucket) -> None:
-        assert bucket.codec is not None and bucket.norms is not None
-        assert bucket.agreement is not None
-        words = self._words(bucket)
-        for item in bucket.items:
-            assert item.x is not None
-            bucket.codec.encode(
-                item.x, bucket.norms[item.norms], words[item.words],
-                bucket.agreement.step, item.identity,
-            )  # fmt: skip
-
     def _scatter_codes(self, bucket: Bucket, name: str) -> Handle:
         words = self._words(bucket)
         # Half of what an Allreduce of as many bytes takes; the Allgather is the other half.
@@ -105,13 +94,6 @@ class TwoPhaseExchange(Exchange):
             raise AgreementError(GAVE_UP)
         bucket.means = result
         bucket.contribution = everyone(self.size)
-
-    def _words(self, bucket: Bucket) -> Tensor:
-        assert bucket.codec is not None
-        if bucket.words is None:
-            numel = bucket.lay_out_words(bucket.codec, 0)
-            bucket.words = self._take(bucket, numel, bucket.codec.word_dtype)
-        return bucket.words
 
     def _own_means(self, bucket: Bucket) -> Tensor:
         assert bucket.codec is not None

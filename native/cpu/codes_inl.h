@@ -103,6 +103,12 @@ void quantize(const CodeArgs& args, const Code code, const T* x, uint64_t key, u
   }
 }
 
+// What a tile decodes to whose norm is not finite.
+template <class T>
+void fill_nan(T* out, int64_t size, typename Traits<T>::Norm norm) {
+  for (int64_t j = 0; j < size; ++j) store(out + j, quiet_nan(norm));
+}
+
 template <class T, class Word>
 void dequantize(const CodeArgs& args, const Word* words, int64_t contributors, double scale, T* out,
                 int64_t begin, int64_t end) {
@@ -118,7 +124,7 @@ void dequantize(const CodeArgs& args, const Word* words, int64_t contributors, d
     const Layout::Tile tile = layout.tile(t);
     const Norm norm_bits = static_cast<const Norm*>(args.norms)[tile.block];
     if (!is_finite_norm(norm_bits)) {
-      for (int64_t j = 0; j < tile.size; ++j) store(out + tile.begin + j, quiet_nan(norm_bits));
+      fill_nan(out + tile.begin, tile.size, norm_bits);
       continue;
     }
     const Real norm = bit_cast<Real>(norm_bits);

@@ -36,8 +36,8 @@ struct Kernels {
   // bits are not looked at.
   void (*block_squares)(const CodeArgs&, const void* x, int64_t* squares, int64_t begin,
                         int64_t end);
-  // Largest magnitudes of blocks [begin, end) become L2 norms. Not for the dtype, which is only one
-  // that has such norms.
+  // Largest magnitudes of blocks [begin, end) become L2 norms. Of `dtype`, only the arithmetic type
+  // counts.
   void (*l2_norms)(DType, void* norms, const int64_t* squares, int64_t begin, int64_t end);
   // Codes of tiles [begin, end). `key` is a dither_key(); `offset` is added to all dither.
   void (*quantize)(const CodeArgs&, const void* x, uint64_t key, uint32_t offset, void* words,

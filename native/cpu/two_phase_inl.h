@@ -75,7 +75,7 @@ void dequantize_means(const CodeArgs& args, const Code code, const unsigned char
     const Layout::Tile tile = layout.tile(t);
     const Norm norm_bits = static_cast<const Norm*>(args.norms)[tile.block];
     if (!is_finite_norm(norm_bits)) {
-      for (int64_t j = 0; j < tile.size; ++j) store(out + tile.begin + j, quiet_nan(norm_bits));
+      fill_nan(out + tile.begin, tile.size, norm_bits);
       continue;
     }
     const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;

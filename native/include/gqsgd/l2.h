@@ -10,7 +10,6 @@ namespace gqsgd {
 
 // Squares are of x / M in units of 2^-15: at most 2^30, so that 2^33 of them can be added.
 constexpr int32_t kSquareUnits = 1 << 15;
-constexpr int64_t kMostSquares = int64_t{1} << 33;
 
 template <class Real>
 GQSGD_INLINE int64_t square_element(Real x, Grid<Real> grid) {
