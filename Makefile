@@ -139,9 +139,9 @@ $(STAMPS)/horovod: $(STAMPS)/requirements $(STAMPS)/mpi docker/install_horovod.s
 	@touch $@
 
 # pip builds from nothing. Where only native sources changed, setup.py compiles but those.
-$(STAMPS)/package: $(STAMPS)/requirements $(NATIVE) setup.py pyproject.toml
-	@echo 'hvd_gqsgd: building the native part'
-	@$(RUN) $(if $(filter-out $(NATIVE),$?),$(PIP) install -v --no-build-isolation --no-deps -e \
+$(STAMPS)/package: $(STAMPS)/requirements $(STAMPS)/mpi $(NATIVE) setup.py pyproject.toml
+	@echo 'hvd_gqsgd: building the native parts'
+	@$(RUN) MPICXX=$(or $(MPICXX),$(CURDIR)/$(VENV)/bin/mpicxx) $(if $(filter-out $(NATIVE),$?),$(PIP) install -v --no-build-isolation --no-deps -e \
 	    .,$(PY) setup.py build_ext --inplace) >$(VENV)/build.log 2>&1 || \
 	    { grep -A 4 ' error: ' $(VENV)/build.log | head -n 40; \
 	    echo 'hvd_gqsgd: that failed; all that was said is in $(VENV)/build.log'; exit 1; } >&2

@@ -1,4 +1,4 @@
-"""Gradients summed as small integers inside Allreduce, for Horovod.
+"""Gradients summed as small integers inside Allreduce: for Horovod, MPI, and PyTorch's DDP.
 
 >>> import horovod.torch as hvd
 >>> from hvd_gqsgd import GlobalQSGD
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from hvd_gqsgd.collective import allreduce
+from hvd_gqsgd.ddp import ddp_hook
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.info import build_info
 from hvd_gqsgd.schedule import DynamicBits
@@ -18,11 +20,20 @@ from hvd_gqsgd.stats import Stats
 if TYPE_CHECKING:
     from hvd_gqsgd.compressor import GlobalQSGD
 
-__all__ = ["AgreementError", "DynamicBits", "GlobalQSGD", "Stats", "build_info", "simulate"]
+__all__ = [
+    "AgreementError",
+    "DynamicBits",
+    "GlobalQSGD",
+    "Stats",
+    "allreduce",
+    "build_info",
+    "ddp_hook",
+    "simulate",
+]
 
 
 def __getattr__(name: str) -> object:
-    # The one thing here that needs Horovod, which takes a second to import and may be missing.
+    # The one thing here that imports Horovod, which takes a second.
     if name == "GlobalQSGD":
         from hvd_gqsgd.compressor import GlobalQSGD
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hvd_gqsgd import ops
 from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.errors import REFUSED, AgreementError
 from hvd_gqsgd.options import digest
 from hvd_gqsgd.schedule import Schedule
 from hvd_gqsgd.transports import Handle
@@ -18,11 +19,21 @@ from hvd_gqsgd.transports import Handle
 if TYPE_CHECKING:
     from hvd_gqsgd.exchanges.segments import Segments
 
-__all__ = ["Agreement", "Bucket", "Contribution", "Item", "everyone", "kind_of", "rank_weight"]
+__all__ = [
+    "AGREEMENT",
+    "Agreement",
+    "Bucket",
+    "Contribution",
+    "Item",
+    "everyone",
+    "kind_of",
+    "rank_weight",
+    "refusal",
+]
 
-# Words before the norms and before the codes. Both are longer than what they hold, so that the data
-# behind them starts on a cache line.
-NORM_HEADER = 16
+# Words of what ranks must agree on, often before the norms, and before the codes. Both are longer
+# than what they hold, so that the data behind them starts on a cache line.
+AGREEMENT = 16
 CODE_HEADER = 16
 
 _FULL = 2**31 - 1
@@ -82,6 +93,8 @@ class Item:
     device: torch.device
     position: int  # tensors lie in a bucket in this order
     identity: int  # 31 bits to recognize it by on another rank, and to draw its dither from
+    scale: float | None = None  # of the sum over the ranks, where it is known before the end
+    out: Tensor | None = None  # where to decode it to; x itself is fine
     norms: slice = field(default_factory=lambda: slice(0))
     words: slice = field(default_factory=lambda: slice(0))
     place: int = 0  # among the tensors of its bucket
@@ -90,10 +103,10 @@ class Item:
 class Bucket:
     """Some tensors, and the messages in which they are exchanged.
 
-    The norm message is Max-reduced. Its header is the agreement between ranks: a digest k travels
-    as the pair k and 2^31 - 1 - k, whose maxima add up to 2^31 - 1 if and only if all ranks have
-    the same k. All ranks see the same maxima, so all come to the same verdict. A rank that has
-    joined contributes zeros, which change neither.
+    What ranks must agree on is Max-reduced, before the norms in their message or in one of its own:
+    a digest k travels as the pair k and 2^31 - 1 - k, whose maxima add up to 2^31 - 1 if and only
+    if all ranks have the same k. All ranks see the same maxima, so all come to the same verdict. A
+    rank that has joined contributes zeros, which change neither.
     """
 
     def __init__(self, name: str, kind: Kind) -> None:
@@ -109,6 +122,7 @@ class Bucket:
         self.codec: Codec | None = None
         self.agreement: Agreement | None = None
         self.contribution: Contribution | None = None  # once it can be decoded
+        self.header: Tensor | None = None
         self.norms: Tensor | None = None
         self.squares: Tensor | None = None
         self.words: Tensor | None = None
@@ -124,7 +138,7 @@ class Bucket:
 
     def release(self) -> None:
         """Lets go of all messages."""
-        self.norms = self.squares = self.words = self.means = None
+        self.header = self.norms = self.squares = self.words = self.means = None
 
     def abandon(self) -> None:
         """Lets go of everything; the exception too, whose traceback leads back here."""
@@ -132,12 +146,17 @@ class Bucket:
         self.handle = self.failure = None
         self.items.clear()
 
-    def lay_out_norms(self, codec: Codec) -> int:
-        """Gives every tensor its place in the norm message; returns the message's length."""
+    def close(self) -> None:
+        """Puts the tensors in their order; no more will come."""
         self.items.sort(key=lambda item: item.position)
-        end = NORM_HEADER
         for place, item in enumerate(self.items):
             item.place = place
+
+    def lay_out_norms(self, codec: Codec, header: int) -> int:
+        """Gives every tensor its place in the norm message, which begins after ``header`` words;
+        returns the message's length."""
+        end = header
+        for item in self.items:
             item.norms = slice(end, end + codec.num_norms(item.numel))
             end = item.norms.stop
         return end
@@ -150,26 +169,30 @@ class Bucket:
             end = item.words.stop
         return end
 
-    def write_norm_header(self, options: int, wanted: Agreement) -> None:
+    def write_agreement(self, options: int, wanted: Agreement) -> None:
         """What ranks must agree on, and what the largest of all ranks' is taken of."""
-        assert self.norms is not None
-        layout = digest(tuple(item.identity for item in self.items))
+        assert self.header is not None
+        layout = digest(tuple((item.identity, item.scale) for item in self.items))
         _write(
-            self.norms,
+            self.header,
             [
                 *(options, _FULL - options, layout, _FULL - layout),
                 *(-1, wanted.step, wanted.bits, *wanted.schedule),
             ],
-            NORM_HEADER,
+            AGREEMENT,
         )
 
-    def read_norm_header(self) -> tuple[bool, bool, Agreement]:
-        """Whether options agree, whether tensors agree, and what was settled on; from reduced
-        norms."""
-        assert self.norms is not None
-        options, no_options, layout, no_layout, absent, step, bits, *more = self.norms[
-            :NORM_HEADER
-        ].tolist()
+    def read_agreement(self) -> tuple[bool, bool, Agreement]:
+        """Whether options agree, whether tensors agree, and what was settled on; from the reduced
+        header.
+
+        Raises:
+            AgreementError: a rank has sent a refusal.
+        """
+        assert self.header is not None
+        options, no_options, layout, no_layout, absent, step, bits, *more = self.header.tolist()
+        if options == no_options == _FULL:
+            raise AgreementError(REFUSED)
         schedule = tuple(more[: Schedule.STATE_WORDS])
         return (
             options + no_options == _FULL,
@@ -186,6 +209,13 @@ class Bucket:
         """Who took part; from summed words."""
         assert self.words is not None
         return Contribution(*self.words[:3].tolist())
+
+
+def refusal() -> Tensor:
+    """What a rank sends in place of its agreement if it cannot take part."""
+    header = torch.zeros(AGREEMENT, dtype=torch.int64, device="cpu")
+    header[:2] = _FULL  # which is no digest and its complement
+    return header
 
 
 def _write(message: Tensor, header: list[int], length: int) -> None:

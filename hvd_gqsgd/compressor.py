@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
-from horovod.torch.compression import Compressor
+import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.buckets import Contribution, everyone
+from hvd_gqsgd.ddp import DDPState
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges import ORDER
 from hvd_gqsgd.names import ParameterNames, is_compressible
@@ -28,7 +29,17 @@ from hvd_gqsgd.pipeline import Pipeline, Ticket
 from hvd_gqsgd.probe import PROBE_BYTES, Reading, make_probe
 from hvd_gqsgd.schedule import DynamicBits
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports.horovod import HorovodTransport
+
+try:
+    from horovod.torch.compression import Compressor
+
+    from hvd_gqsgd.transports.horovod import HorovodTransport
+except ImportError as error:
+    # DistributedDataParallel does not need it.
+    Compressor = object
+    _no_horovod: ImportError | None = error
+else:
+    _no_horovod = None
 
 __all__ = ["GlobalQSGD"]
 
@@ -144,7 +155,7 @@ class GlobalQSGD(Compressor):
             bucket_mb=bucket_mb,
         )
         self._names = ParameterNames(named_parameters) if named_parameters is not None else None
-        self._transport = HorovodTransport(process_set) if process_set else HorovodTransport()
+        self._process_set = process_set
         self._stats = Stats()
         self._state: dict[str, Any] | None = None  # loaded before the first step
         self._pipeline: Pipeline | None = None
@@ -228,6 +239,25 @@ class GlobalQSGD(Compressor):
             return flat.view(ctx.like.shape)
         return torch.empty_like(ctx.like).copy_(flat.view(ctx.like.shape))
 
+    def ddp_state(self, process_group: dist.ProcessGroup | None = None) -> DDPState:
+        """The state for ``hvd_gqsgd.ddp_hook``, for one model::
+
+            model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), hvd_gqsgd.ddp_hook)
+
+        All ranks of the process group must call it, as it makes process groups of its own: one for
+        each kind of message. DDP's buckets take the place of tensors: ``bucket_mb`` and
+        ``named_parameters`` do not count, and ``min_numel`` is about a whole bucket. ``stats``
+        counts what the hook does.
+
+        Args:
+            process_group: the one that the model was given; None for all ranks.
+
+        Raises:
+            ValueError: ``bits`` is too small for the number of ranks, or this process is not in the
+                process group.
+        """
+        return DDPState(self.options, process_group, self._stats)
+
     @_ClassOrInstanceMethod
     def stats(self) -> Stats:
         """Bytes before and on the wire, ratio and bypassed tensors so far; of this rank."""
@@ -259,6 +289,12 @@ class GlobalQSGD(Compressor):
         if self._pipeline is not None:
             self._pipeline.load_state_dict(state)
         self._state = copy.deepcopy(state)
+
+    @functools.cached_property
+    def _transport(self) -> HorovodTransport:
+        if _no_horovod is not None:
+            raise ImportError("GlobalQSGD.compress needs Horovod") from _no_horovod
+        return HorovodTransport(self._process_set) if self._process_set else HorovodTransport()
 
     def _compresses(self, tensor: Tensor) -> bool:
         return (

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["GAVE_UP", "AgreementError", "RankLeftError"]
+__all__ = ["GAVE_UP", "REFUSED", "AgreementError", "RankLeftError"]
 
 GAVE_UP = (
     "a rank has given up this step, as after an exception that it caught, so its gradients are "
     "missing; the step is lost for all ranks, and the next one can go on"
+)
+
+REFUSED = (
+    "a rank could not take part in this allreduce; that rank has an error of its own that says why"
 )
 
 

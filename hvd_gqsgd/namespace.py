@@ -39,6 +39,10 @@ class Namespace:
             for pipeline in list(self.unfinished):
                 pipeline.forget()
 
+    def prefix(self, number: int) -> str:
+        """Begins the names of messages of the pipeline with this number."""
+        return f"{self.label}.{number}.{self.failures}"
+
     def join(self, pipeline: Pipeline) -> int:
         """The smallest number that no other pipeline with tickets out has."""
         self._pipelines.add(pipeline)

@@ -21,10 +21,10 @@ __all__ = [
     "instruction_set",
     "instruction_sets",
     "l2_norms",
+    "library_file",
     "means_before",
     "means_dtype",
     "norm_dtype",
-    "parts",
     "quantize",
     "requantize",
     "storage_use_count",
@@ -61,7 +61,7 @@ _library.define(
 )
 _library.define("sum_of_squares(Tensor x) -> float")
 _library.define("storage_use_count(Tensor tensor) -> int")
-_library.define("parts() -> str[]")
+_library.define("kernel_table() -> int")
 _library.define("instruction_sets() -> str[]")
 _library.define("instruction_set() -> str")
 _library.define("use_instruction_set(str name) -> ()")
@@ -73,13 +73,20 @@ for _name in (
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
 
-_spec = importlib.util.find_spec("hvd_gqsgd._C")
-if _spec is None or _spec.origin is None:
+
+def library_file(name: str) -> str | None:
+    """Where the native library of this name is, such as "_C"; None if it was not built."""
+    spec = importlib.util.find_spec(f"hvd_gqsgd.{name}")
+    return spec.origin if spec is not None else None
+
+
+_file = library_file("_C")
+if _file is None:
     raise ImportError(
         "the native part of hvd_gqsgd is not built: run `pip install --no-build-isolation .` in "
         "its repository, with the torch that it is to work with installed"
     )
-torch.ops.load_library(_spec.origin)
+torch.ops.load_library(_file)
 _ops = torch.ops.hvd_gqsgd
 
 block_max = _ops.block_max.default
@@ -131,9 +138,6 @@ sum_of_squares = _ops.sum_of_squares.default
 
 storage_use_count = _ops.storage_use_count.default
 """``storage_use_count(tensor) -> int``: how many tensors share this one's memory, with itself."""
-
-parts = _ops.parts.default
-"""``parts() -> list[str]``: the native parts that were compiled in."""
 
 instruction_sets = _ops.instruction_sets.default
 """``instruction_sets() -> list[str]``: those this build has kernels for and this processor runs."""

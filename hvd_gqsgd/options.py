@@ -18,7 +18,7 @@ WIRE_VERSION = 2
 ENOUGH_LEVELS = 7
 
 DITHERS = ("linear", "exponential")
-EXCHANGES = ("auto", "allreduce", "two_phase")
+EXCHANGES = ("auto", "allreduce", "two_phase", "reduce_scatter")
 NORMS = ("max", "l2")
 EXPONENTIAL_BITS = (4, 8)
 
@@ -56,6 +56,11 @@ class Options:
                     "exchange must be 'two_phase' or 'auto' for dither='exponential', whose codes "
                     "cannot be added, got 'allreduce'"
                 )
+        if self.exchange == "reduce_scatter" and (self.dither, self.norm) != ("exponential", "max"):
+            raise ValueError(
+                "exchange='reduce_scatter' goes with dither='exponential' and norm='max', got "
+                f"dither={self.dither!r} and norm={self.norm!r}"
+            )
         if self.block_size is not None:
             check_int("block_size", self.block_size, 1, 2**31 - 1, "None (one norm per tensor)")
         if not isinstance(self.correlated, bool):
@@ -80,7 +85,7 @@ class Options:
         return self.bits.max_bits if isinstance(self.bits, DynamicBits) else self.bits
 
     def exchange_for(self, world_size: int) -> str:
-        """``"allreduce"`` or ``"two_phase"``: the one asked for, or the one to take.
+        """``"allreduce"``, ``"two_phase"`` or ``"reduce_scatter"``: the one asked for, or to take.
 
         Exponential codes cannot be added. Linear ones are, unless the lanes leave less than 7
         levels a side to the ranks, and more without a sum to hold.

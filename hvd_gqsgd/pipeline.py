@@ -71,6 +71,8 @@ class Pipeline:
             fill in order of arrival.
         step: number of the first step.
         stats: where to count.
+        ahead: what ranks must agree on goes ahead of all else; see ``Exchange``. Then all ranks
+            must hand in their tensors in one order.
     """
 
     def __init__(
@@ -82,12 +84,15 @@ class Pipeline:
         plan: BucketPlan | None = None,
         step: int = 0,
         stats: Stats | None = None,
+        ahead: bool = False,
     ) -> None:
         self.options = options
         self.stats = stats or Stats()
         self._transport = transport
         self._namespace = namespace or Namespace()
         self._plan = plan
+        self._ahead = ahead
+        self._open_ended = False  # the step lasts until the next one is begun
         self._pool = BufferPool()
         self._session: object = None
         self._next_step = step
@@ -113,13 +118,41 @@ class Pipeline:
         """Whether a ticket is neither decoded nor dropped."""
         return bool(self._live)
 
-    def submit(self, x: Tensor, name: str | None = None) -> Ticket:
-        """Hands in a flat, contiguous tensor, which must stay as it is until it is decoded.
+    def begin_step(self, step: int | None = None) -> None:
+        """Begins a step that lasts until the next call, however many tickets are decoded in it.
+
+        Args:
+            step: its number, unless another rank has a larger one; None: one more than the last.
 
         Raises:
             ValueError: the lanes are too narrow for the number of ranks.
         """
-        if not self.active or self._transport.session is not self._session:
+        self._open_ended = True
+        if step is not None:
+            self._next_step = step
+        self._begin_step()
+
+    def submit(
+        self,
+        x: Tensor,
+        name: str | None = None,
+        *,
+        scale: float | None = None,
+        out: Tensor | None = None,
+    ) -> Ticket:
+        """Hands in a flat, contiguous tensor, which must stay as it is until it is decoded.
+
+        Args:
+            x: the tensor.
+            name: the same on all ranks, for tensors that come in another order there.
+            scale: that of ``decode``, if it is known already; the same on all ranks.
+            out: flat and contiguous memory to decode to, maybe ``x`` itself.
+
+        Raises:
+            ValueError: the lanes are too narrow for the number of ranks.
+        """
+        new_session = self._transport.session is not self._session
+        if new_session or not (self.active or self._open_ended):
             self._begin_step()
         assert self._exchange is not None
         self._exchange.check(x.numel())
@@ -138,7 +171,7 @@ class Pipeline:
 
         bucket = self._open.get(key) or self._open_bucket(key, kind)
         identity = digest((label, repeat, x.numel(), str(x.dtype)))
-        item = Item(x, x.numel(), x.dtype, x.device, position, identity)
+        item = Item(x, x.numel(), x.dtype, x.device, position, identity, scale, out)
         bucket.add(item)
         ticket = Ticket(bucket, item)
         self._live.add(ticket)
@@ -178,24 +211,34 @@ class Pipeline:
         """
         deadline = None if patience is None else time.monotonic() + patience
         self.flush()
-        while not self._arrived(ticket.bucket):
-            failure = next((b.failure for b in self._in_flight if b.failure is not None), None)
-            if isinstance(failure, AgreementError):
-                self.abandon(counted=not isinstance(failure, RankLeftError))
-            if failure is not None:
-                self.forget()
-                raise failure
-            if ticket not in self._live:
-                raise RuntimeError(
-                    f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "
-                    "after an error, or is another compressor's"
-                )
+        while (contribution := self.poll(ticket)) is None:
             if deadline is not None and time.monotonic() > deadline:
                 return None
             self._transport.idle()
-        self._done_its_part = True
-        assert ticket.bucket.contribution is not None
-        return ticket.bucket.contribution
+        return contribution
+
+    def poll(self, ticket: Ticket) -> Contribution | None:
+        """What ``wait`` returns, once it is there; None before that. Its bucket must have been
+        started, as by ``flush``.
+
+        Raises:
+            Exception: as ``wait``.
+        """
+        if self._arrived(ticket.bucket):
+            self._done_its_part = True
+            return ticket.bucket.contribution
+        failure = next((b.failure for b in self._in_flight if b.failure is not None), None)
+        if isinstance(failure, AgreementError):
+            self.abandon(counted=not isinstance(failure, RankLeftError))
+        if failure is not None:
+            self.forget()
+            raise failure
+        if ticket not in self._live:
+            raise RuntimeError(
+                f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "
+                "after an error, or is another compressor's"
+            )
+        return None
 
     def decode(self, ticket: Ticket, scale: float) -> Tensor:
         """``scale`` times the sum over the ranks, flat. Once a ticket, and after ``wait``."""
@@ -203,11 +246,13 @@ class Pipeline:
         if ticket not in self._live:
             raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
         assert self._exchange is not None and bucket.contribution is not None
-        out = self._pool.take(item.numel, item.dtype, item.device)
+        out = item.out
+        if out is None:
+            out = self._pool.take(item.numel, item.dtype, item.device)
         self._exchange.decode(bucket, item, out, scale)
         if self._schedule.learns:
             self._squared_norms.append(ops.sum_of_squares(out))
-        item.x = None
+        item.x = item.out = None
         bucket.undecoded -= 1
         if not bucket.undecoded:
             bucket.release()
@@ -311,7 +356,9 @@ class Pipeline:
         self._pool.next_step()
         rank, size = self._transport.rank, self._transport.size
         if self._exchange is None or (self._exchange.rank, self._exchange.size) != (rank, size):
-            self._exchange = make_exchange(self.options, self._transport, self._pool, self.stats)
+            self._exchange = make_exchange(
+                self.options, self._transport, self._pool, self.stats, self._ahead
+            )
         self.number = self._namespace.join(self)
         bits = self._schedule.width(self._exchange.summands)
         self._exchange.begin_step(Agreement(self._next_step, bits, tuple(self._schedule.state())))
@@ -325,9 +372,13 @@ class Pipeline:
             self._squared_norms.clear()
 
     def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
-        planned = isinstance(key, int)
-        label = f"planned{key}" if planned else f"{kind[1].type}-{str(kind[0])[6:]}"
-        bucket = Bucket(f"{self._prefix()}.{label}.{self._opened[key]}", kind)
+        if self._ahead:  # the same name whatever tensors another rank has
+            label = str(self._opened.total())
+        elif isinstance(key, int):
+            label = f"planned{key}.{self._opened[key]}"
+        else:
+            label = f"{kind[1].type}-{str(kind[0])[6:]}.{self._opened[key]}"
+        bucket = Bucket(f"{self._prefix()}.{label}", kind)
         self._opened[key] += 1
         self._open[key] = bucket
         return bucket
@@ -344,7 +395,7 @@ class Pipeline:
         self._exchange.launch(bucket)
 
     def _prefix(self) -> str:
-        return f"{self._namespace.label}.{self.number}.{self._namespace.failures}"
+        return self._namespace.prefix(self.number)
 
     def _take_turn(self) -> None:
         """Starts one collective if it can be, and passes otherwise."""

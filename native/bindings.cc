@@ -1,7 +1,6 @@
-// The kernels as torch ops: the only file that knows torch. Schemas and fake kernels stand in
+// The kernels as torch ops. This file, mpi_bindings.cc and tensors.h alone know torch. Schemas and fake kernels stand in
 // hvd_gqsgd/ops.py. The dispatcher calls these without the GIL.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -13,12 +12,16 @@
 #include "cpu/kernels.h"
 #include "gqsgd/hash.h"
 #include "gqsgd/lanes.h"
+#include "tensors.h"
 
 namespace {
 
 using at::Tensor;
+using gqsgd::check_buffer;
 using gqsgd::CodeArgs;
 using gqsgd::DType;
+using gqsgd::dtype_of;
+using gqsgd::grain;
 using gqsgd::Kernels;
 using gqsgd::Layout;
 using gqsgd::MeansLayout;
@@ -33,30 +36,6 @@ std::vector<const Kernels*> kernel_tables() {
 std::atomic<const Kernels*>& active_kernels() {
   static std::atomic<const Kernels*> active{kernel_tables().back()};
   return active;
-}
-
-DType dtype_of(const Tensor& x, const char* role) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kDouble:
-      return DType::kFloat64;
-    case at::kHalf:
-      return DType::kFloat16;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      TORCH_CHECK_TYPE(false, role, " must be float16, bfloat16, float32 or float64, got ",
-                       x.scalar_type());
-  }
-}
-
-void check_buffer(const Tensor& buffer, const char* role, at::ScalarType dtype, int64_t numel) {
-  TORCH_CHECK_TYPE(buffer.scalar_type() == dtype, role, " must be ", dtype, ", got ",
-                   buffer.scalar_type());
-  TORCH_CHECK_VALUE(buffer.is_contiguous(), role, " must be contiguous");
-  TORCH_CHECK_VALUE(buffer.numel() == numel, role, " must have ", numel, " elements, got ",
-                    buffer.numel());
 }
 
 at::ScalarType norm_dtype(DType dtype) { return dtype == DType::kFloat64 ? at::kLong : at::kInt; }
@@ -122,11 +101,6 @@ void check_means(const Tensor& means, const Layout& layout, DType dtype, int64_t
                at.begin(last) - at.begin(first));
 }
 
-// About a quarter of a megabyte of float32 for each thread at the least.
-int64_t grain(int64_t elements_each) {
-  return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_each));
-}
-
 void block_max(const Tensor& x, int64_t block_size, Tensor norms) {
   check_geometry(x, block_size);
   const DType dtype = dtype_of(x, "the tensor");
@@ -187,9 +161,9 @@ void dequantize(const Tensor& words, const Tensor& norms, Tensor out, int64_t bl
   const Layout layout = layout_of(out.numel(), block_size, bits);
   TORCH_CHECK_VALUE(levels >= 1, "levels must be at least 1, got ", levels);
   const CodeArgs args = code_args(out, norms, words, layout, bits, levels);
-  TORCH_CHECK_VALUE(contributors >= 1 && contributors <= ((int64_t{1} << bits) - 1) / (2 * levels),
-                    "contributors must be from 1 to ", ((int64_t{1} << bits) - 1) / (2 * levels),
-                    " for ", bits, " bits and ", levels, " levels, got ", contributors);
+  const int64_t most = gqsgd::most_ranks(bits, levels);
+  TORCH_CHECK_VALUE(contributors >= 1 && contributors <= most, "contributors must be from 1 to ",
+                    most, " for ", bits, " bits and ", levels, " levels, got ", contributors);
   const Kernels* kernels = active_kernels();
   at::parallel_for(0, layout.tiles(), grain(gqsgd::kTile), [&](int64_t begin, int64_t end) {
     kernels->dequantize(args, words.const_data_ptr(), contributors, scale, out.mutable_data_ptr(),
@@ -260,14 +234,14 @@ int64_t storage_use_count(const Tensor& tensor) {
   return static_cast<int64_t>(tensor.storage().use_count());
 }
 
-// What this library was built from. A part that is added names itself here.
-std::vector<std::string> parts() { return {"cpu"}; }
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels* table : kernel_tables()) names.emplace_back(table->name);
   return names;
 }
+
+// For the native parts that are libraries of their own: the kernels in use, as a pointer.
+int64_t kernel_table() { return reinterpret_cast<int64_t>(active_kernels().load()); }
 
 std::string instruction_set() { return active_kernels().load()->name; }
 
@@ -300,7 +274,7 @@ TORCH_LIBRARY_IMPL(hvd_gqsgd, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CatchAll, m) {
-  m.impl("parts", &parts);
+  m.impl("kernel_table", &kernel_table);
   m.impl("instruction_sets", &instruction_sets);
   m.impl("instruction_set", &instruction_set);
   m.impl("use_instruction_set", &use_instruction_set);

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hvd_gqsgd import AgreementError, DynamicBits, exchanges, ops, reference, simulate
-from hvd_gqsgd.buckets import NORM_HEADER
+from hvd_gqsgd.buckets import AGREEMENT
 from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.pipeline import Pipeline
@@ -245,7 +245,7 @@ def test_a_width_that_the_options_do_not_allow() -> None:
     tickets = [rank.submit(torch.ones(3000)) for rank in ranks]
     ranks[0].flush()
     norms = ranks[0]._in_flight[0].norms
-    assert norms is not None and NORM_HEADER > 6
+    assert norms is not None and AGREEMENT > 6
     norms[6] = 16
     ranks[1].flush()
     for rank, ticket in zip(ranks, tickets, strict=True):

@@ -13,7 +13,7 @@ from helpers import DTYPES, as_numpy, bits_of, from_bits, gradient_like
 from torch import Tensor
 
 from hvd_gqsgd import AgreementError, reference
-from hvd_gqsgd.buckets import CODE_HEADER, NORM_HEADER, kind_of, rank_weight
+from hvd_gqsgd.buckets import AGREEMENT, CODE_HEADER, kind_of, rank_weight
 from hvd_gqsgd.buffers import KEEP_STEPS, BufferPool
 from hvd_gqsgd.namespace import Namespace
 from hvd_gqsgd.options import Options, digest
@@ -515,8 +515,8 @@ def test_bytes() -> None:
         assert stats.steps == 2
         assert stats.compressed_bytes_before == 4 * 1050 + 8 * 10
         # 100 elements take 13 words of 8 lanes.
-        first = 4 * (NORM_HEADER + 11) + 4 * (CODE_HEADER + 10 * 13 + 7)
-        second = 8 * (NORM_HEADER + 1) + 4 * (CODE_HEADER + 2)
+        first = 4 * (AGREEMENT + 11) + 4 * (CODE_HEADER + 10 * 13 + 7)
+        second = 8 * (AGREEMENT + 1) + 4 * (CODE_HEADER + 2)
         assert stats.compressed_bytes_on_wire == first + second
 
 

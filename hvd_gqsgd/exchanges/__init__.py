@@ -1,13 +1,15 @@
-"""The two ways in which codes become means that all ranks have."""
+"""The ways in which codes become means that all ranks have."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import ORDER, Exchange
+from hvd_gqsgd.exchanges.native import NativeExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
 from hvd_gqsgd.options import ENOUGH_LEVELS, Options
 from hvd_gqsgd.schedule import DynamicBits, Schedule, wire_bits
@@ -18,21 +20,32 @@ __all__ = ["ORDER", "Exchange", "make_exchange"]
 
 _log = logging.getLogger("hvd_gqsgd")
 
-_KINDS = {"allreduce": AllreduceExchange, "two_phase": TwoPhaseExchange}
+_KINDS: dict[str, Callable[..., Exchange]] = {
+    "allreduce": AllreduceExchange,
+    "two_phase": TwoPhaseExchange,
+    "reduce_scatter": NativeExchange,
+}
 
 
 def make_exchange(
-    options: Options, transport: Transport, pool: BufferPool, stats: Stats
+    options: Options,
+    transport: Transport,
+    pool: BufferPool,
+    stats: Stats,
+    ahead: bool = False,
 ) -> Exchange:
-    """The exchange that the options ask for among this many ranks.
+    """The exchange that the options ask for among this many ranks; see ``Exchange`` for ``ahead``.
 
     Rank 0 logs what a user may not expect of it.
 
     Raises:
-        ValueError: they leave no levels to this many ranks.
+        ValueError: they leave no levels to this many ranks, or ask for what this transport has not.
     """
     size, kind = transport.size, options.exchange_for(transport.size)
-    exchange = _KINDS[kind](options, transport, pool, stats)
+    make = _KINDS[kind]
+    if kind == "allreduce" and options.norm == "max" and transport.mpi_handle is not None:
+        make = NativeExchange
+    exchange = make(options, transport, pool, stats, ahead)
     if transport.rank == 0:
         if kind == "two_phase" and (options.exchange, options.dither) == ("auto", "linear"):
             _say_once(

@@ -1,4 +1,4 @@
-"""What an exchange is: stages of one collective each, the first of which finds the norms."""
+"""What an exchange is: stages of one collective each, the first of which brings the agreement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.buckets import Agreement, Bucket, Item
+from hvd_gqsgd.buckets import AGREEMENT, Agreement, Bucket, Item
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.codecs import Codec, ExponentialCodec, LinearCodec, levels_for
 from hvd_gqsgd.errors import AgreementError, RankLeftError
@@ -43,12 +43,22 @@ class Stage(NamedTuple):
 class Exchange(ABC):
     """The way of buckets from their norms to what every rank can decode.
 
+    Args:
+        ahead: what ranks must agree on goes ahead of all else, in a message whose length does not
+            depend on options or tensors; for transports that cannot tell ranks that their messages
+            do not match. Otherwise it goes with the norms.
+
     Raises:
         ValueError: the options leave no levels to this many ranks.
     """
 
     def __init__(
-        self, options: Options, transport: Transport, pool: BufferPool, stats: Stats
+        self,
+        options: Options,
+        transport: Transport,
+        pool: BufferPool,
+        stats: Stats,
+        ahead: bool = False,
     ) -> None:
         self.options = options
         self.rank, self.size = transport.rank, transport.size
@@ -58,12 +68,11 @@ class Exchange(ABC):
         self._stats = stats
         self._wanted = Agreement(0, 0, ())
         self.codec = self.codec_for(options.most_bits)  # for the check; a step may take fewer
-        self.stages = [Stage("norms", self._fill_norms, self._max_norms, self._read_norms)]
-        if options.norm == "l2":
-            self.stages.append(
-                Stage("squares", self._fill_squares, self._sum_squares, self._read_squares)
-            )
-        self.stages += self.code_stages()
+        self._norm_header = 0 if ahead else AGREEMENT
+        self.stages: list[Stage] = []
+        if ahead:
+            self.stages.append(Stage("header", self._fill_header, self._max_header, self._agree))
+        self.stages += self.payload_stages()
 
     needs_all_ranks = False
     """Whether a rank that has left by ``hvd.join()`` would be missing."""
@@ -75,6 +84,16 @@ class Exchange(ABC):
     @abstractmethod
     def summands(self) -> int:
         """How many codes a lane must hold the sum of."""
+
+    def payload_stages(self) -> Sequence[Stage]:
+        """What follows the agreement, or begins with it; the last one sets
+        ``bucket.contribution``."""
+        stages = [Stage("norms", self._fill_norms, self._max_norms, self._read_norms)]
+        if self.options.norm == "l2":
+            stages.append(
+                Stage("squares", self._fill_squares, self._sum_squares, self._read_squares)
+            )
+        return [*stages, *self.code_stages()]
 
     @abstractmethod
     def code_stages(self) -> Sequence[Stage]:
@@ -124,6 +143,7 @@ class Exchange(ABC):
     def launch(self, bucket: Bucket) -> None:
         """Takes this rank's norms of a bucket and starts its first collective."""
         bucket.codec = self.codec
+        bucket.close()
         self._enter(bucket, 0)
 
     def advance(self, bucket: Bucket) -> None:
@@ -159,13 +179,26 @@ class Exchange(ABC):
     def _count(self, nbytes: int) -> None:
         self._stats.compressed_bytes_on_wire += nbytes
 
-    # --- norms: the largest magnitude of each block, and all that the ranks must agree on ---------
+    # --- the agreement, in a message of its own ---------------------------------------------------
+
+    def _fill_header(self, bucket: Bucket) -> None:
+        bucket.header = torch.empty(AGREEMENT, dtype=torch.int64, device=bucket.kind[1])
+        bucket.write_agreement(self._digest, self._wanted)
+
+    def _max_header(self, bucket: Bucket, name: str) -> Handle:
+        assert bucket.header is not None
+        self._count(bucket.header.nbytes)
+        return self._transport.max_async(bucket.header, name)
+
+    # --- norms: the largest magnitude of each block -----------------------------------------------
 
     def _fill_norms(self, bucket: Bucket) -> None:
         assert bucket.codec is not None
-        numel = bucket.lay_out_norms(bucket.codec)
+        numel = bucket.lay_out_norms(bucket.codec, self._norm_header)
         bucket.norms = self._take(bucket, numel, bucket.kind[0])
-        bucket.write_norm_header(self._digest, self._wanted)
+        if self._norm_header:
+            bucket.header = bucket.norms[: self._norm_header]
+            bucket.write_agreement(self._digest, self._wanted)
         for item in bucket.items:
             assert item.x is not None
             bucket.codec.norms(item.x, bucket.norms[item.norms])
@@ -177,7 +210,12 @@ class Exchange(ABC):
 
     def _read_norms(self, bucket: Bucket, result: Tensor) -> None:
         bucket.norms = result
-        options_agree, tensors_agree, agreement = bucket.read_norm_header()
+        if self._norm_header:
+            self._agree(bucket, result[: self._norm_header])
+
+    def _agree(self, bucket: Bucket, result: Tensor) -> None:
+        bucket.header = result
+        options_agree, tensors_agree, agreement = bucket.read_agreement()
         if not options_agree:
             raise AgreementError(
                 f"{bucket.name}: the ranks use different options; this rank has {self.options}"

@@ -13,6 +13,7 @@ Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` the o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -85,7 +86,9 @@ class TwoPhaseExchange(Exchange):
     def _gather_means(self, bucket: Bucket, name: str) -> Handle:
         own = self._own_means(bucket)
         self._count(self._segments(bucket).means[-1] * own.element_size() // 2)
-        return self._transport.allgather_async(own, name)
+        ends = self._segments(bucket).means
+        lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+        return self._transport.allgather_async(own, lengths, name)
 
     def _read_means(self, bucket: Bucket, result: Tensor) -> None:
         segments = self._segments(bucket)

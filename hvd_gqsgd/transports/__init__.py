@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["Handle", "Transport"]
+__all__ = ["Done", "Handle", "Transport"]
 
 
 class Handle(Protocol):
@@ -25,8 +27,24 @@ class Handle(Protocol):
         """
 
 
+@dataclass(frozen=True)
+class Done:
+    """An operation that was done at once."""
+
+    result: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def done(self) -> bool:
+        """See :class:`Handle`."""
+        return True
+
+    def wait(self) -> Tensor:
+        """See :class:`Handle`."""
+        return self.result
+
+
 class Transport(Protocol):
-    """Collectives on integer tensors, matched between ranks by name.
+    """Collectives on integer tensors, matched between ranks by name, or by order of operations with
+    the same last part of the name.
 
     A name is free again as soon as its operation has been waited for.
     """
@@ -50,6 +68,10 @@ class Transport(Protocol):
     def turn_bytes(self) -> int:
         """What ``pass_turn`` sends."""
 
+    @property
+    def mpi_handle(self) -> int | None:
+        """The MPI communicator, as in Fortran, where the native allreduce can be used on it."""
+
     def max_async(self, tensor: Tensor, name: str) -> Handle:
         """Starts an elementwise maximum over all ranks, in place, of an int32 or int64 tensor."""
 
@@ -63,8 +85,11 @@ class Transport(Protocol):
         ``splits`` is the same everywhere.
         """
 
-    def allgather_async(self, tensor: Tensor, name: str) -> Handle:
-        """Starts putting the flat tensors of all ranks, of any lengths, end to end."""
+    def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Handle:
+        """Starts putting the flat tensors of all ranks end to end.
+
+        ``lengths`` are those of all ranks' tensors, but a rank that has given up may be wrong.
+        """
 
     def pass_turn(self, name: str) -> Handle:
         """Called where a sum could have been started and was not, as often on all ranks.

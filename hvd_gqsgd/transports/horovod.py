@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import horovod.torch as hvd
 import torch
@@ -49,6 +49,7 @@ class HorovodTransport:
 
     process_set: Any = hvd.global_process_set
     turn_bytes: int = 4
+    mpi_handle: ClassVar[None] = None
 
     @property
     def rank(self) -> int:
@@ -84,7 +85,7 @@ class HorovodTransport:
         handle = hvd.alltoall_async(tensor, counts, name=name, process_set=self.process_set)
         return _HorovodHandle(handle, name)
 
-    def allgather_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
+    def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""
         handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
         return _HorovodHandle(handle, name)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from hvd_gqsgd.transports import Done
 
 __all__ = ["SimulatedTransport", "SimulatedWorld"]
 
@@ -63,6 +66,7 @@ class SimulatedTransport:
     world: SimulatedWorld
     rank: int
     turn_bytes: int = 0
+    mpi_handle: ClassVar[None] = None
 
     @property
     def size(self) -> int:
@@ -90,15 +94,17 @@ class SimulatedTransport:
 
         return self.world.start(self.rank, tensor, name, deal)
 
-    def allgather_async(self, tensor: Tensor, name: str) -> _SimulatedHandle:
+    def allgather_async(
+        self, tensor: Tensor, lengths: Sequence[int], name: str
+    ) -> _SimulatedHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""
         return self.world.start(
             self.rank, tensor, name, lambda tensors: [torch.cat(tensors)] * len(tensors)
         )
 
-    def pass_turn(self, name: str) -> _SimulatedHandle:
+    def pass_turn(self, name: str) -> Done:
         """Nobody counts here."""
-        return _SimulatedHandle(_Operation(results=[torch.empty(0)]), 0)
+        return Done()
 
     def idle(self) -> None:
         """Nothing will come by itself here: the other ranks run in this thread.

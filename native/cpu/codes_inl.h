@@ -20,10 +20,14 @@ struct LinearCode {
   int bits;
   int32_t levels;
   int fraction;
+  bool unsigned_words;
 
   explicit LinearCode(const CodeArgs& args)
-      : bits(args.bits), levels(args.levels), fraction(fraction_bits(args.levels)) {}
-  GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels); }
+      : bits(args.bits),
+        levels(args.levels),
+        fraction(fraction_bits(args.levels)),
+        unsigned_words(args.unsigned_words) {}
+  GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels, unsigned_words); }
   GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, levels, fraction); }
   GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
     return quantize_element(x, grid, levels, fraction, dither);
@@ -42,13 +46,14 @@ struct LinearCode {
 template <class Real, int kBits>
 struct ExponentialCode {
   using Sum = Real;
+  float share;
 
-  explicit ExponentialCode(const CodeArgs&) {}
+  explicit ExponentialCode(const CodeArgs& args) : share(power_of_two(-args.headroom)) {}
   GQSGD_MEMBER uint64_t bias() const { return 0; }
   GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, 1, 0); }
   GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
     const float place = static_cast<float>((x * grid.pre) * grid.scale);
-    return static_cast<int32_t>(exponential_code<kBits>(place, dither));
+    return static_cast<int32_t>(exponential_code<kBits>(place * share, dither));
   }
   template <class Word>
   GQSGD_MEMBER Sum decode(Word word, int shift, bool) const {
@@ -110,7 +115,7 @@ void fill_nan(T* out, int64_t size, typename Traits<T>::Norm norm) {
 }
 
 template <class T, class Word>
-void dequantize(const CodeArgs& args, const Word* words, int64_t contributors, double scale, T* out,
+void dequantize_sums(const CodeArgs& args, const Word* words, int64_t contributors, double scale, T* out,
                 int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
   using Norm = typename Traits<T>::Norm;
@@ -133,7 +138,7 @@ void dequantize(const CodeArgs& args, const Word* words, int64_t contributors, d
         tile.size, tile.words, layout.lanes, args.bits,
         [&](int64_t first, int64_t count, int shift, bool top) {
           T* __restrict to = out + tile.begin + first;
-          if (top) {  // it is signed and has no bias
+          if (top && !args.unsigned_words) {  // it is signed and has no bias
             for (int64_t j = 0; j < count; ++j) {
               const int32_t code_sum = static_cast<int32_t>(static_cast<Signed>(in[j]) >> shift);
               store(to + j, dequantize_element(code_sum, ratio, norm));
@@ -145,6 +150,50 @@ void dequantize(const CodeArgs& args, const Word* words, int64_t contributors, d
             }
           }
         });
+  }
+}
+
+template <int kBits, class T>
+void dequantize_combined(const CodeArgs& args, const uint32_t* words, double scale, T* out,
+                         int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  using Norm = typename Traits<T>::Norm;
+  const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
+  const Real ratio = static_cast<Real>(scale * power_of_two(args.headroom));
+
+  for (int64_t t = begin; t < end; ++t) {
+    const Layout::Tile tile = layout.tile(t);
+    const Norm norm_bits = static_cast<const Norm*>(args.norms)[tile.block];
+    if (!is_finite_norm(norm_bits)) {
+      fill_nan(out + tile.begin, tile.size, norm_bits);
+      continue;
+    }
+    const Real norm = bit_cast<Real>(norm_bits);
+    const uint32_t* __restrict in = words + tile.word;
+    for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
+                  [&](int64_t first, int64_t count, int shift, bool) {
+                    T* __restrict to = out + tile.begin + first;
+                    for (int64_t j = 0; j < count; ++j) {
+                      const Real level = exponential_level<kBits>(in[j] >> shift);
+                      store(to + j, (level * ratio) * norm);
+                    }
+                  });
+  }
+}
+
+// Bytes of a tile's words are numbered, whichever lanes they hold.
+template <int kBits>
+void combine(const uint8_t* __restrict from, uint8_t* __restrict to, uint64_t key, int64_t bytes) {
+  constexpr uint32_t kMask = (1u << kBits) - 1;
+  for (int64_t i = 0; i < bytes; ++i) {
+    uint32_t sum = 0;
+    for (int shift = 0; shift < 8; shift += kBits) {
+      const uint32_t lane = static_cast<uint32_t>(i * 8 + shift) / kBits;
+      const uint32_t dither = dither_bits(key, lane);
+      const uint32_t a = from[i] >> shift & kMask, b = to[i] >> shift & kMask;
+      sum |= exponential_sum<kBits>(a, b, dither) << shift;
+    }
+    to[i] = static_cast<uint8_t>(sum);
   }
 }
 

@@ -17,6 +17,10 @@ struct CodeArgs {
   int bits;        // lane width, 2 to 16; 4 or 8 for exponential dithering
   int32_t levels;  // s: levels a side, 1 to 2^15 - 1; 0 for exponential dithering
   const void* norms;
+  // Linear: the top lane of a word is biased like the others, for sums of unsigned integers.
+  bool unsigned_words = false;
+  // Exponential: elements are scaled by 2^-headroom, so that codes of ranks may be combined.
+  int headroom = 0;
 };
 
 // The codes of one tensor's tiles from `begin` on, as `ranks` ranks have sent them to the one that
@@ -43,7 +47,8 @@ struct Kernels {
   void (*quantize)(const CodeArgs&, const void* x, uint64_t key, uint32_t offset, void* words,
                    int64_t begin, int64_t end);
   // out = (sum of codes) * scale / levels * norm for tiles [begin, end), where `contributors` ranks
-  // have added their words. Blocks with a norm that is not finite become NaN. Linear alone.
+  // have added or, with exponential dithering, combined their words. Blocks with a norm that is not
+  // finite become NaN.
   void (*dequantize)(const CodeArgs&, const void* words, int64_t contributors, double scale,
                      void* out, int64_t begin, int64_t end);
   // The mean over the ranks of tiles [begin, end), rounded again, as laid out by MeansLayout:
@@ -53,6 +58,9 @@ struct Kernels {
   // out = mean * scale for tiles [begin, end); `means` begins with tile `first`.
   void (*dequantize_means)(const CodeArgs&, const void* means, double scale, void* out,
                            int64_t first, int64_t begin, int64_t end);
+  // Exponential codes of `bits` bits, 4 or 8, in `bytes` bytes: `to` becomes the sum of both, each
+  // lane rounded by dither of this key.
+  void (*combine)(int bits, const void* from, void* to, uint64_t key, int64_t bytes);
   // Sum of the squares of x in double, in an order that is the same everywhere.
   double (*sum_of_squares)(DType, const void* x, int64_t numel);
 };

@@ -83,11 +83,22 @@ void quantize_any(const CodeArgs& args, const void* x, uint64_t key, uint32_t of
 void dequantize_any(const CodeArgs& args, const void* words, int64_t contributors, double scale,
                     void* out, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
+    auto* to = static_cast<decltype(type)*>(out);
+    if (args.levels == 0) {
+      const auto run = args.bits == 8 ? dequantize_combined<8, decltype(type)>
+                                      : dequantize_combined<4, decltype(type)>;
+      return run(args, static_cast<const uint32_t*>(words), scale, to, begin, end);
+    }
     with_word(args.bits, [&](auto word) {
-      dequantize(args, static_cast<const decltype(word)*>(words), contributors, scale,
-                 static_cast<decltype(type)*>(out), begin, end);
+      dequantize_sums(args, static_cast<const decltype(word)*>(words), contributors, scale, to,
+                      begin, end);
     });
   });
+}
+
+void combine_any(int bits, const void* from, void* to, uint64_t key, int64_t bytes) {
+  (bits == 8 ? combine<8> : combine<4>)(static_cast<const uint8_t*>(from),
+                                        static_cast<uint8_t*>(to), key, bytes);
 }
 
 void requantize_any(const CodeArgs& args, const Received& received, uint64_t key, void* means,
@@ -125,8 +136,9 @@ double sum_of_squares_any(DType dtype, const void* x, int64_t numel) {
 }
 
 constexpr Kernels make_table(const char* name) {
-  return {name,           block_max_any,  block_squares_any,    l2_norms_any,      quantize_any,
-          dequantize_any, requantize_any, dequantize_means_any, sum_of_squares_any};
+  return {name,           block_max_any,        block_squares_any, l2_norms_any,
+          quantize_any,   dequantize_any,       requantize_any,    dequantize_means_any,
+          combine_any,    sum_of_squares_any};
 }
 
 }  // namespace

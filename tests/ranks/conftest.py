@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -9,10 +10,13 @@ from collections.abc import Callable, Iterator
 import horovod.torch as hvd
 import pytest
 import torch
+import torch.distributed as dist
+
+from hvd_gqsgd import mpi_ops
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ:
     # MPI must outlive Horovod for Horovod to be started anew, and the two must get along anyway.
-    from mpi4py import MPI  # noqa: F401
+    from mpi4py import MPI
 
 EVEN = hvd.ProcessSet([0])
 ODD = hvd.ProcessSet([0])
@@ -91,6 +95,43 @@ def several(size: int) -> None:
     """Skips a test that needs ranks to differ."""
     if size == 1:
         pytest.skip("needs two ranks")
+
+
+COMMS = ["horovod", "torch", "mpi", "mpi4py"]
+
+
+@pytest.fixture(params=COMMS)
+def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[object]:
+    """All ranks, as ``hvd_gqsgd.allreduce`` takes them: over Horovod, a process group of PyTorch,
+    and MPI, there with the native part and without."""
+    kind = request.param
+    if kind == "horovod":
+        yield None
+        return
+    if kind == "torch":
+        yield process_group()
+        return
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        pytest.skip("needs MPI")
+    if kind == "mpi":
+        assert mpi_ops.usable_with(MPI.Get_library_version())
+    else:
+        monkeypatch.setattr(mpi_ops, "usable_with", lambda version: False)
+    comm = MPI.COMM_WORLD.Dup()  # its own counts of steps
+    yield comm
+    comm.Free()
+
+
+@functools.cache
+def process_group() -> dist.ProcessGroup:
+    """PyTorch's, of all ranks."""
+    store = None
+    if hvd.rank() == 0:
+        store = dist.TCPStore("127.0.0.1", 0, hvd.size(), is_master=True, wait_for_workers=False)
+    port = hvd.broadcast_object(store.port if store is not None else None, name="port")
+    store = store or dist.TCPStore("127.0.0.1", port, hvd.size(), is_master=False)
+    dist.init_process_group("gloo", store=store, rank=hvd.rank(), world_size=hvd.size())
+    return dist.group.WORLD
 
 
 @pytest.fixture

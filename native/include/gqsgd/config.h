@@ -24,6 +24,9 @@ GQSGD_INLINE To bit_cast(From from) {
   return to;
 }
 
+// 2^exponent, for exponents of normal floats.
+GQSGD_INLINE float power_of_two(int exponent) { return bit_cast<float>((exponent + 127) << 23); }
+
 // Correctly rounded, as IEEE 754 has it, so the same everywhere.
 GQSGD_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 GQSGD_INLINE double square_root(double x) { return __builtin_sqrt(x); }

@@ -45,4 +45,28 @@ GQSGD_INLINE float exponential_level(uint32_t code) {
   return bit_cast<float>(biased << 23 | sign << 31);
 }
 
+// Two codes become one that stands for their sum on average: Global-QSGD (arXiv 2305.18627), the
+// reduction of exponential dithering. With levels A >= B = 2^-d A, the sum of the same sign lies
+// between A and 2A, and goes up with probability 2^-d; the difference lies between A/2 and A, and
+// goes down with probability 2^(1-d). Levels must have room for 2A: see CodeArgs::headroom. A level
+// below 2^-31 of the other one is lost, as 32 bits of dither cannot tell it from none.
+template <int kBits>
+GQSGD_INLINE uint32_t exponential_sum(uint32_t a, uint32_t b, uint32_t dither) {
+  constexpr uint32_t kTop = kTopExponent<kBits>;
+  const uint32_t exponent_a = a & kTop, exponent_b = b & kTop;
+  const bool a_is_larger = exponent_a > exponent_b;
+  const uint32_t large = a_is_larger ? exponent_a : exponent_b;
+  const uint32_t small = a_is_larger ? exponent_b : exponent_a;
+  const uint32_t sign = (a_is_larger ? a : b) & (kTop + 1);
+  const uint32_t apart = large - small;
+  const bool same_sign = ((a ^ b) & (kTop + 1)) == 0;
+  // True with probability 2^-m: for a dither below 2^(32-m).
+  const uint32_t m = same_sign ? apart : apart - 1;
+  const bool move = m < 32 && (dither >> (31 - (m & 31)) >> 1) == 0;
+  const uint32_t up = large < kTop ? large + 1 : kTop;
+  const uint32_t sum = same_sign ? (move ? up : large) : (move ? large - 1 : large);
+  const uint32_t both = !same_sign && apart == 0 ? 0 : sum | sign;
+  return small == 0 ? (large ? large | sign : 0) : both;
+}
+
 }  // namespace gqsgd

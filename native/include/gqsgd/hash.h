@@ -18,8 +18,11 @@ GQSGD_INLINE uint64_t mix64(uint64_t x) {
 // The stream of the second rounding of a two-phase exchange, which one rank does for all.
 constexpr uint64_t kRequantizeStream = ~uint64_t{0};
 
+// The streams, one a rank, that the rounding of combined codes draws from.
+constexpr uint64_t kCombineStream = uint64_t{1} << 32;
+
 // One stream of dither: of one tensor at one step, shared by all ranks or of one rank alone.
-// `stream` is 0 for the shared one and 1 + rank otherwise, or kRequantizeStream.
+// `stream` is 0 for the shared one and 1 + rank otherwise, or one of those above.
 GQSGD_INLINE uint64_t dither_key(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t stream) {
   const uint64_t odd = 0x9e3779b97f4a7c15u;
   uint64_t key = mix64(seed + odd);

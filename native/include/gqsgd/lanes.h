@@ -9,6 +9,9 @@
 // spills. The top lane holds the code itself, without + s, so that the word as a signed integer
 // never overflows either: summed words lie in [-sn * 2^(b(L-1)), (sn + 1) * 2^(b(L-1)) - 1].
 //
+// Where unsigned words can be added, the top lane is like all others, and words of bytes may be added
+// as bytes: summed words are at most 2^(bL) - 1.
+//
 // Codes that are not added, those of exponential dithering, lie in their lanes as they are.
 #pragma once
 
@@ -24,10 +27,10 @@ GQSGD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0
 GQSGD_INLINE bool fits_int32(int bits) { return 32 % bits == 0; }
 GQSGD_INLINE int lanes_per_word(int bits) { return (fits_int32(bits) ? 32 : 64) / bits; }
 
-// What to add to a word of bare codes: s in every lane but the top one.
-GQSGD_INLINE uint64_t lane_bias(int bits, int32_t levels) {
+// What to add to a word of bare codes: s in every lane but, for signed words, the top one.
+GQSGD_INLINE uint64_t lane_bias(int bits, int32_t levels, bool unsigned_words) {
   uint64_t bias = 0;
-  for (int lane = 0; lane + 1 < lanes_per_word(bits); ++lane) {
+  for (int lane = 0; lane + !unsigned_words < lanes_per_word(bits); ++lane) {
     bias |= static_cast<uint64_t>(levels) << (bits * lane);
   }
   return bias;

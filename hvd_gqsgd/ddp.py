@@ -1,0 +1,176 @@
+"""GlobalQSGD for PyTorch's DistributedDataParallel: a communication hook.
+
+DDP hands the hook its buckets of gradients, in one order on all ranks, and takes back futures. The
+exchange of a bucket goes on by itself: the process group's threads call back when a collective is
+done, and whoever is called starts the next one. Each kind of collective has a process group of its
+own, as the order in which those of different kinds are started differs between ranks.
+"""
+
+# No `from __future__ import annotations`: DDP compares those of its hook with types.
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from hvd_gqsgd.buckets import refusal
+from hvd_gqsgd.buffers import BufferPool
+from hvd_gqsgd.exchanges import make_exchange
+from hvd_gqsgd.names import is_compressible
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.pipeline import Pipeline, Ticket
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport, channels
+
+__all__ = ["DDPState", "ddp_hook"]
+
+
+@dataclass
+class _Waiting:
+    ticket: Ticket
+    buffer: Tensor
+    future: Future[Exception | None]
+
+
+class DDPState:
+    """What a model's hook remembers from bucket to bucket; see ``GlobalQSGD.ddp_state``.
+
+    Raises:
+        ValueError: the lanes are too narrow for the number of ranks, or this process is not in the
+            process group.
+    """
+
+    def __init__(
+        self, options: Options, group: dist.ProcessGroup | None, stats: Stats | None = None
+    ) -> None:
+        plain = TorchDistributedTransport(group)
+        stages = make_exchange(options, plain, BufferPool(), Stats(), ahead=True).stages
+        groups = channels(plain.group, [stage.message for stage in stages])
+        self._transport = TorchDistributedTransport(plain.group, groups, self._progress)
+        self._stats = stats or Stats()
+        self._pipeline = Pipeline(options, self._transport, stats=self._stats, ahead=True)
+        self._min_numel = options.min_numel
+        # Held by whoever works on the pipeline: the thread of the backward pass, or one of the
+        # process group's. Reentrant, as a collective may be done by the time it was started.
+        self._lock = threading.RLock()
+        self._working = False
+        self._more = False
+        self._waiting: list[_Waiting] = []
+        self._failed = False  # in this step
+
+    def average(self, buffer: Tensor, first: bool) -> Future[Tensor]:
+        """Starts averaging a flat buffer in place; ``first`` begins a step.
+
+        Raises:
+            NotImplementedError: it is on a device for which there are no kernels.
+        """
+        self._stats.tensors += 1
+        if buffer.device.type != "cpu":
+            raise NotImplementedError(
+                f"GlobalQSGD got a bucket on {buffer.device}; this build has kernels for: cpu"
+            )
+        with self._lock:
+            if first:
+                self._failed = False
+                self._pipeline.begin_step()
+            if buffer.numel() < self._min_numel or not is_compressible(buffer.dtype):
+                return self._average_plainly(buffer)
+            future: Future[Exception | None] = Future()
+            averaged = future.then(lambda done: _outcome(done, buffer))
+            if self._failed:
+                # The others may not know yet, and must find as many operations as they start.
+                self._transport.max_async(refusal(), "header")
+                future.set_result(RuntimeError("an earlier bucket of this step has failed"))
+                return averaged
+            scale = 1 / self._transport.size
+            ticket = self._pipeline.submit(buffer, scale=scale, out=buffer)
+            self._waiting.append(_Waiting(ticket, buffer, future))
+            self._pipeline.flush()
+        self._progress()
+        return averaged
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``GlobalQSGD.state_dict``."""
+        with self._lock:
+            return self._pipeline.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``GlobalQSGD.load_state_dict``."""
+        with self._lock:
+            self._pipeline.load_state_dict(state)
+
+    def _average_plainly(self, buffer: Tensor) -> Future[Tensor]:
+        self._stats.tensors_bypassed += 1
+        self._stats.bypassed_bytes += buffer.nbytes
+        work = dist.all_reduce(
+            buffer.div_(self._transport.size), group=self._transport.group, async_op=True
+        )
+        assert work is not None
+        future: Future[Tensor] = work.get_future().then(lambda done: _first(done.value(), buffer))
+        return future
+
+    def _progress(self) -> None:
+        """Takes all buckets as far as they can go now, and hands back those that are done."""
+        with self._lock:
+            self._more = True
+            if self._working:
+                return  # this very thread is, and will see that there is more
+            self._working = True
+            finished: list[tuple[_Waiting, Exception | None]] = []
+            try:
+                while self._more:
+                    self._more = False
+                    finished += self._step()
+            finally:
+                self._working = False
+        for waiting, error in finished:
+            waiting.future.set_result(error)
+
+    def _step(self) -> list[tuple[_Waiting, Exception | None]]:
+        finished: list[tuple[_Waiting, Exception | None]] = []
+        try:
+            while self._waiting:
+                first = self._waiting[0]
+                if self._pipeline.poll(first.ticket) is None:
+                    break
+                self._pipeline.decode(first.ticket, 1 / self._transport.size)
+                finished.append((self._waiting.pop(0), None))
+        except Exception as error:
+            self._failed = True
+            finished += [(waiting, error) for waiting in self._waiting]
+            self._waiting.clear()
+        return finished
+
+
+def ddp_hook(
+    state: DDPState,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> Future[Tensor]:
+    """Averages a bucket of gradients over the ranks, as quantized integers.
+
+    A communication hook for ``DistributedDataParallel.register_comm_hook``::
+
+        model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), ddp_hook)
+
+    Returns at once.
+
+    Returns:
+        A future of the bucket's buffer, which then holds the mean. Its errors are raised by
+        ``backward()``, on every rank, as a ``RuntimeError`` that quotes them; an ``AgreementError``
+        where ranks use different options.
+    """
+    return state.average(bucket.buffer(), first=bucket.index() == 0)
+
+
+def _outcome(done: Future[Exception | None], buffer: Tensor) -> Tensor:
+    """Raises in a callback what a future cannot hold in a way that DDP understands."""
+    error = done.value()
+    if error is not None:
+        raise error
+    return buffer
+
+
+def _first(_: object, buffer: Tensor) -> Tensor:
+    return buffer

@@ -1,0 +1,98 @@
+"""MPI, by way of mpi4py: non-blocking collectives on a communicator of the user's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from mpi4py import MPI
+from torch import Tensor
+
+from hvd_gqsgd import mpi_ops
+from hvd_gqsgd.transports import Done
+
+__all__ = ["MpiTransport"]
+
+
+@dataclass
+class _MpiHandle:
+    request: MPI.Request
+    sent: object  # MPI reads from it until the end
+    result: Tensor
+    error: MPI.Exception | None = field(default=None)
+
+    def done(self) -> bool:
+        try:
+            return bool(self.request.Test())
+        except MPI.Exception as error:
+            self.error = error
+            return True
+
+    def wait(self) -> Tensor:
+        if self.error is not None:
+            raise self.error
+        self.request.Wait()
+        return self.result
+
+
+class MpiTransport:
+    """The ranks of an intracommunicator.
+
+    MPI matches collectives by their order, so that all ranks must start the same ones in one order:
+    one bucket at a time. As any collective does, they go between those of the user.
+
+    Raises:
+        ValueError: it is no intracommunicator.
+    """
+
+    turn_bytes = 0
+
+    def __init__(self, comm: MPI.Comm) -> None:
+        if comm == MPI.COMM_NULL or comm.Is_inter():
+            raise ValueError(f"comm must be an intracommunicator, got {comm}")
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.session: object = comm
+
+    @property
+    def mpi_handle(self) -> int | None:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        usable = mpi_ops.usable_with(MPI.Get_library_version())
+        return self.comm.py2f() if usable else None
+
+    def max_async(self, tensor: Tensor, name: str) -> _MpiHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._allreduce(tensor, MPI.MAX)
+
+    def sum_async(self, tensor: Tensor, name: str) -> _MpiHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._allreduce(tensor, MPI.SUM)
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _MpiHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        result = torch.empty(splits[self.rank] * self.size, dtype=tensor.dtype)
+        received = [splits[self.rank]] * self.size
+        request = self.comm.Ialltoallv([tensor.numpy(), list(splits)], [result.numpy(), received])
+        return _MpiHandle(request, tensor, result)
+
+    def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _MpiHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        result = torch.empty(sum(lengths), dtype=tensor.dtype)
+        request = self.comm.Iallgatherv(tensor.numpy(), [result.numpy(), list(lengths)])
+        return _MpiHandle(request, tensor, result)
+
+    def pass_turn(self, name: str) -> Done:
+        """Nobody counts here."""
+        return Done()
+
+    def idle(self) -> None:
+        """Lets another process have the core; MPI goes on when it is asked whether it is done."""
+        os.sched_yield()
+
+    def _allreduce(self, tensor: Tensor, op: MPI.Op) -> _MpiHandle:
+        array: np.ndarray = tensor.numpy()
+        return _MpiHandle(self.comm.Iallreduce(MPI.IN_PLACE, array, op), tensor, tensor)

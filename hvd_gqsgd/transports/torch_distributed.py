@@ -1,0 +1,133 @@
+"""PyTorch's own collectives, over the backend of a process group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hvd_gqsgd.transports import Done
+
+__all__ = ["TorchDistributedTransport", "channels"]
+
+
+@dataclass
+class _WorkHandle:
+    # Not the work itself: Gloo calls back before that says that it is done.
+    future: torch.futures.Future[Any]
+    work: Any  # dist.Work; must live until the end
+    result: Callable[[], Tensor]
+
+    def done(self) -> bool:
+        return self.future.done()
+
+    def wait(self) -> Tensor:
+        self.future.wait()
+        return self.result()
+
+
+class TorchDistributedTransport:
+    """The ranks of a process group.
+
+    It matches operations by their order, so that all ranks must start those of one process group in
+    one order. Several buckets may be in flight if each kind of message has a group of its own.
+
+    Args:
+        group: the ranks; None for all.
+        channels: the groups that messages go over, by the last part of their names; all others go
+            over ``group``.
+        notify: called, in any thread, when an operation is done.
+
+    Raises:
+        ValueError: this process is not one of them.
+    """
+
+    turn_bytes = 0
+    mpi_handle: ClassVar[None] = None
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None = None,
+        channels: Mapping[str, dist.ProcessGroup] | None = None,
+        notify: Callable[[], None] | None = None,
+    ) -> None:
+        group = group if group is not None else dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(f"this process is not in the process group, which is {group!r} here")
+        self.group: dist.ProcessGroup = group
+        self.rank: int = dist.get_rank(self.group)
+        self.size: int = dist.get_world_size(self.group)
+        self.session: object = self.group
+        self._channels = channels or {}
+        self._notify = notify
+
+    def max_async(self, tensor: Tensor, name: str) -> _WorkHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._allreduce(tensor, name, dist.ReduceOp.MAX)
+
+    def sum_async(self, tensor: Tensor, name: str) -> _WorkHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._allreduce(tensor, name, dist.ReduceOp.SUM)
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _WorkHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        received = [splits[self.rank]] * self.size
+        result = tensor.new_empty(sum(received))
+        work = dist.all_to_all_single(
+            result, tensor, received, list(splits), group=self._channel(name), async_op=True
+        )
+        return self._handle(work, lambda: result)
+
+    def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _WorkHandle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        # Gloo wants them to be of one length.
+        longest = max(lengths)
+        padded = tensor.new_zeros(longest)
+        padded[: tensor.numel()] = tensor
+        every = tensor.new_empty(self.size, longest)
+        work = dist.all_gather(list(every), padded, group=self._channel(name), async_op=True)
+        return self._handle(
+            work, lambda: torch.cat([row[:n] for row, n in zip(every, lengths, strict=True)])
+        )
+
+    def pass_turn(self, name: str) -> Done:
+        """Nobody counts here."""
+        return Done()
+
+    def idle(self) -> None:
+        """Sleeps for a moment: threads of the process group do the work."""
+        time.sleep(2e-5)
+
+    def _allreduce(self, tensor: Tensor, name: str, op: dist.ReduceOp.RedOpType) -> _WorkHandle:
+        work = dist.all_reduce(tensor, op, group=self._channel(name), async_op=True)
+        return self._handle(work, lambda: tensor)
+
+    def _channel(self, name: str) -> dist.ProcessGroup:
+        return self._channels.get(name.rsplit(".", 1)[-1], self.group)
+
+    def _handle(self, work: Any, result: Callable[[], Tensor]) -> _WorkHandle:
+        future = work.get_future()
+        if self._notify is not None:
+            notify = self._notify
+            future.add_done_callback(lambda _: notify())
+        return _WorkHandle(future, work, result)
+
+
+def channels(group: dist.ProcessGroup, messages: Sequence[str]) -> dict[str, dist.ProcessGroup]:
+    """A process group of the ranks of ``group`` for each kind of message. All of its ranks must
+    call this."""
+    ranks = dist.get_process_group_ranks(group)
+    return {
+        message: dist.new_group(
+            ranks,
+            backend=dist.get_backend(group),
+            use_local_synchronization=True,  # ranks outside of the group know nothing of this
+            group_desc=f"hvd_gqsgd {message}",
+        )
+        for message in messages
+    }
