@@ -16,6 +16,7 @@ import torch
 __all__ = [
     "block_max",
     "block_squares",
+    "combine",
     "dequantize",
     "dequantize_means",
     "instruction_set",
@@ -59,6 +60,7 @@ _library.define(
     "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int bits, "
     "int levels, int first, int last, float scale) -> ()"
 )
+_library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
 _library.define("sum_of_squares(Tensor x) -> float")
 _library.define("storage_use_count(Tensor tensor) -> int")
 _library.define("kernel_table() -> int")
@@ -68,7 +70,7 @@ _library.define("use_instruction_set(str name) -> ()")
 
 for _name in (
     "block_max", "quantize", "dequantize", "block_squares", "l2_norms", "requantize",
-    "dequantize_means",
+    "dequantize_means", "combine",
 ):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
@@ -131,6 +133,11 @@ elements and rounds the means stochastically to codes, on a norm of each tile's 
 dequantize_means = _ops.dequantize_means.default
 """``dequantize_means(means, norms, out, block_size, bits, levels, first, last, scale)``: ``scale``
 times the means of tiles ``first`` to ``last`` (excluded), to their places in ``out``.
+"""
+
+combine = _ops.combine.default
+"""``combine(from_, to, bits, key)``: exponential codes in ``uint8`` tensors; those in ``to`` become
+codes that stand for the sum of both on average, where no sum exceeds the largest level.
 """
 
 sum_of_squares = _ops.sum_of_squares.default

@@ -29,11 +29,13 @@ __all__ = [
     "codes",
     "decode",
     "dither",
+    "dither_bits",
     "dither_stream",
     "floats",
     "l2_norms",
     "levels",
     "mean",
+    "mix64",
     "narrow",
     "norms",
     "pack",
@@ -41,6 +43,7 @@ __all__ = [
     "shared_norms",
     "shares",
     "squares",
+    "tile_keys",
     "unpack",
     "widen",
     "word_type",
@@ -139,16 +142,25 @@ def dither_stream(
     numel: int, block_size: int | None, *, seed: int, step: int, tensor_id: int, stream: int
 ) -> Array:
     """32 random bits for each element: a hash of all these and of the element's place."""
-    key = _mix64(seed + ODD)
-    key = _mix64(key ^ (step + ODD) % 2**64)
-    key = _mix64(key ^ (tensor_id + 2 * ODD) % 2**64)
-    key = _mix64(key ^ (stream + 3 * ODD) % 2**64)
-
     at = places(numel, block_size, 8)
-    tiles = at.tile.max(initial=-1) + 1
-    keys = np.array([_mix64(key + t) for t in range(tiles)], np.uint64)[at.tile]
+    tiles = int(at.tile.max(initial=-1)) + 1
+    keys = tile_keys(tiles, seed=seed, step=step, tensor_id=tensor_id, stream=stream)
+    return dither_bits(keys[at.tile], at.position)
+
+
+def tile_keys(tiles: int, *, seed: int, step: int, tensor_id: int, stream: int) -> Array:
+    """What all dither of each tile is drawn from (``uint64``)."""
+    key = mix64(seed + ODD)
+    key = mix64(key ^ (step + ODD) % 2**64)
+    key = mix64(key ^ (tensor_id + 2 * ODD) % 2**64)
+    key = mix64(key ^ (stream + 3 * ODD) % 2**64)
+    return np.array([mix64(key + t) for t in range(tiles)], np.uint64)
+
+
+def dither_bits(keys: Array, index: Array) -> Array:
+    """32 random bits for each pair of a key and an index (``uint32``)."""
     low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
-    x = at.position.astype(np.uint32) + low  # this, and what follows, modulo 2^32
+    x = index.astype(np.uint32) + low  # this, and what follows, modulo 2^32
     x ^= x >> np.uint32(16)
     x *= np.uint32(0x7FEB352D)
     x ^= (x >> np.uint32(15)) ^ high
@@ -264,7 +276,7 @@ def mean(
     return decode(sums, shared, block_size, s, 1 / n, rows.dtype)
 
 
-def _mix64(x: int) -> int:
+def mix64(x: int) -> int:
     """The finalizer of SplitMix64, a bijection on 64 bits."""
     x %= 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64

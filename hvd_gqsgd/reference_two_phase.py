@@ -65,14 +65,14 @@ def two_phase_levels(dither: str, bits: int) -> int:
 
 
 def exponential_codes(
-    x: Array, norms: Array, block_size: int | None, bits: int, xi: Array
+    x: Array, norms: Array, block_size: int | None, bits: int, xi: Array, headroom: int = 0
 ) -> Array:
     """Up where the probability of going up and xi, both cut to 23 binary places, add up to 1.
 
-    A share is rounded to float32. 0 where M is not finite.
+    A share is rounded to float32, and multiplied by 2^-headroom. 0 where M is not finite.
     """
     maxima = floats(norms)[places(x.size, block_size, 8).block]
-    y = shares(widen(x), maxima, 1).astype(np.float32)
+    y = shares(widen(x), maxima, 1).astype(np.float32) * np.float32(2.0**-headroom)
     share = abs(y).astype(np.float64)  # in which all that follows is exact
     top = (1 << (bits - 1)) - 1  # the number of the level 1
     exponent = np.frexp(share)[1] - 1  # 2^exponent is the power of two at or below

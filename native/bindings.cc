@@ -213,6 +213,14 @@ void dequantize_means(const Tensor& means, const Tensor& norms, Tensor out, int6
   });
 }
 
+void combine(const Tensor& from, Tensor to, int64_t bits, int64_t key) {
+  TORCH_CHECK_VALUE(bits == 4 || bits == 8, "exponential dithering has 4 or 8 bits, got ", bits);
+  check_buffer(from, "from", at::kByte, from.numel());
+  check_buffer(to, "to", at::kByte, from.numel());
+  active_kernels().load()->combine(static_cast<int>(bits), from.const_data_ptr(),
+                                   to.mutable_data_ptr(), static_cast<uint64_t>(key), to.numel());
+}
+
 // Parts are added up in their order, however many threads made them.
 double sum_of_squares(const Tensor& x) {
   constexpr int64_t kPart = 65536;
@@ -266,6 +274,7 @@ TORCH_LIBRARY_IMPL(hvd_gqsgd, CPU, m) {
   m.impl("l2_norms", &l2_norms);
   m.impl("requantize", &requantize);
   m.impl("dequantize_means", &dequantize_means);
+  m.impl("combine", &combine);
   m.impl("sum_of_squares", &sum_of_squares);
 }
 

@@ -9,6 +9,7 @@
 
 #include "gqsgd/lanes.h"
 #include "mpi/allreduce.h"
+#include "mpi/errors.h"
 #include "tensors.h"
 
 namespace {
@@ -42,7 +43,7 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
 
   const MPI_Comm group = MPI_Comm_f2c(static_cast<MPI_Fint>(comm));
   int size;
-  TORCH_CHECK(MPI_Comm_size(group, &size) == MPI_SUCCESS, "comm is not a communicator");
+  gqsgd::check_mpi(MPI_Comm_size(group, &size), "MPI_Comm_size");
   const int64_t most = levels > 0 ? gqsgd::most_ranks(bits, levels) : (1 << (bits - 1)) - 1;
   TORCH_CHECK_VALUE(levels > 0 || (levels == 0 && (bits == 4 || bits == 8)),
                     "levels must be at least 1, or 0 for exponential dithering, which has 4 or 8 "

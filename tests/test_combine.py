@@ -1,0 +1,84 @@
+"""Sums of exponential codes that are codes again: the bits of the reference, right on average."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from helpers import instruction_set
+
+from hvd_gqsgd import ops
+from hvd_gqsgd.reference import dither_bits
+from hvd_gqsgd.reference_combine import exponential_sum
+from hvd_gqsgd.reference_two_phase import exponential_levels
+
+WIDTHS = [4, 8]
+
+
+def lanes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes in bytes, the first one lowest."""
+    places = codes.reshape(-1, 8 // bits).astype(np.int64)
+    return (places << (bits * np.arange(8 // bits))).sum(1).astype(np.uint8)
+
+
+def pairs(bits: int, copies: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of codes that there are, the two zeros included."""
+    a, b = np.divmod(np.arange(4**bits), 2**bits)
+    return np.tile(a, copies), np.tile(b, copies)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_same_bits_as_reference(bits: int) -> None:
+    a, b = pairs(bits, copies=2 if bits == 8 else 99)
+    key = 0xFEDCBA9876543210
+    xi = dither_bits(np.full(a.size, key, np.uint64), np.arange(a.size))
+    expected = lanes(exponential_sum(a, b, bits, xi), bits)
+    for name in ops.instruction_sets():
+        with instruction_set(name):
+            to = torch.from_numpy(lanes(b, bits))
+            ops.combine(torch.from_numpy(lanes(a, bits)), to, bits, key - 2**64)
+            assert np.array_equal(to.numpy(), expected), name
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_right_on_average(bits: int) -> None:
+    """Over 2^16 dithers, evenly spread, so there is no false alarm. Chances are powers of two, so
+    that nothing changes between two of them."""
+    top = 2 ** (bits - 1) - 1
+    a, b = pairs(bits)
+    apart = abs((a & top) - (b & top))
+    fits = (np.maximum(a & top, b & top) < top) & ((apart <= 16) | ((a & top) * (b & top) == 0))
+    a, b = a[fits], b[fits]
+    total = np.zeros(a.size)
+    for first, count in [(0, 1), *((2**k, 2**k) for k in range(16))]:
+        codes = exponential_sum(a, b, bits, np.uint32(first << 16))
+        total += count * exponential_levels(codes, bits).astype(np.float64)
+    expected = exponential_levels(a, bits).astype(float) + exponential_levels(b, bits)
+    assert np.array_equal(total / 2**16, expected)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_never_more_than_twice_the_larger(bits: int) -> None:
+    top = 2 ** (bits - 1) - 1
+    a, b = pairs(bits)
+    larger = np.maximum(a & top, b & top)
+    for xi in (0, 1, 2**31, 2**32 - 1):
+        total = exponential_sum(a, b, bits, np.uint32(xi))
+        assert ((total & top) <= np.minimum(larger + 1, top)).all()
+
+
+def test_zeros_do_not_count() -> None:
+    codes = np.arange(256)
+    for zero in (0, 128):
+        total = exponential_sum(codes, np.full(256, zero), 8, np.uint32(5))
+        assert np.array_equal(total, np.where(codes & 127, codes, 0))
+
+
+def test_what_cannot_be_summed_is_refused() -> None:
+    byte = torch.zeros(4, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="4 or 8 bits, got 5"):
+        ops.combine(byte, byte.clone(), 5, 0)
+    with pytest.raises(ValueError, match="to must have 4 elements, got 3"):
+        ops.combine(byte, byte[:3].clone(), 8, 0)
+    with pytest.raises(TypeError, match="from must be Byte"):
+        ops.combine(byte.int(), byte.clone(), 8, 0)
