@@ -22,7 +22,11 @@ from hvd_gqsgd.names import is_compressible
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.pipeline import Pipeline, Ticket
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport, channels
+from hvd_gqsgd.transports.torch_distributed import (
+    TorchDistributedTransport,
+    give_back_channels,
+    take_channels,
+)
 
 __all__ = ["DDPState", "ddp_hook"]
 
@@ -47,8 +51,8 @@ class DDPState:
     ) -> None:
         plain = TorchDistributedTransport(group)
         stages = make_exchange(options, plain, BufferPool(), Stats(), ahead=True).stages
-        groups = channels(plain.group, [stage.message for stage in stages])
-        self._transport = TorchDistributedTransport(plain.group, groups, self._progress)
+        self._channels = take_channels(plain.group, [stage.message for stage in stages])
+        self._transport = TorchDistributedTransport(plain.group, self._channels, self._progress)
         self._stats = stats or Stats()
         self._pipeline = Pipeline(options, self._transport, stats=self._stats, ahead=True)
         self._min_numel = options.min_numel
@@ -90,6 +94,12 @@ class DDPState:
             self._pipeline.flush()
         self._progress()
         return averaged
+
+    def close(self) -> None:
+        """Leaves its connections to the next state, for programs that make many models. All ranks
+        must call it, with no backward pass under way; then this state cannot be used any more."""
+        give_back_channels(self._transport.group, self._channels)
+        self._channels = {}
 
     def state_dict(self) -> dict[str, Any]:
         """See ``GlobalQSGD.state_dict``."""

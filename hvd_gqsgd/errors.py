@@ -10,7 +10,7 @@ GAVE_UP = (
 )
 
 REFUSED = (
-    "a rank could not take part in this allreduce; that rank has an error of its own that says why"
+    "a rank could not take part in this exchange; that rank has an error of its own that says why"
 )
 
 

@@ -170,8 +170,8 @@ class Exchange(ABC):
     def _enter(self, bucket: Bucket, number: int) -> None:
         stage = self.stages[number]
         stage.fill(bucket)
+        bucket.stage = number  # before it is sent, as that may call back at once
         bucket.handle = stage.send(bucket, f"{bucket.name}.{stage.message}")
-        bucket.stage = number
 
     def _take(self, bucket: Bucket, numel: int, dtype: torch.dtype) -> Tensor:
         return self._pool.take(numel, dtype, bucket.kind[1])

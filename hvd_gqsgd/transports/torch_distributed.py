@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+import weakref
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from hvd_gqsgd.transports import Done
 
-__all__ = ["TorchDistributedTransport", "channels"]
+__all__ = ["TorchDistributedTransport", "give_back_channels", "take_channels"]
 
 
 @dataclass
@@ -118,12 +120,24 @@ class TorchDistributedTransport:
         return _WorkHandle(future, work, result)
 
 
-def channels(group: dist.ProcessGroup, messages: Sequence[str]) -> dict[str, dist.ProcessGroup]:
+# Given back, and kept rather than destroyed: a new process group of the same ranks might get the name
+# of a destroyed one, and look for its members where those were.
+_spare: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, list[dist.ProcessGroup]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def take_channels(
+    group: dist.ProcessGroup, messages: Sequence[str]
+) -> dict[str, dist.ProcessGroup]:
     """A process group of the ranks of ``group`` for each kind of message. All of its ranks must
     call this."""
     ranks = dist.get_process_group_ranks(group)
+    spare = _spare.setdefault(group, defaultdict(list))
     return {
-        message: dist.new_group(
+        message: spare[message].pop()
+        if spare[message]
+        else dist.new_group(
             ranks,
             backend=dist.get_backend(group),
             use_local_synchronization=True,  # ranks outside of the group know nothing of this
@@ -131,3 +145,10 @@ def channels(group: dist.ProcessGroup, messages: Sequence[str]) -> dict[str, dis
         )
         for message in messages
     }
+
+
+def give_back_channels(group: dist.ProcessGroup, channels: Mapping[str, dist.ProcessGroup]) -> None:
+    """Leaves them to the next one who takes channels of ``group``. All ranks must call this, with
+    nothing in flight."""
+    for message, channel in channels.items():
+        _spare[group][message].append(channel)

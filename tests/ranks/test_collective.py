@@ -177,7 +177,7 @@ def test_disagreement(rank, size, comm, what):
             "option": {"seed": 1}, "exchange": {"dither": "exponential"},
             "block size": {"block_size": 10},
         }.get(what, options)  # fmt: skip
-    with pytest.raises(AgreementError, match="different (options|tensors)"):
+    with pytest.raises(AgreementError, match=r"different (options|tensors)"):
         allreduce(x, comm, op, **options)
     everyone = gradients(size, 5000)
     mean = allreduce(everyone[rank], comm, step=2)
