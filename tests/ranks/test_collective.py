@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -26,20 +28,25 @@ LANES = [
 ]
 
 
+@functools.lru_cache(maxsize=4)  # for one transport after the other
+def expected(size, numel, **options):
+    """The gradients of all ranks, and what they all get."""
+    everyone = gradients(size, numel)
+    return everyone, simulate(everyone, step=5, **options)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("numel", SIZES)
 @pytest.mark.parametrize("options", [{}, {"dither": "exponential"}], ids=str)
-def test_all_transports_give_the_bits_of_simulate(rank, size, comm, options, numel):
-    everyone = gradients(size, numel)
-    result = allreduce(everyone[rank], comm, step=5, **options)
-    assert torch.equal(result, simulate(everyone, step=5, **options))
+def test_all_transports_give_the_bits_of_simulate(rank, size, options, numel, comm):
+    everyone, mean = expected(size, numel, **options)
+    assert torch.equal(allreduce(everyone[rank], comm, step=5, **options), mean)
 
 
 @pytest.mark.parametrize("options", OPERATORS, ids=str)
 def test_operators(rank, size, comm, options):
-    everyone = gradients(size, 5000)
-    mean = allreduce(everyone[rank], comm, step=3, **options)
-    assert torch.equal(mean, simulate(everyone, step=3, **options))
+    everyone, mean = expected(size, 5000, **options)
+    assert torch.equal(allreduce(everyone[rank], comm, step=5, **options), mean)
 
 
 @pytest.mark.parametrize("options", LANES, ids=str)
@@ -47,10 +54,10 @@ def test_lanes(rank, size, comm, options):
     """Several chunks, with the last one cut short."""
     if 2 * size >= 2 ** options["bits"]:
         pytest.skip("too many ranks for these lanes")
-    for numel in (1, 2, 600_001):
-        everyone = gradients(size, numel)
-        mean = allreduce(everyone[rank], comm, step=3, exchange="allreduce", **options)
-        assert torch.equal(mean, simulate(everyone, step=3, exchange="allreduce", **options))
+    options = {"exchange": "allreduce", **options}
+    for numel in (1, 2, 300_001):
+        everyone, mean = expected(size, numel, **options)
+        assert torch.equal(allreduce(everyone[rank], comm, step=5, **options), mean)
 
 
 @pytest.mark.parametrize("bits", [5, 8, 16])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import horovod.torch as hvd
 import pytest
 import torch
@@ -12,6 +14,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_gqsgd import DynamicBits, GlobalQSGD, ddp_hook, simulate
+
+if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+    pytest.skip("the same as under mpirun", allow_module_level=True)
 
 
 class Given(nn.Module):
@@ -51,7 +56,6 @@ def gradient(model):
     return torch.cat([p.grad.view(-1) for p in model.parameters()])
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("numel", [1, 3, 1023, 1_000_001])
 @pytest.mark.parametrize("options", [{}, {"exchange": "two_phase"}, {"dither": "exponential"}])
 def test_the_bits_of_simulate(new_state, rank, size, options, numel):
@@ -79,7 +83,6 @@ def test_types(new_state, rank, size, dtype, norm):
     assert torch.equal(model.weight.grad, simulate(everyone, norm=norm))
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("options", [
     {}, {"exchange": "two_phase"}, {"bits": DynamicBits(10, total_steps=6, min_bits=7)},
 ], ids=str)  # fmt: skip
@@ -169,7 +172,6 @@ def test_checkpoint(new_state, rank, size):
     assert torch.equal(torch.stack(first + steps(after, 3)), torch.stack(whole))
 
 
-@pytest.mark.core
 @pytest.mark.usefixtures("several")
 def test_the_hook_does_not_wait(new_state, rank, size):
     """Rank 0 hands in its buckets only after all others have theirs back as futures."""
@@ -186,7 +188,6 @@ def test_the_hook_does_not_wait(new_state, rank, size):
         assert torch.allclose(mean, torch.full((5000,), (size - 1) / 2), atol=0.1 * size)
 
 
-@pytest.mark.core
 @pytest.mark.usefixtures("several")
 def test_disagreement(new_state, rank, size):
     """An error on every rank, for every bucket, and step after step."""
