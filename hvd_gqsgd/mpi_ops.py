@@ -11,7 +11,7 @@ from hvd_gqsgd import ops
 
 __all__ = ["CHUNK", "allreduce", "built", "most_ranks", "usable_with"]
 
-CHUNK = 2**18
+CHUNK = 3 * 2**16
 """Elements of a chunk: small enough for a core's cache, large enough to hide a round trip."""
 
 _log = logging.getLogger("hvd_gqsgd")

@@ -1,5 +1,5 @@
-// The kernels as torch ops. This file, mpi_bindings.cc and tensors.h alone know torch. Schemas and fake kernels stand in
-// hvd_gqsgd/ops.py. The dispatcher calls these without the GIL.
+// The kernels as torch ops. This file, mpi_bindings.cc and tensors.h alone know torch. Schemas and
+// fake kernels stand in hvd_gqsgd/ops.py. The dispatcher calls these without the GIL.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 

@@ -38,8 +38,8 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
   TORCH_CHECK_VALUE(chunk >= 1 && chunk <= kMostChunk, "chunk must be from 1 to ", kMostChunk,
                     " elements, got ", chunk);
   TORCH_CHECK_VALUE(x.numel() / block_size < INT32_MAX, "at most ", INT32_MAX,
-                    " norms can be exchanged, got a tensor of ", x.numel(), " elements in blocks of ",
-                    block_size);
+                    " norms can be exchanged, got a tensor of ", x.numel(),
+                    " elements in blocks of ", block_size);
 
   const MPI_Comm group = MPI_Comm_f2c(static_cast<MPI_Fint>(comm));
   int size;
@@ -47,7 +47,8 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
   const int64_t most = levels > 0 ? gqsgd::most_ranks(bits, levels) : (1 << (bits - 1)) - 1;
   TORCH_CHECK_VALUE(levels > 0 || (levels == 0 && (bits == 4 || bits == 8)),
                     "levels must be at least 1, or 0 for exponential dithering, which has 4 or 8 "
-                    "bits; got ", levels, " at ", bits, " bits");
+                    "bits; got ",
+                    levels, " at ", bits, " bits");
   TORCH_CHECK_VALUE(size <= most, "at most ", most, " ranks can be summed at ", bits, " bits and ",
                     levels, " levels, got ", size);
 
@@ -83,6 +84,4 @@ std::string mpi_library_version() {
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CPU, m) { m.impl("mpi_allreduce", &mpi_allreduce); }
 
-TORCH_LIBRARY_IMPL(hvd_gqsgd, CatchAll, m) {
-  m.impl("mpi_library_version", &mpi_library_version);
-}
+TORCH_LIBRARY_IMPL(hvd_gqsgd, CatchAll, m) { m.impl("mpi_library_version", &mpi_library_version); }

@@ -27,7 +27,8 @@ inline DType dtype_of(const Tensor& x, const char* role) {
   }
 }
 
-inline void check_buffer(const Tensor& buffer, const char* role, at::ScalarType dtype, int64_t numel) {
+inline void check_buffer(const Tensor& buffer, const char* role, at::ScalarType dtype,
+                         int64_t numel) {
   TORCH_CHECK_TYPE(buffer.scalar_type() == dtype, role, " must be ", dtype, ", got ",
                    buffer.scalar_type());
   TORCH_CHECK_VALUE(buffer.is_contiguous(), role, " must be contiguous");

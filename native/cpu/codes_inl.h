@@ -115,8 +115,8 @@ void fill_nan(T* out, int64_t size, typename Traits<T>::Norm norm) {
 }
 
 template <class T, class Word>
-void dequantize_sums(const CodeArgs& args, const Word* words, int64_t contributors, double scale, T* out,
-                int64_t begin, int64_t end) {
+void dequantize_sums(const CodeArgs& args, const Word* words, int64_t contributors, double scale,
+                     T* out, int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
   using Norm = typename Traits<T>::Norm;
   using Signed = typename std::make_signed<Word>::type;

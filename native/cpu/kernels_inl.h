@@ -136,9 +136,8 @@ double sum_of_squares_any(DType dtype, const void* x, int64_t numel) {
 }
 
 constexpr Kernels make_table(const char* name) {
-  return {name,           block_max_any,        block_squares_any, l2_norms_any,
-          quantize_any,   dequantize_any,       requantize_any,    dequantize_means_any,
-          combine_any,    sum_of_squares_any};
+  return {name,           block_max_any,  block_squares_any,    l2_norms_any, quantize_any,
+          dequantize_any, requantize_any, dequantize_means_any, combine_any,  sum_of_squares_any};
 }
 
 }  // namespace

@@ -86,8 +86,8 @@ void exponential_allreduce(const Reduction& r, MPI_Comm comm) {
 
   // Codes that are zeros, in tiles that none has, and behind the last element of a tile.
   memset(all.data(), 0, static_cast<size_t>(each * group.size * packet.bytes));
-  const uint64_t key = dither_key(r.seed, r.step, r.tensor,
-                                  kCombineStream + static_cast<uint64_t>(group.rank));
+  const uint64_t key =
+      dither_key(r.seed, r.step, r.tensor, kCombineStream + static_cast<uint64_t>(group.rank));
   r.parallel_for(0, layout.tiles(), [&](int64_t begin, int64_t end) {
     quantize(r, args, group, words.data(), begin, end);
     for (int64_t t = begin; t < end; ++t) {
@@ -106,9 +106,8 @@ void exponential_allreduce(const Reduction& r, MPI_Comm comm) {
   own.lend();
   check_mpi(MPI_Reduce_scatter_block(all.data(), own.data(), count, packets.type, sum.op, comm),
             "MPI_Reduce_scatter_block of codes");
-  check_mpi(
-      MPI_Allgather(own.data(), count, packets.type, all.data(), count, packets.type, comm),
-      "MPI_Allgather of codes");
+  check_mpi(MPI_Allgather(own.data(), count, packets.type, all.data(), count, packets.type, comm),
+            "MPI_Allgather of codes");
   all.take_back();
   own.take_back();
 

@@ -6,8 +6,9 @@
 
 namespace gqsgd {
 
-// Not initialized, on a cache line of its own. It is freed with its owner, but for an exception that
-// passes while it is lent: MPI may still write to it, so it is better lost than somebody else's.
+// Not initialized, on a cache line of its own. It is freed with its owner, but for an exception
+// that passes while it is lent: MPI may still write to it, so it is better lost than somebody
+// else's.
 class MpiMemory {
  public:
   explicit MpiMemory(size_t bytes)

@@ -9,8 +9,8 @@
 // spills. The top lane holds the code itself, without + s, so that the word as a signed integer
 // never overflows either: summed words lie in [-sn * 2^(b(L-1)), (sn + 1) * 2^(b(L-1)) - 1].
 //
-// Where unsigned words can be added, the top lane is like all others, and words of bytes may be added
-// as bytes: summed words are at most 2^(bL) - 1.
+// Where unsigned words can be added, the top lane is like all others, and words of bytes may be
+// added as bytes: summed words are at most 2^(bL) - 1.
 //
 // Codes that are not added, those of exponential dithering, lie in their lanes as they are.
 #pragma once
