@@ -34,7 +34,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench setup clean distclean FORCE
+.PHONY: help demo test check format bench sanitize setup clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -71,6 +71,9 @@ format: $(STAMPS)/requirements ## put the sources into the style that check asks
 
 bench: setup ## measure the kernels against memcpy
 	@$(RUN) $(PY) -m hvd_gqsgd.bench.kernels $(ARGS)
+
+sanitize: setup ## run the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer
+	@$(RUN) MPICXX=$(or $(MPICXX),$(CURDIR)/$(VENV)/bin/mpicxx) docker/sanitize.sh $(VENV)/sanitized
 
 setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
 

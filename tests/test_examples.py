@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from launch import HERE, mpirun, run
 
 from hvd_gqsgd.schedule import wire_bits
 
-DIGITS = HERE.parent / "examples" / "digits_cnn.py"
+EXAMPLES = HERE.parent / "examples"
+DIGITS = EXAMPLES / "digits_cnn.py"
 
 
 def train(folder: Path, *arguments: str) -> dict[str, Any]:
@@ -37,3 +39,27 @@ def test_dynamic_bits_reach_the_accuracy_of_eight(tmp_path: Path) -> None:
     shrunk = dynamic["compressed_bytes_on_wire"] / fixed["compressed_bytes_on_wire"]
     assert shrunk == pytest.approx(5 / 8, rel=0.03)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.timeout(300)
+def test_training_with_ddp() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    job = run([*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "digits_ddp.py")], limit=240)
+    assert job.returncode == 0, job.stdout[-5000:]
+    accuracy = re.search(r"test accuracy +([0-9.]+)%", job.stdout)
+    ratio = re.search(r"on the wire: ([0-9.]+) times fewer", job.stdout)
+    assert accuracy is not None
+    assert ratio is not None
+    assert float(accuracy[1]) > 95
+    assert float(ratio[1]) > 3.8
+    assert re.search(r"replicas +identical", job.stdout)
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize(("ranks", "most"), [(2, 0.03), (3, 0.04)])
+def test_mean_over_mpi(ranks: int, most: float) -> None:
+    job = run([*mpirun(ranks), sys.executable, str(EXAMPLES / "mpi4py_mean.py")], limit=80)
+    assert job.returncode == 0, job.stdout[-5000:]
+    error = re.search(r"relative error ([0-9.]+)", job.stdout)
+    assert error is not None
+    assert 0 < float(error[1]) < most

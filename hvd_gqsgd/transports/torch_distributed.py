@@ -120,8 +120,8 @@ class TorchDistributedTransport:
         return _WorkHandle(future, work, result)
 
 
-# Given back, and kept rather than destroyed: a new process group of the same ranks might get the name
-# of a destroyed one, and look for its members where those were.
+# Given back, and kept rather than destroyed: a new process group of the same ranks might get the
+# name of a destroyed one, and look for its members where those were.
 _spare: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, list[dist.ProcessGroup]]] = (
     weakref.WeakKeyDictionary()
 )

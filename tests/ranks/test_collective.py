@@ -43,6 +43,7 @@ def test_all_transports_give_the_bits_of_simulate(rank, size, options, numel, co
     assert torch.equal(allreduce(everyone[rank], comm, step=5, **options), mean)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("options", OPERATORS, ids=str)
 def test_operators(rank, size, comm, options):
     everyone, mean = expected(size, 5000, **options)
@@ -67,6 +68,7 @@ def test_extremes_overflow_no_lane(rank, size, comm, bits):
     assert torch.equal(allreduce(x, comm, bits=bits, exchange="allreduce"), x)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_types(rank, size, comm, dtype):
     everyone = gradients(size, 3001, dtype=dtype)
@@ -75,6 +77,7 @@ def test_types(rank, size, comm, dtype):
     assert torch.equal(result, simulate(everyone))
 
 
+@pytest.mark.few
 @pytest.mark.core
 def test_where_the_result_goes(rank, size, comm):
     everyone = gradients(size, 6000)
@@ -102,6 +105,7 @@ def test_where_the_result_goes(rank, size, comm):
     assert torch.equal(kept, mean), "a result is not written over"
 
 
+@pytest.mark.few
 def test_shapes(rank, size, comm):
     everyone = gradients(size, 6000).view(size, 60, 100)
     mean = simulate(everyone.flatten(1), step=1)
@@ -114,6 +118,7 @@ def test_shapes(rank, size, comm):
     assert not allreduce(with_gradient, comm).requires_grad
 
 
+@pytest.mark.few
 def test_numpy(rank, size, comm):
     everyone = gradients(size, 6000).numpy()
     mean = simulate(everyone, step=1)
@@ -133,6 +138,7 @@ def test_numpy(rank, size, comm):
     assert allreduce(np.ones(()), comm).shape == ()
 
 
+@pytest.mark.few
 def test_sum(rank, size, comm):
     everyone = torch.ones(size, 5000)
     assert torch.equal(allreduce(everyone[rank], comm, "sum"), torch.full((5000,), float(size)))
@@ -140,6 +146,7 @@ def test_sum(rank, size, comm):
     assert torch.equal(result, torch.full((5000,), float(size)))
 
 
+@pytest.mark.few
 def test_steps_are_counted(rank, size, comm):
     """For each set of options; a step that was given is gone on from."""
     everyone = gradients(size, 3000)
@@ -152,6 +159,7 @@ def test_steps_are_counted(rank, size, comm):
     assert not torch.equal(results[0], results[1])
 
 
+@pytest.mark.few
 def test_not_finite(rank, size, comm):
     x = torch.ones(5000)
     x[2000] = torch.nan if rank == size - 1 else 1
@@ -161,6 +169,7 @@ def test_not_finite(rank, size, comm):
         assert torch.equal(result.isnan().nonzero().view(-1), torch.arange(1024, 2048))
 
 
+@pytest.mark.few
 def test_dynamic_bits(rank, size, comm):
     """The schedule goes on from call to call."""
     everyone = gradients(size, 5000)
@@ -191,6 +200,7 @@ def test_disagreement(rank, size, comm, what):
     assert torch.equal(mean, simulate(everyone, step=2)), "the next one is right"
 
 
+@pytest.mark.few
 @pytest.mark.core
 @pytest.mark.parametrize("error", [
     (TypeError, "got torch.int32", {"x": torch.ones(5000, dtype=torch.int32)}),

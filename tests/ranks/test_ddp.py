@@ -68,11 +68,13 @@ def test_the_bits_of_simulate(new_state, rank, size, options, numel):
         assert torch.equal(model.weight.grad, simulate(everyone, step=step, **options))
 
 
+@pytest.mark.few
 def test_an_empty_bucket(new_state, rank, size):
     buffer = torch.empty(0)
     assert new_state().average(buffer, first=True).wait() is buffer
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("norm", ["max", "l2"])
 def test_types(new_state, rank, size, dtype, norm):
@@ -83,6 +85,7 @@ def test_types(new_state, rank, size, dtype, norm):
     assert torch.equal(model.weight.grad, simulate(everyone, norm=norm))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("options", [
     {}, {"exchange": "two_phase"}, {"bits": DynamicBits(10, total_steps=6, min_bits=7)},
 ], ids=str)  # fmt: skip
@@ -109,6 +112,7 @@ def test_training(new_state, rank, size, options, arguments):
     assert_same_on_all_ranks(torch.cat([p.view(-1) for p in models[0].parameters()]))
 
 
+@pytest.mark.few
 def test_small_buckets_go_as_they_are(rank, size):
     compressor = GlobalQSGD(min_numel=1000)
     model = Given(999)
@@ -120,6 +124,7 @@ def test_small_buckets_go_as_they_are(rank, size):
     assert (stats.tensors, stats.tensors_bypassed, stats.bypassed_bytes) == (1, 1, 4 * 999)
 
 
+@pytest.mark.few
 def test_statistics(rank, size):
     compressor = GlobalQSGD(bits=8, exchange="two_phase")
     wrapped = wrap(Given(100_000), compressor.ddp_state(process_group()))
@@ -129,6 +134,7 @@ def test_statistics(rank, size):
     assert 3.5 < stats.ratio < 4
 
 
+@pytest.mark.few
 def test_accumulation(new_state, rank, size):
     """Under no_sync nothing is exchanged, and then the sum is."""
     model = Given(5000)
@@ -141,6 +147,7 @@ def test_accumulation(new_state, rank, size):
     assert torch.equal(model.weight.grad, simulate(first + second))
 
 
+@pytest.mark.few
 def test_compiled_model(new_state, rank, size):
     """Traced by TorchDynamo and cut at DDP's buckets; not compiled further, which takes long."""
     model = mlp(width=700)
@@ -152,6 +159,7 @@ def test_compiled_model(new_state, rank, size):
     torch.compiler.reset()
 
 
+@pytest.mark.few
 def test_checkpoint(new_state, rank, size):
     """A new state that takes over the old one's goes on where that was."""
     everyone, bits = gradients(size, 5000), DynamicBits(7, total_steps=8, min_bits=5)
@@ -188,6 +196,7 @@ def test_the_hook_does_not_wait(new_state, rank, size):
         assert torch.allclose(mean, torch.full((5000,), (size - 1) / 2), atol=0.1 * size)
 
 
+@pytest.mark.few
 @pytest.mark.usefixtures("several")
 def test_disagreement(new_state, rank, size):
     """An error on every rank, for every bucket, and step after step."""
@@ -239,6 +248,7 @@ def test_bits_that_are_too_few(new_state, rank, size):
         new_state(bits=2, exchange="allreduce")
 
 
+@pytest.mark.few
 def test_loss_goes_down(rank, size):
     """A whole training, with defaults and momentum."""
     model = mlp(width=200)

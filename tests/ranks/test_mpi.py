@@ -24,6 +24,7 @@ def test_the_native_part_is_in_use():
     assert mpi_ops.usable_with(MPI.Get_library_version())
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("options", [{}, {"exchange": "two_phase"}], ids=str)
 def test_communicators(rank, size, options):
     """Halves of the ranks, in reverse order, each with an exchange of its own."""
@@ -47,6 +48,7 @@ def test_communicators(rank, size, options):
     assert torch.equal(allreduce(everyone[rank], world, step=0, **options), mean)
 
 
+@pytest.mark.few
 def test_a_duplicate_counts_for_itself(rank, size):
     everyone = gradients(size, 5000)
     comm = MPI.COMM_WORLD.Dup()
@@ -58,6 +60,7 @@ def test_a_duplicate_counts_for_itself(rank, size):
     comm.Free()
 
 
+@pytest.mark.few
 def test_between_collectives_of_the_user(rank, size):
     """One that was started before and one after; MPI matches them by their order."""
     everyone = gradients(size, 5000)
@@ -85,6 +88,7 @@ def native(x, out, comm, bits=8, levels=15, chunk=1024, block=1024):
     mpi_ops.allreduce(x, out, comm, block, bits, levels, 0, 0, 0, True, 1.0, chunk)
 
 
+@pytest.mark.few
 def test_errors_of_the_native_op():
     x, world = torch.ones(5), MPI.COMM_WORLD.py2f()
     with pytest.raises(RuntimeError, match="MPI_Comm_size failed: MPI_ERR_COMM"):
@@ -102,6 +106,7 @@ def test_errors_of_the_native_op():
         native(x, x[:4].clone(), world)
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("chunk", [1, 1000, 2**18])
 def test_chunks_of_any_size(rank, size, chunk, monkeypatch):
     everyone = gradients(size, 20_000)
@@ -109,6 +114,7 @@ def test_chunks_of_any_size(rank, size, chunk, monkeypatch):
     assert torch.equal(allreduce(everyone[rank], MPI.COMM_WORLD, step=0), simulate(everyone))
 
 
+@pytest.mark.few
 def test_threads(rank, size, thread_count):
     thread_count(2)
     everyone = gradients(size, 400_000)
@@ -140,6 +146,7 @@ def test_combined_codes_agree_and_repeat(rank, size, bits, numel, block_size):
         assert torch.equal(result, torch.from_numpy(expected))
 
 
+@pytest.mark.few
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_combined_codes_of_all_types(rank, size, dtype):
     everyone = gradients(size, 3000, dtype=dtype)
