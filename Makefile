@@ -34,7 +34,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench sanitize setup clean distclean FORCE
+.PHONY: help demo test check format bench bench-mpi sanitize setup clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -47,7 +47,7 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
 	@echo 'Settings: ARGS (for demo, test and bench), PYTHON (now $(PYTHON)), MPICXX (now' \
 	    '$(or $(MPICXX),MPI from PyPI)).'
@@ -72,13 +72,20 @@ format: $(STAMPS)/requirements ## put the sources into the style that check asks
 bench: setup ## measure the kernels against memcpy
 	@$(RUN) $(PY) -m hvd_gqsgd.bench.kernels $(ARGS)
 
+bench-mpi: setup ## measure the allreduce over MPI; as root also over an emulated link of 1 Gbit/s
+	@$(RUN) mpirun -n 2 --bind-to core $(PY) -m hvd_gqsgd.bench.mpi $(ARGS)
+	@if [ "$$(id -u)" != 0 ]; then echo 'hvd_gqsgd: not over a limited link, as that needs root'; exit; fi; \
+	    docker/hosts.sh up 2 1gbit; trap 'docker/hosts.sh down' EXIT; echo; \
+	    echo 'On 2 emulated hosts, with a link of 1 Gbit/s:'; \
+	    $(RUN) docker/hosts.sh mpirun $(CURDIR)/$(PY) -m hvd_gqsgd.bench.mpi --repeats 9 $(ARGS)
+
 sanitize: setup ## run the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(RUN) MPICXX=$(or $(MPICXX),$(CURDIR)/$(VENV)/bin/mpicxx) docker/sanitize.sh $(VENV)/sanitized
 
 setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
 
 clean: ## remove what was built, but keep .venv
-	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package
+	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package $(VENV)/sanitized
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +
 

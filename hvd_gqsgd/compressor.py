@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
@@ -46,8 +45,6 @@ __all__ = ["GlobalQSGD"]
 # Seconds to wait for a payload when not all ranks are behind a probe. All ranks that are have sent
 # their part already, or will at the end of their backward pass.
 PATIENCE = 30.0
-
-_log = logging.getLogger("hvd_gqsgd")
 
 # By process set, and by the names of the parameters if there are any: not all ranks are in every
 # process set, and with names two compressors may be used in another order on another rank.
@@ -308,8 +305,6 @@ class GlobalQSGD(Compressor):
         )
 
     def _start(self) -> Pipeline:
-        if self._transport.rank == 0:
-            _log.info("GlobalQSGD on %d ranks: %s", self._transport.size, self.options)
         label = f"gqsgd-{self._names.digest():08x}" if self._names is not None else "gqsgd"
         key = (self._transport.process_set, label)
         pipeline = Pipeline(

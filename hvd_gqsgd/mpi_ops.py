@@ -9,7 +9,7 @@ import torch
 
 from hvd_gqsgd import ops
 
-__all__ = ["CHUNK", "allreduce", "built", "most_ranks", "usable_with"]
+__all__ = ["CHUNK", "allreduce", "built", "combined_bytes", "most_ranks", "usable_with"]
 
 CHUNK = 3 * 2**16
 """Elements of a chunk: small enough for a core's cache, large enough to hide a round trip."""
@@ -60,6 +60,15 @@ def usable_with(library_version: str) -> bool:
         )  # fmt: skip
         return False
     return True
+
+
+def combined_bytes(numel: int, block_size: int, bits: int, ranks: int) -> int:
+    """Bytes of the exponential codes that are combined: a packet for each tile, of a key of 8 bytes
+    and the words of the longest tile, and as many packets for each rank."""
+    tiles = ops.tiles_for(numel, block_size)
+    longest = min(numel, block_size, ops.TILE)
+    packet = 8 + -(-ops.words_for(longest, max(longest, 1), bits) // 2) * 8
+    return -(-tiles // ranks) * ranks * packet
 
 
 def most_ranks(bits: int) -> int:

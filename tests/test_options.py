@@ -7,7 +7,9 @@ import re
 from typing import Any
 
 import pytest
+import torch
 
+from hvd_gqsgd import simulate
 from hvd_gqsgd.options import Options, digest
 
 MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "
@@ -154,3 +156,12 @@ def test_equal_options_have_equal_digests() -> None:
 def test_digest_is_the_same_in_all_processes() -> None:
     """Unlike ``hash``, which Python salts: these numbers cross the wire."""
     assert digest(("weight", 0, 1000, "torch.float32")) == 1547748690
+
+
+def test_reduce_scatter_is_for_exponential_codes_over_mpi() -> None:
+    Options(dither="exponential", exchange="reduce_scatter")
+    for options in ({}, {"dither": "exponential", "norm": "l2"}):
+        with pytest.raises(ValueError, match="goes with dither='exponential' and norm='max'"):
+            Options(exchange="reduce_scatter", **options)
+    with pytest.raises(ValueError, match=r"for hvd_gqsgd\.allreduce on an mpi4py communicator"):
+        simulate(torch.ones(2, 3), dither="exponential", exchange="reduce_scatter")

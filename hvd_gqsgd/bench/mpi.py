@@ -82,9 +82,9 @@ def measure(numel: int, repeats: int) -> dict[str, Any]:
         (plain, True): lambda: world.Allreduce(MPI.IN_PLACE, scratch.numpy(), MPI.SUM),
     }
     for name, options in OPERATORS.items():
-        call = functools.partial(allreduce, comm=world, step=0, **options)
-        calls[name, False] = functools.partial(call, x, out=out)
-        calls[name, True] = functools.partial(call, scratch, out=scratch)
+        ours = functools.partial(allreduce, comm=world, step=0, **options)
+        calls[name, False] = functools.partial(ours, x, out=out)
+        calls[name, True] = functools.partial(ours, scratch, out=scratch)
 
     seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in calls}
     for repeat in range(-2, repeats):  # the first rounds fill caches and are not counted

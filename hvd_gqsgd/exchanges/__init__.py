@@ -47,21 +47,24 @@ def make_exchange(
         make = NativeExchange
     exchange = make(options, transport, pool, stats, ahead)
     if transport.rank == 0:
+        _say_once(logging.INFO, f"{kind} among {size} ranks: {options}")
         if kind == "two_phase" and (options.exchange, options.dither) == ("auto", "linear"):
             _say_once(
+                logging.WARNING,
                 f"bits={options.bits} leaves less than {ENOUGH_LEVELS} levels to the sum over "
-                f"{size} ranks: exchange='auto' takes the two-phase exchange"
+                f"{size} ranks: exchange='auto' takes the two-phase exchange",
             )
         if isinstance(options.bits, DynamicBits):
             least = wire_bits(Schedule(options.bits).usable(exchange.summands)[0])
             if least > options.bits.budget:
                 _say_once(
+                    logging.WARNING,
                     f"a budget of {options.bits.budget:g} bits cannot be held: the sum over {size} "
-                    f"ranks takes lanes of {least:g} bits at the least"
+                    f"ranks takes lanes of {least:g} bits at the least",
                 )
     return exchange
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    _log.warning(message)
+def _say_once(level: int, message: str) -> None:
+    _log.log(level, message)

@@ -24,6 +24,8 @@ ORDER = (
     "GlobalQSGD(named_parameters=model.named_parameters()) if that may differ between ranks"
 )
 
+ALIKE = "shapes, types, and whether the mean or the sum is asked for must be the same on all ranks"
+
 # Squares are summed in 64 bits, in the units of native/include/gqsgd/l2.h.
 MOST_SQUARES = 2**33
 
@@ -69,6 +71,7 @@ class Exchange(ABC):
         self._wanted = Agreement(0, 0, ())
         self.codec = self.codec_for(options.most_bits)  # for the check; a step may take fewer
         self._norm_header = 0 if ahead else AGREEMENT
+        self._advice = ALIKE if ahead else ORDER
         self.stages: list[Stage] = []
         if ahead:
             self.stages.append(Stage("header", self._fill_header, self._max_header, self._agree))
@@ -223,7 +226,7 @@ class Exchange(ABC):
         if not tensors_agree:
             raise AgreementError(
                 f"{bucket.name}: the ranks handed in different tensors, or in another order; "
-                f"{ORDER}"
+                f"{self._advice}"
             )
         if max(agreement.step, *agreement.schedule, 0) >= 2**31 or min(agreement.schedule) < 0:
             raise AgreementError(

@@ -70,10 +70,13 @@ class NativeExchange(Exchange):
             assert item.x is not None and item.scale is not None
             if item.out is None:
                 item.out = self._pool.take(item.numel, item.dtype, item.device)
-            words = codec.num_words(item.numel) * codec.word_dtype.itemsize
-            self._count(words + codec.num_norms(item.numel) * bucket.kind[0].itemsize)
+            block = codec.block(item.numel)
+            codes = codec.num_words(item.numel) * codec.word_dtype.itemsize
+            if codec.levels == 0:
+                codes = mpi_ops.combined_bytes(item.numel, block, codec.bits, self.size)
+            self._count(codec.num_norms(item.numel) * bucket.kind[0].itemsize + codes)
             mpi_ops.allreduce(
-                item.x, item.out, self._comm, codec.block(item.numel), codec.bits, codec.levels,
+                item.x, item.out, self._comm, block, codec.bits, codec.levels,
                 codec.seed, agreement.step, item.identity, codec.correlated, item.scale,
                 mpi_ops.CHUNK,
             )  # fmt: skip
