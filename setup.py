@@ -36,6 +36,13 @@ If it is not installed, install it first:
     sys.exit()
 
 
+def unusable(why: str) -> str:
+    """Leaves out the part for MPI, unless that was asked for."""
+    if os.environ.get("MPICXX"):
+        sys.exit(f"hvd_gqsgd: MPICXX is set, but {why}")
+    return why
+
+
 def mpi_flags() -> list[str] | str:
     """What the compiler needs for MPI, or why there is none to build for."""
     beside = Path(sys.executable).parent / "mpicxx"
@@ -43,7 +50,7 @@ def mpi_flags() -> list[str] | str:
     if not wrapper:
         return "MPICXX is empty"
     if shutil.which(wrapper) is None:
-        return f"{wrapper} was not found"
+        return unusable(f"{wrapper} was not found")
     trial = subprocess.run(
         [wrapper, "-fsyntax-only", "-x", "c++", "-"],
         input="#include <mpi.h>",
@@ -52,7 +59,7 @@ def mpi_flags() -> list[str] | str:
     )
     shown = subprocess.run([wrapper, "-show"], capture_output=True, text=True)
     if trial.returncode or shown.returncode:
-        return f"{wrapper} does not work: {trial.stderr or shown.stderr}"
+        return unusable(f"{wrapper} does not work: {trial.stderr or shown.stderr}")
     return shlex.split(shown.stdout)[1:]
 
 

@@ -15,12 +15,13 @@ set -euo pipefail
 
 self=$(realpath "$0")
 state=/run/hvd_gqsgd-hosts
-switch=hswitch
+prefix=gqsgd- # of network namespaces
+switch=${prefix}switch
 net=10.77.0
 
 fail() { echo "hosts.sh: $*" >&2 && exit 1; }
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" && exit 2; }
-hosts() { cat "$state/hosts" 2>/dev/null || fail "no hosts are up"; }
+hosts() { cat "$state/hosts" 2>/dev/null; }
 
 on() { # on HOST CMD...
     local host=$1 pid
@@ -42,9 +43,10 @@ limit() { # limit NAMESPACE DEVICE RATE
 }
 
 rate() {
-    local host
-    for host in $(hosts); do
-        limit "$host" eth0 "$1"
+    local host list
+    list=$(hosts) || fail "no hosts are up"
+    for host in $list; do
+        limit "$prefix$host" eth0 "$1"
         limit "$switch" "$host" "$1"
     done
 }
@@ -53,42 +55,45 @@ up() { # up N RATE
     [ "$(id -u)" = 0 ] || fail "needs root"
     [[ $1 =~ ^[1-9][0-9]?$ ]] || fail "N must be from 1 to 99, got $1"
     [ ! -e "$state" ] || fail "hosts are up already (hosts.sh down)"
-    trap down ERR
     mkdir -m 700 "$state"
+    trap down EXIT
     ip netns add "$switch"
     ip -n "$switch" link add br0 type bridge stp_state 0 forward_delay 0
     ip -n "$switch" link set br0 up
     echo "127.0.0.1 localhost" >"$state/etc-hosts"
-    local i host
+    local i host ns
     for i in $(seq 0 $(($1 - 1))); do
-        host=h$i
+        host=h$i ns=${prefix}h$i
+        ip netns add "$ns"
         echo "$host" >>"$state/hosts"
         echo "$net.$((i + 10)) $host" >>"$state/etc-hosts"
-        ip netns add "$host"
-        ip -n "$host" link add eth0 type veth peer name "$host" netns "$switch"
+        ip -n "$ns" link add eth0 type veth peer name "$host" netns "$switch"
         ip -n "$switch" link set "$host" master br0 up
-        ip -n "$host" addr add "$net.$((i + 10))/24" dev eth0
-        ip -n "$host" link set lo up
-        ip -n "$host" link set eth0 up
+        ip -n "$ns" addr add "$net.$((i + 10))/24" dev eth0
+        ip -n "$ns" link set lo up
+        ip -n "$ns" link set eth0 up
     done
     for host in $(hosts); do
-        setsid ip netns exec "$host" unshare --uts --ipc --mount sh -ec '
+        setsid ip netns exec "$prefix$host" unshare --uts --ipc --mount sh -ec '
             hostname "$1"
             mount -t tmpfs tmpfs /dev/shm
             mount --bind "$2/etc-hosts" /etc/hosts
             echo $$ >"$2/$1.pid"
-            exec sleep infinity' boot "$host" "$state" </dev/null >/dev/null 2>&1 &
-        until [ -s "$state/$host.pid" ]; do sleep 0.05; done
+            exec sleep infinity' boot "$host" "$state" </dev/null >"$state/$host.log" 2>&1 &
+        until [ -s "$state/$host.pid" ]; do
+            kill -0 $! || fail "$host did not start: $(cat "$state/$host.log")"
+            sleep 0.05
+        done
     done
     rate "$2"
-    trap - ERR
+    trap - EXIT
 }
 
 down() {
     local host
-    for host in $(cat "$state/hosts" 2>/dev/null) "$switch"; do
-        ip netns pids "$host" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
-        ip netns del "$host" 2>/dev/null || true
+    for host in $(hosts || true) switch; do
+        ip netns pids "$prefix$host" 2>/dev/null | xargs -r kill -KILL 2>/dev/null || true
+        ip netns del "$prefix$host" 2>/dev/null || true
     done
     rm -rf "$state"
 }

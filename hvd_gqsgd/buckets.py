@@ -25,9 +25,11 @@ __all__ = [
     "Bucket",
     "Contribution",
     "Item",
+    "digest_pair",
     "everyone",
     "kind_of",
     "rank_weight",
+    "read_digest_pair",
     "refusal",
 ]
 
@@ -190,12 +192,10 @@ class Bucket:
             AgreementError: a rank has sent a refusal.
         """
         assert self.header is not None
-        options, no_options, layout, no_layout, absent, step, bits, *more = self.header.tolist()
-        if options == no_options == _FULL:
-            raise AgreementError(REFUSED)
+        _, _, layout, no_layout, absent, step, bits, *more = self.header.tolist()
         schedule = tuple(more[: Schedule.STATE_WORDS])
         return (
-            options + no_options == _FULL,
+            read_digest_pair(self.header),
             layout + no_layout == _FULL,
             Agreement(step, bits, schedule, absent < 0),
         )
@@ -213,9 +213,28 @@ class Bucket:
 
 def refusal() -> Tensor:
     """What a rank sends in place of its agreement if it cannot take part."""
-    header = torch.zeros(AGREEMENT, dtype=torch.int64, device="cpu")
-    header[:2] = _FULL  # which is no digest and its complement
+    header = digest_pair(_FULL)
+    header[1] = _FULL  # which is not the complement
     return header
+
+
+def digest_pair(number: int) -> Tensor:
+    """A message that says whether all ranks have the same number of 31 bits."""
+    header = torch.zeros(AGREEMENT, dtype=torch.int64, device="cpu")
+    header[0], header[1] = number, _FULL - number
+    return header
+
+
+def read_digest_pair(header: Tensor) -> bool:
+    """Whether they have, from the maxima.
+
+    Raises:
+        AgreementError: a rank has sent a refusal.
+    """
+    number, complement = header[:2].tolist()
+    if number == complement == _FULL:
+        raise AgreementError(REFUSED)
+    return bool(number + complement == _FULL)
 
 
 def _write(message: Tensor, header: list[int], length: int) -> None:

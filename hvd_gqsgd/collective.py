@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.buckets import refusal
+from hvd_gqsgd.agreement import refuse
 from hvd_gqsgd.checks import check_choice, check_int
 from hvd_gqsgd.names import is_compressible
 from hvd_gqsgd.namespace import Namespace
@@ -53,8 +53,8 @@ def allreduce(
         op: "mean" or "sum".
         out: where to put the result, of the shape and type of ``x``; may be ``x`` itself. None: in
             memory that is used again only after nothing refers to it any more.
-        step: a number that the dither depends on, from 0 on; None: how often this was called with
-            these options on this communicator.
+        step: a number that the dither depends on, from 0 on; None: one more than in the call before
+            with these options on this communicator, if it is one of the last 16 sets of options.
         options: as for ``GlobalQSGD``: bits, dither, exchange, norm, block_size, correlated, seed.
             ``exchange="reduce_scatter"``, for exponential dithering over MPI alone, sums codes by
             an MPI operator, in ``MPI_Reduce_scatter_block``, and rounds at each sum.
@@ -68,7 +68,8 @@ def allreduce(
             lanes are too narrow for the number of ranks.
         NotImplementedError: ``x`` is on a device for which there are no kernels.
         AgreementError: on every rank, if ranks disagree on shapes, types or options. And on all
-            others, if a rank raises one of the errors above.
+            others, if a rank raises one of the errors above, but for those about ``comm``.
+        ImportError: ``comm`` is None, and there is no Horovod.
         Exception: what MPI, PyTorch or Horovod raise if the exchange fails.
     """
     endpoint = _Endpoint.of(comm)
@@ -80,7 +81,7 @@ def allreduce(
         target = None if result is None or not _can_hold(result, flat) else result.view(-1)
         pipeline = endpoint.pipeline(Options(**options))
         if step is not None:
-            check_int("step", step, 0, 2**31 - 1, "None (the next one)")
+            check_int("step", step, 0, 2**30, "None (the next one)")  # with room for those to come
         pipeline.begin_step(step)
         scale = 1 / endpoint.transport.size if op == "mean" else 1.0
         ticket = pipeline.submit(flat, scale=scale, out=target)
@@ -117,7 +118,7 @@ class _Endpoint:
         mpi = sys.modules.get("mpi4py.MPI")  # if it was not imported, this is none of its
         if mpi is not None and isinstance(comm, mpi.Comm):
             return _of_mpi(comm)
-        if dist.is_available() and isinstance(comm, dist.ProcessGroup):
+        if isinstance(comm, dist.ProcessGroup):
             return _of_process_group(comm)
         raise TypeError(
             "comm must be an mpi4py.MPI.Comm, a torch.distributed.ProcessGroup, or None for "
@@ -139,10 +140,7 @@ class _Endpoint:
         self._namespace.renew(self.transport.session)
         name = f"{self._namespace.prefix(0)}.0.header"
         self._namespace.failures += 1
-        handle = self.transport.max_async(refusal(), name)
-        while not handle.done():
-            self.transport.idle()
-        handle.wait()
+        refuse(self.transport, name)
 
 
 _horovod: list[_Endpoint] = []
@@ -154,8 +152,10 @@ _mpi_keyval: list[int] = []
 
 def _of_horovod() -> _Endpoint:
     if not _horovod:
-        from hvd_gqsgd.transports.horovod import HorovodTransport
-
+        try:
+            from hvd_gqsgd.transports.horovod import HorovodTransport
+        except ImportError as error:
+            raise ImportError("comm is None, which stands for Horovod, which is missing") from error
         _horovod.append(_Endpoint(HorovodTransport()))
     return _horovod[0]
 

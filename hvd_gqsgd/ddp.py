@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from hvd_gqsgd.agreement import check, refuse
 from hvd_gqsgd.buckets import refusal
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.exchanges import make_exchange
@@ -44,13 +45,19 @@ class DDPState:
     Raises:
         ValueError: the lanes are too narrow for the number of ranks, or this process is not in the
             process group.
+        AgreementError: on all ranks, if they use different options.
     """
 
     def __init__(
         self, options: Options, group: dist.ProcessGroup | None, stats: Stats | None = None
     ) -> None:
         plain = TorchDistributedTransport(group)
-        stages = make_exchange(options, plain, BufferPool(), Stats(), ahead=True).stages
+        try:
+            stages = make_exchange(options, plain, BufferPool(), Stats(), ahead=True).stages
+        except ValueError:
+            refuse(plain, "options")
+            raise
+        check(plain, options, "options")  # that buckets are compressed on all ranks or on none
         self._channels = take_channels(plain.group, [stage.message for stage in stages])
         self._transport = TorchDistributedTransport(plain.group, self._channels, self._progress)
         self._stats = stats or Stats()
@@ -168,8 +175,7 @@ def ddp_hook(
 
     Returns:
         A future of the bucket's buffer, which then holds the mean. Its errors are raised by
-        ``backward()``, on every rank, as a ``RuntimeError`` that quotes them; an ``AgreementError``
-        where ranks use different options.
+        ``backward()``, on every rank, as a ``RuntimeError`` that quotes them.
     """
     return state.average(bucket.buffer(), first=bucket.index() == 0)
 

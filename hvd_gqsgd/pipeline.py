@@ -184,7 +184,7 @@ class Pipeline:
             self._launch(key)
             # With just as many turns as there are collectives to start, one that was late once
             # would hold up all later ones.
-            for _ in range(len(self._exchange.stages)):
+            for _ in range(0 if self._ahead else len(self._exchange.stages)):
                 self._take_turn()
         return ticket
 
@@ -294,15 +294,17 @@ class Pipeline:
 
         Explicit, so that it does not hang on when each rank frees the tickets: an exception's
         traceback may keep them for long. Collectives that other ranks may have started are started
-        here too, whatever is in their messages, or they would be in flight for ever.
+        here too, whatever is in their messages, or they would be in flight for ever. (Not if the
+        ranks had to agree ahead: then the others have seen the same and started no more.)
         """
         last = len(self._exchange.stages) - 1 if self._exchange else 0
         for bucket in self._in_flight:
             assert self._exchange is not None
             if bucket.failure is not None:  # on all ranks: none has taken a bucket beyond this
                 last = min(last, bucket.stage)
-            self._turns.taken += len(self._exchange.stages) - 1 - max(last, bucket.stage)
-            self._orphans += self._exchange.start_rest(bucket, last)
+            if not self._ahead:
+                self._turns.taken += len(self._exchange.stages) - 1 - max(last, bucket.stage)
+                self._orphans += self._exchange.start_rest(bucket, last)
         self._turns.make_up(self._prefix())
         if counted:
             self._namespace.failures += 1

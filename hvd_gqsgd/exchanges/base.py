@@ -13,7 +13,7 @@ from hvd_gqsgd.buckets import AGREEMENT, Agreement, Bucket, Item
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.codecs import Codec, ExponentialCodec, LinearCodec, levels_for
 from hvd_gqsgd.errors import AgreementError, RankLeftError
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports import Handle, Transport
 
@@ -64,7 +64,8 @@ class Exchange(ABC):
     ) -> None:
         self.options = options
         self.rank, self.size = transport.rank, transport.size
-        self._digest = options.digest()
+        # By name too, as one host may lack the native part for MPI that another one has.
+        self._digest = digest((options.digest(), type(self).__name__))
         self._transport = transport
         self._pool = pool
         self._stats = stats
@@ -221,7 +222,8 @@ class Exchange(ABC):
         options_agree, tensors_agree, agreement = bucket.read_agreement()
         if not options_agree:
             raise AgreementError(
-                f"{bucket.name}: the ranks use different options; this rank has {self.options}"
+                f"{bucket.name}: the ranks use different options; this rank has {self.options}, "
+                f"and {type(self).__name__}"
             )
         if not tensors_agree:
             raise AgreementError(

@@ -17,24 +17,34 @@ from hvd_gqsgd.transports import Done
 __all__ = ["MpiTransport"]
 
 
+# MPI reads from and writes to the memory of an operation until its end, whoever still waits for it.
+_in_flight: dict[int, _MpiHandle] = {}
+
+
 @dataclass
 class _MpiHandle:
     request: MPI.Request
-    sent: object  # MPI reads from it until the end
+    sent: Tensor
     result: Tensor
-    error: MPI.Exception | None = field(default=None)
+    error: MPI.Exception | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        _in_flight[id(self)] = self
 
     def done(self) -> bool:
         try:
-            return bool(self.request.Test())
+            done = bool(self.request.Test())
         except MPI.Exception as error:
-            self.error = error
-            return True
+            self.error, done = error, True
+        if done:
+            _in_flight.pop(id(self), None)
+        return done
 
     def wait(self) -> Tensor:
         if self.error is not None:
             raise self.error
         self.request.Wait()
+        _in_flight.pop(id(self), None)
         return self.result
 
 

@@ -61,12 +61,25 @@ class TorchDistributedTransport:
         group = group if group is not None else dist.group.WORLD
         if not isinstance(group, dist.ProcessGroup):
             raise ValueError(f"this process is not in the process group, which is {group!r} here")
-        self.group: dist.ProcessGroup = group
-        self.rank: int = dist.get_rank(self.group)
-        self.size: int = dist.get_world_size(self.group)
-        self.session: object = self.group
+        # Weakly: what is remembered for a group must not keep it.
+        self._group = weakref.ref(group)
+        self.rank: int = dist.get_rank(group)
+        self.size: int = dist.get_world_size(group)
+        self.session = object()
         self._channels = channels or {}
         self._notify = notify
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks.
+
+        Raises:
+            RuntimeError: the process group was destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise RuntimeError("the process group was destroyed")
+        return group
 
     def max_async(self, tensor: Tensor, name: str) -> _WorkHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""

@@ -73,9 +73,6 @@ void exponential_allreduce(const Reduction& r, MPI_Comm comm) {
   const Group group(comm);
   const Layout layout = layout_of(r.args);
   MpiMemory norms(static_cast<size_t>(layout.blocks()) * norm_size(r.args));
-  reduce_norms(r, group, norms);
-  if (r.args.numel == 0) return;
-
   CodeArgs args = r.args;
   args.norms = norms.data();
   args.headroom = headroom_for(group.size);
@@ -84,6 +81,8 @@ void exponential_allreduce(const Reduction& r, MPI_Comm comm) {
   MpiMemory all(static_cast<size_t>(each * group.size * packet.bytes));
   MpiMemory own(static_cast<size_t>(each * packet.bytes));
   MpiMemory words(static_cast<size_t>(layout.words()) * 4);
+  reduce_norms(r, group, norms);  // from here on other ranks wait for this one
+  if (args.numel == 0) return;
 
   // Codes that are zeros, in tiles that none has, and behind the last element of a tile.
   memset(all.data(), 0, static_cast<size_t>(each * group.size * packet.bytes));

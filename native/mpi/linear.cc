@@ -69,18 +69,17 @@ void linear_allreduce(const Reduction& r, int64_t chunk, MPI_Comm comm) {
   const Group group(comm);
   const Layout layout = layout_of(r.args);
   MpiMemory norms(static_cast<size_t>(layout.blocks()) * norm_size(r.args));
-  reduce_norms(r, group, norms);
-
   CodeArgs args = r.args;
   args.norms = norms.data();
   args.unsigned_words = true;
   const int64_t word_size = fits_int32(args.bits) ? 4 : 8;
   const int64_t tiles = layout.tiles();
   const int64_t each = std::max<int64_t>(1, chunk / std::min(args.block, kTile));
-  const int64_t words = std::min(each, tiles) * ceil_div(kTile, layout.lanes);
+  const int64_t words = std::min(each, tiles) * ceil_div(std::min(args.block, kTile), layout.lanes);
   const size_t bytes = static_cast<size_t>(words * word_size);
   const bool in_place = group.size < kManyRanks;
   Chunk chunks[2] = {Chunk(bytes, in_place), Chunk(bytes, in_place)};
+  reduce_norms(r, group, norms);  // from here on other ranks wait for this one
 
   const auto byte_of = [&](int64_t tile) { return layout.word(tile) * word_size; };
   const auto in_slices = [&](const Chunk& todo, Chunk& in_flight, auto run) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
@@ -184,7 +185,7 @@ def test_dynamic_bits(rank, size, comm):
 @pytest.mark.core
 @pytest.mark.usefixtures("several")
 @pytest.mark.parametrize("what", ["shape", "type", "option", "op", "exchange", "block size"])
-def test_disagreement(rank, size, comm, what):
+def test_ranks_that_disagree(rank, size, comm, what):
     x, op, options = torch.ones(5000), "mean", {}
     if rank == size - 1:
         x = {"shape": torch.ones(700), "type": torch.ones(5000).double()}.get(what, x)
@@ -229,3 +230,13 @@ def test_an_error_of_one_rank_is_one_on_all(rank, size, comm, error):
 def test_what_is_no_communicator():
     with pytest.raises(TypeError, match=r"comm must be an mpi4py.MPI.Comm, .* got 'world'"):
         allreduce(torch.ones(3), "world")
+
+
+@pytest.mark.core
+@pytest.mark.usefixtures("several")
+def test_an_error_leaves_horovod_in_step(rank):
+    """Horovod names what its users do not by counting operations: all ranks must have started as
+    many."""
+    with pytest.raises((TypeError, AgreementError)):
+        allreduce([1.0] if rank == 0 else torch.ones(5000))
+    assert hvd.allreduce(torch.ones(1)).item() == 1

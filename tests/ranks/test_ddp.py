@@ -13,7 +13,7 @@ from helpers import assert_same_on_all_ranks, backward, batch, gradients, mlp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvd_gqsgd import DynamicBits, GlobalQSGD, ddp_hook, simulate
+from hvd_gqsgd import AgreementError, DynamicBits, GlobalQSGD, ddp_hook, simulate
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("the same as under mpirun", allow_module_level=True)
@@ -196,15 +196,25 @@ def test_the_hook_does_not_wait(new_state, rank, size):
         assert torch.allclose(mean, torch.full((5000,), (size - 1) / 2), atol=0.1 * size)
 
 
-@pytest.mark.few
 @pytest.mark.usefixtures("several")
-def test_disagreement(new_state, rank, size):
-    """An error on every rank, for every bucket, and step after step."""
-    model = mlp(width=200)
-    wrapped = wrap(model, new_state(seed=int(rank == size - 1)), bucket_cap_mb=0.05)
-    for step in range(2):
-        with pytest.raises(RuntimeError, match="ranks use different options"):
-            backward(wrapped, rank, step)
+@pytest.mark.parametrize("other", [
+    {"seed": 1}, {"min_numel": 7}, {"norm": "l2"}, {"dither": "exponential"}, {"block_size": 9},
+], ids=str)  # fmt: skip
+def test_ranks_that_disagree(new_state, rank, size, other):
+    with pytest.raises(AgreementError, match="ranks use different options"):
+        new_state(**(other if rank == size - 1 else {}))
+
+
+@pytest.mark.usefixtures("several")
+def test_an_error_of_one_rank_is_one_on_all(new_state, rank, size):
+    if rank == 0:
+        with pytest.raises(ValueError, match="bits=2 is too narrow"):
+            new_state(bits=2, exchange="allreduce")
+    else:
+        with pytest.raises(AgreementError, match="could not take part"):
+            new_state()
+    x = gradients(size, 5000)[rank].clone()
+    assert_same_on_all_ranks(new_state().average(x, first=True).wait())
 
 
 @pytest.mark.usefixtures("several")

@@ -1,0 +1,53 @@
+"""What the package needs: PyTorch and NumPy always, Horovod and mpi4py only where they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+WITHOUT = """
+import sys
+sys.modules["horovod"] = sys.modules["mpi4py"] = None  # importing them fails
+import torch
+import torch.distributed as dist
+import hvd_gqsgd
+from hvd_gqsgd import GlobalQSGD
+
+assert hvd_gqsgd.build_info()["horovod"] is None
+assert hvd_gqsgd.simulate(torch.ones(2, 3), bits=4).equal(torch.ones(3))
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+state = GlobalQSGD(min_numel=0).ddp_state()
+assert state.average(torch.ones(3), first=True).wait().equal(torch.ones(3))
+assert hvd_gqsgd.allreduce(torch.ones(3), dist.group.WORLD).equal(torch.ones(3))
+
+for call in (lambda: GlobalQSGD.compress(torch.ones(5000)), lambda: hvd_gqsgd.allreduce(state)):
+    try:
+        call()
+    except ImportError as error:
+        print(error)
+"""
+
+
+def python(code: str) -> str:
+    """What another Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.mark.timeout(150)
+def test_nothing_is_imported_before_it_is_used() -> None:
+    code = "import sys, hvd_gqsgd; print({'horovod', 'mpi4py', 'sklearn'} & sys.modules.keys())"
+    assert python(code) == "set()"
+
+
+@pytest.mark.timeout(150)
+def test_without_horovod_and_mpi4py() -> None:
+    compress, allreduce = python(WITHOUT).splitlines()
+    assert compress == "GlobalQSGD.compress needs Horovod"
+    assert allreduce == "comm is None, which stands for Horovod, which is missing"
