@@ -33,17 +33,15 @@ from typing import Any
 
 from torch import Tensor
 
-from hvd_gqsgd import ops
-from hvd_gqsgd.buckets import Agreement, Bucket, Contribution, Item, Kind, kind_of
+from hvd_gqsgd.buckets import Bucket, Contribution, Item, Kind, kind_of
 from hvd_gqsgd.buffers import BufferPool
-from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.errors import AgreementError, RankLeftError
 from hvd_gqsgd.exchanges import Exchange, make_exchange
 from hvd_gqsgd.namespace import Namespace
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.plan import BucketPlan
-from hvd_gqsgd.schedule import make_schedule
 from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.steps import Steps
 from hvd_gqsgd.transports import Handle, Transport
 from hvd_gqsgd.turns import Turns, reaped
 
@@ -95,9 +93,7 @@ class Pipeline:
         self._open_ended = False  # the step lasts until the next one is begun
         self._pool = BufferPool()
         self._session: object = None
-        self._next_step = step
-        self._schedule = make_schedule(options.bits)
-        self._squared_norms: list[float] = []  # of the tensors decoded in this step
+        self._steps = Steps(options.bits, step)
         self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()
         self._open: dict[Hashable, Bucket] = {}
         self._in_flight: list[Bucket] = []
@@ -106,7 +102,6 @@ class Pipeline:
         self.number = 0  # of the step, from the namespace
         self._exchange: Exchange | None = None
         self._done_its_part = False
-        self._bits = 0  # of the step's lanes, as the ranks have settled on
         self._arrivals = itertools.count()
         self._positions = itertools.count()
         self._repeats: Counter[Hashable] = Counter()
@@ -128,9 +123,7 @@ class Pipeline:
             ValueError: the lanes are too narrow for the number of ranks.
         """
         self._open_ended = True
-        if step is not None:
-            self._next_step = step
-        self._begin_step()
+        self._begin_step(step)
 
     def submit(
         self,
@@ -250,8 +243,7 @@ class Pipeline:
         if out is None:
             out = self._pool.take(item.numel, item.dtype, item.device)
         self._exchange.decode(bucket, item, out, scale)
-        if self._schedule.learns:
-            self._squared_norms.append(ops.sum_of_squares(out))
+        self._steps.decoded(out)
         item.x = item.out = None
         bucket.undecoded -= 1
         if not bucket.undecoded:
@@ -265,7 +257,7 @@ class Pipeline:
     def state_dict(self) -> dict[str, Any]:
         """The number of the next step, and the state of the bit width's schedule."""
         self._learn()
-        return {"step": self._next_step, "schedule": self._schedule.state_dict()}
+        return self._steps.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there with the next step.
@@ -274,16 +266,9 @@ class Pipeline:
             TypeError, ValueError: it is not what ``state_dict`` gives.
             RuntimeError: tensors are in flight.
         """
-        if not isinstance(state, dict):
-            raise TypeError(f"a state must be a dict, got {state!r}")
-        if state.keys() != {"step", "schedule"}:
-            raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
-        check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
         if self.active:
             raise RuntimeError("a state cannot be loaded while gradients are in flight")
-        self._squared_norms.clear()
-        self._schedule.load_state_dict(state["schedule"])
-        self._next_step = state["step"]
+        self._steps.load_state_dict(state)
 
     def abandon(self, counted: bool = True) -> None:
         """Ends the step for all its tickets, after an error that all ranks come to see.
@@ -337,10 +322,10 @@ class Pipeline:
         self._in_flight.clear()
         self._live.clear()
         self._sent = 0
-        self._squared_norms.clear()  # of a part of the gradient, if of anything
+        self._steps.forget()  # it has seen a part of the gradient, if anything
         self._namespace.unfinished.discard(self)
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, step: int | None = None) -> None:
         """Leaves behind whatever was not decoded, and counts from the start again."""
         self._learn()
         session = self._transport.session
@@ -362,16 +347,13 @@ class Pipeline:
                 self.options, self._transport, self._pool, self.stats, self._ahead
             )
         self.number = self._namespace.join(self)
-        bits = self._schedule.width(self._exchange.summands)
-        self._exchange.begin_step(Agreement(self._next_step, bits, tuple(self._schedule.state())))
-        self._next_step += 1
+        self._exchange.begin_step(self._steps.propose(self._exchange.summands, step))
         self.stats.steps += 1
 
     def _learn(self) -> None:
         """Tells the schedule of the bit width how the step before was, if it was completed."""
-        if self._squared_norms and not (self._sent or self._open):
-            self._schedule.update(self._bits, math.fsum(self._squared_norms))
-            self._squared_norms.clear()
+        if not (self._sent or self._open):
+            self._steps.learn()
 
     def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
         if self._ahead:  # the same name whatever tensors another rank has
@@ -456,7 +438,5 @@ class Pipeline:
     def _settle(self, bucket: Bucket) -> None:
         """Takes over what the ranks have settled on with the norms of a bucket."""
         assert bucket.agreement is not None
-        self._next_step = max(self._next_step, bucket.agreement.step + 1)
-        self._schedule.adopt(bucket.agreement.schedule)
-        self._bits = bucket.agreement.bits
-        self.stats.bits = self._bits
+        self._steps.settle(bucket.agreement)
+        self.stats.bits = bucket.agreement.bits
