@@ -80,6 +80,7 @@ up() { # up N RATE
             mount --bind "$2/etc-hosts" /etc/hosts
             echo $$ >"$2/$1.pid"
             exec sleep infinity' boot "$host" "$state" </dev/null >"$state/$host.log" 2>&1 &
+        disown
         until [ -s "$state/$host.pid" ]; do
             kill -0 $! || fail "$host did not start: $(cat "$state/$host.log")"
             sleep 0.05
