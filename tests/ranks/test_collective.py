@@ -79,7 +79,6 @@ def test_types(rank, size, comm, dtype):
 
 
 @pytest.mark.few
-@pytest.mark.core
 def test_where_the_result_goes(rank, size, comm):
     everyone = gradients(size, 6000)
     mean, x = simulate(everyone, step=1), everyone[rank]
@@ -182,7 +181,6 @@ def test_dynamic_bits(rank, size, comm):
     assert len(widths) > 1
 
 
-@pytest.mark.core
 @pytest.mark.usefixtures("several")
 @pytest.mark.parametrize("what", ["shape", "type", "option", "op", "exchange", "block size"])
 def test_ranks_that_disagree(rank, size, comm, what):
@@ -202,7 +200,6 @@ def test_ranks_that_disagree(rank, size, comm, what):
 
 
 @pytest.mark.few
-@pytest.mark.core
 @pytest.mark.parametrize("error", [
     (TypeError, "got torch.int32", {"x": torch.ones(5000, dtype=torch.int32)}),
     (TypeError, "NumPy array, got <class 'list'>", {"x": [1.0]}),
@@ -232,7 +229,6 @@ def test_what_is_no_communicator():
         allreduce(torch.ones(3), "world")
 
 
-@pytest.mark.core
 @pytest.mark.usefixtures("several")
 def test_an_error_leaves_horovod_in_step(rank):
     """Horovod names what its users do not by counting operations: all ranks must have started as
