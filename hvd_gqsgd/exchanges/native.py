@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
 from hvd_gqsgd import mpi_ops
 from hvd_gqsgd.buckets import Bucket, Item, everyone
-from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.exchanges.base import Exchange, Stage
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports import Done, Transport
 
 __all__ = ["NativeExchange"]
@@ -24,20 +23,13 @@ class NativeExchange(Exchange):
     It must be known beforehand what the sum is to be scaled by.
     """
 
-    def __init__(
-        self,
-        options: Options,
-        transport: Transport,
-        pool: BufferPool,
-        stats: Stats,
-        ahead: bool = True,
-    ) -> None:
-        if transport.mpi_handle is None or not ahead:
+    def __init__(self, options: Options, transport: Transport, *rest: Any) -> None:
+        if transport.mpi_handle is None:
             raise ValueError(
                 "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator, "
                 "with hvd_gqsgd's native part for MPI; take exchange='two_phase' for all else"
             )
-        super().__init__(options, transport, pool, stats, ahead)
+        super().__init__(options, transport, *rest)
         self._comm = transport.mpi_handle
         if options.dither == "exponential" and self.size > mpi_ops.most_ranks(self.codec.bits):
             raise ValueError(

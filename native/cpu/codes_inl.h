@@ -108,31 +108,33 @@ void quantize(const CodeArgs& args, const Code code, const T* x, uint64_t key, u
   }
 }
 
-// What a tile decodes to whose norm is not finite.
-template <class T>
-void fill_nan(T* out, int64_t size, typename Traits<T>::Norm norm) {
-  for (int64_t j = 0; j < size; ++j) store(out + j, quiet_nan(norm));
+// f(number, tile, norm) for tiles [begin, end) whose norm is finite; the others decode to NaN.
+template <class T, class F>
+GQSGD_INLINE void decode_tiles(const CodeArgs& args, const Layout& layout, T* out, int64_t begin,
+                               int64_t end, F f) {
+  using Norm = typename Traits<T>::Norm;
+  for (int64_t t = begin; t < end; ++t) {
+    const Layout::Tile tile = layout.tile(t);
+    const Norm norm = static_cast<const Norm*>(args.norms)[tile.block];
+    if (is_finite_norm(norm)) {
+      f(t, tile, bit_cast<typename Traits<T>::Real>(norm));
+    } else {
+      for (int64_t j = 0; j < tile.size; ++j) store(out + tile.begin + j, quiet_nan(norm));
+    }
+  }
 }
 
 template <class T, class Word>
 void dequantize_sums(const CodeArgs& args, const Word* words, int64_t contributors, double scale,
                      T* out, int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
-  using Norm = typename Traits<T>::Norm;
   using Signed = typename std::make_signed<Word>::type;
   const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
   const Word mask = (Word{1} << args.bits) - 1;
   const int32_t bias = static_cast<int32_t>(contributors * args.levels);
   const Real ratio = static_cast<Real>(scale / args.levels);
 
-  for (int64_t t = begin; t < end; ++t) {
-    const Layout::Tile tile = layout.tile(t);
-    const Norm norm_bits = static_cast<const Norm*>(args.norms)[tile.block];
-    if (!is_finite_norm(norm_bits)) {
-      fill_nan(out + tile.begin, tile.size, norm_bits);
-      continue;
-    }
-    const Real norm = bit_cast<Real>(norm_bits);
+  decode_tiles(args, layout, out, begin, end, [&](int64_t, const Layout::Tile& tile, Real norm) {
     const Word* __restrict in = words + tile.word;
     for_each_lane(
         tile.size, tile.words, layout.lanes, args.bits,
@@ -150,25 +152,17 @@ void dequantize_sums(const CodeArgs& args, const Word* words, int64_t contributo
             }
           }
         });
-  }
+  });
 }
 
 template <int kBits, class T>
 void dequantize_combined(const CodeArgs& args, const uint32_t* words, double scale, T* out,
                          int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
-  using Norm = typename Traits<T>::Norm;
   const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
   const Real ratio = static_cast<Real>(scale * power_of_two(args.headroom));
 
-  for (int64_t t = begin; t < end; ++t) {
-    const Layout::Tile tile = layout.tile(t);
-    const Norm norm_bits = static_cast<const Norm*>(args.norms)[tile.block];
-    if (!is_finite_norm(norm_bits)) {
-      fill_nan(out + tile.begin, tile.size, norm_bits);
-      continue;
-    }
-    const Real norm = bit_cast<Real>(norm_bits);
+  decode_tiles(args, layout, out, begin, end, [&](int64_t, const Layout::Tile& tile, Real norm) {
     const uint32_t* __restrict in = words + tile.word;
     for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
                   [&](int64_t first, int64_t count, int shift, bool) {
@@ -178,7 +172,7 @@ void dequantize_combined(const CodeArgs& args, const uint32_t* words, double sca
                       store(to + j, (level * ratio) * norm);
                     }
                   });
-  }
+  });
 }
 
 // Bytes of a tile's words are numbered, whichever lanes they hold.

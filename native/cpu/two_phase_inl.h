@@ -71,17 +71,11 @@ void dequantize_means(const CodeArgs& args, const Code code, const unsigned char
   const int64_t first_unit = at.begin(first_tile);
   const Real ratio = static_cast<Real>(code.ratio(scale));
 
-  for (int64_t t = begin; t < end; ++t) {
-    const Layout::Tile tile = layout.tile(t);
-    const Norm norm_bits = static_cast<const Norm*>(args.norms)[tile.block];
-    if (!is_finite_norm(norm_bits)) {
-      fill_nan(out + tile.begin, tile.size, norm_bits);
-      continue;
-    }
+  decode_tiles(args, layout, out, begin, end, [&](int64_t t, const Layout::Tile& tile, Real norm) {
     const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
     Norm share_bits;
     memcpy(&share_bits, record, sizeof(share_bits));
-    const Real share = bit_cast<Real>(share_bits), norm = bit_cast<Real>(norm_bits);
+    const Real share = bit_cast<Real>(share_bits);
     const Word* __restrict in = reinterpret_cast<const Word*>(record + at.unit);
     for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
                   [&](int64_t first, int64_t count, int shift, bool top) {
@@ -91,7 +85,7 @@ void dequantize_means(const CodeArgs& args, const Code code, const unsigned char
                       store(to + j, ((c * ratio) * share) * norm);
                     }
                   });
-  }
+  });
 }
 
 }  // namespace
