@@ -40,6 +40,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
 
+# For whatever builds the native parts.
+FOR_MPI = MPICXX=$(or $(MPICXX),$(CURDIR)/$(VENV)/bin/mpicxx)
+
 # Open MPI refuses to run as root (as in a container) unless told so.
 ifeq ($(shell id -u),0)
 export OMPI_ALLOW_RUN_AS_ROOT := 1
@@ -80,7 +83,7 @@ bench-mpi: setup ## measure the allreduce over MPI; as root also over an emulate
 	    $(RUN) docker/hosts.sh mpirun $(CURDIR)/$(PY) -m hvd_gqsgd.bench.mpi --repeats 9 $(ARGS)
 
 sanitize: setup ## run the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(RUN) MPICXX=$(or $(MPICXX),$(CURDIR)/$(VENV)/bin/mpicxx) docker/sanitize.sh $(VENV)/sanitized
+	@$(RUN) $(FOR_MPI) docker/sanitize.sh $(VENV)/sanitized
 
 setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
 
@@ -145,14 +148,14 @@ $(STAMPS)/mpi: $(STAMPS)/venv
 endif
 
 $(STAMPS)/horovod: $(STAMPS)/requirements $(STAMPS)/mpi docker/install_horovod.sh
-	@PYTHON=$(PY) MPICXX=$(or $(MPICXX),$(VENV)/bin/mpicxx) docker/install_horovod.sh
+	@PYTHON=$(PY) $(FOR_MPI) docker/install_horovod.sh
 	@touch $@
 
 # pip builds from nothing. Where only native sources changed, setup.py compiles but those.
 $(STAMPS)/package: $(STAMPS)/requirements $(STAMPS)/mpi $(NATIVE) setup.py pyproject.toml
 	@echo 'hvd_gqsgd: building the native parts'
-	@$(RUN) MPICXX=$(or $(MPICXX),$(CURDIR)/$(VENV)/bin/mpicxx) $(if $(filter-out $(NATIVE),$?),$(PIP) install -v --no-build-isolation --no-deps -e \
-	    .,$(PY) setup.py build_ext --inplace) >$(VENV)/build.log 2>&1 || \
+	@$(RUN) $(FOR_MPI) $(if $(filter-out $(NATIVE),$?),$(PIP) install -v --no-build-isolation \
+	    --no-deps -e .,$(PY) setup.py build_ext --inplace) >$(VENV)/build.log 2>&1 || \
 	    { grep -A 4 ' error: ' $(VENV)/build.log | head -n 40; \
 	    echo 'hvd_gqsgd: that failed; all that was said is in $(VENV)/build.log'; exit 1; } >&2
 	@sed -n 's/^ *\(hvd_gqsgd: \)/\1/p' $(VENV)/build.log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hvd_gqsgd.buckets import digest_pair, read_digest_pair, refusal
+from hvd_gqsgd.buckets import digest_header, read_digest, refusal
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports import Transport
@@ -23,9 +23,9 @@ def check(transport: Transport, options: Options, name: str) -> None:
     Raises:
         AgreementError: they have not, or a rank has refused.
     """
-    header = digest_pair(options.digest())
+    header = digest_header(options.digest())
     _max(transport, header, name)
-    if not read_digest_pair(header):
+    if not read_digest(header):
         raise AgreementError(f"the ranks use different options; this rank has {options}")
 
 

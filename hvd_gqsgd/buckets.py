@@ -25,11 +25,11 @@ __all__ = [
     "Bucket",
     "Contribution",
     "Item",
-    "digest_pair",
+    "digest_header",
     "everyone",
     "kind_of",
     "rank_weight",
-    "read_digest_pair",
+    "read_digest",
     "refusal",
 ]
 
@@ -178,7 +178,7 @@ class Bucket:
         _write(
             self.header,
             [
-                *(options, _FULL - options, layout, _FULL - layout),
+                *(*_pair(options), *_pair(layout)),
                 *(-1, wanted.step, wanted.bits, *wanted.schedule),
             ],
             AGREEMENT,
@@ -192,10 +192,10 @@ class Bucket:
             AgreementError: a rank has sent a refusal.
         """
         assert self.header is not None
-        _, _, layout, no_layout, absent, step, bits, *more = self.header.tolist()
+        layout, no_layout, absent, step, bits, *more = self.header[2:].tolist()
         schedule = tuple(more[: Schedule.STATE_WORDS])
         return (
-            read_digest_pair(self.header),
+            read_digest(self.header),
             layout + no_layout == _FULL,
             Agreement(step, bits, schedule, absent < 0),
         )
@@ -213,20 +213,16 @@ class Bucket:
 
 def refusal() -> Tensor:
     """What a rank sends in place of its agreement if it cannot take part."""
-    header = digest_pair(_FULL)
-    header[1] = _FULL  # which is not the complement
-    return header
+    return _header([_FULL, _FULL])  # no number and its complement
 
 
-def digest_pair(number: int) -> Tensor:
-    """A message that says whether all ranks have the same number of 31 bits."""
-    header = torch.zeros(AGREEMENT, dtype=torch.int64, device="cpu")
-    header[0], header[1] = number, _FULL - number
-    return header
+def digest_header(number: int) -> Tensor:
+    """A message that says whether all ranks have the same number of 31 bits, and no more."""
+    return _header(_pair(number))
 
 
-def read_digest_pair(header: Tensor) -> bool:
-    """Whether they have, from the maxima.
+def read_digest(header: Tensor) -> bool:
+    """Whether all ranks have the same first number, from the maxima.
 
     Raises:
         AgreementError: a rank has sent a refusal.
@@ -235,6 +231,16 @@ def read_digest_pair(header: Tensor) -> bool:
     if number == complement == _FULL:
         raise AgreementError(REFUSED)
     return bool(number + complement == _FULL)
+
+
+def _pair(number: int) -> list[int]:
+    return [number, _FULL - number]
+
+
+def _header(numbers: list[int]) -> Tensor:
+    message = torch.empty(AGREEMENT, dtype=torch.int64, device="cpu")
+    _write(message, numbers, AGREEMENT)
+    return message
 
 
 def _write(message: Tensor, header: list[int], length: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_gqsgd.agreement import refuse
 from hvd_gqsgd.checks import check_choice, check_int
-from hvd_gqsgd.names import is_compressible
+from hvd_gqsgd.names import check_device, is_compressible
 from hvd_gqsgd.namespace import Namespace
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.pipeline import Pipeline
@@ -173,12 +173,11 @@ def _of_mpi(comm: MPI.Comm) -> _Endpoint:
 
     from hvd_gqsgd.transports.mpi import MpiTransport
 
-    transport = MpiTransport(comm)  # whose checks come before a look at the attributes
     if not _mpi_keyval:
         _mpi_keyval.append(MPI.Comm.Create_keyval())  # not copied by Dup
-    endpoint = comm.Get_attr(_mpi_keyval[0])
+    endpoint = comm.Get_attr(_mpi_keyval[0]) if comm != MPI.COMM_NULL else None
     if endpoint is None:
-        endpoint = _Endpoint(transport)
+        endpoint = _Endpoint(MpiTransport(comm))
         comm.Set_attr(_mpi_keyval[0], endpoint)
     assert isinstance(endpoint, _Endpoint)
     return endpoint
@@ -207,8 +206,7 @@ def _check(x: Tensor, out: Tensor | None) -> None:
             f"x must be dense and float16, bfloat16, float32 or float64, got {x.dtype}"
             + (f" of layout {x.layout}" if x.layout != torch.strided else "")
         )
-    if x.device.type != "cpu":
-        raise NotImplementedError(f"x is on {x.device}; this build has kernels for: cpu")
+    check_device("x is", x)
     if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
             f"out must be like x, {tuple(x.shape)} of {x.dtype} on {x.device}, got "

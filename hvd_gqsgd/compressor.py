@@ -21,13 +21,14 @@ from hvd_gqsgd.buckets import Contribution, everyone
 from hvd_gqsgd.ddp import DDPState
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges import ORDER
-from hvd_gqsgd.names import ParameterNames, is_compressible
+from hvd_gqsgd.names import ParameterNames, check_device, is_compressible
 from hvd_gqsgd.namespace import Namespace
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.pipeline import Pipeline, Ticket
 from hvd_gqsgd.probe import PROBE_BYTES, Reading, make_probe
 from hvd_gqsgd.schedule import DynamicBits
 from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.steps import Steps
 
 try:
     from horovod.torch.compression import Compressor
@@ -184,10 +185,7 @@ class GlobalQSGD(Compressor):
             self._stats.tensors_bypassed += 1
             self._stats.bypassed_bytes += _nbytes(tensor)
             return tensor, None
-        if tensor.device.type != "cpu":
-            raise NotImplementedError(
-                f"GlobalQSGD got a tensor on {tensor.device}; this build has kernels for: cpu"
-            )
+        check_device("GlobalQSGD got a tensor", tensor)
         if self._pipeline is None:
             self._pipeline = self._start()
         name = self._names.find(tensor) if self._names is not None else None
@@ -267,7 +265,7 @@ class GlobalQSGD(Compressor):
         Plain numbers. All ranks have the same; it is enough to save that of one.
         """
         if self._pipeline is None:
-            state = self._state or Pipeline(self.options, self._transport).state_dict()
+            state = self._state or Steps(self.options.bits).state_dict()
             return copy.deepcopy(state)
         return self._pipeline.state_dict()
 
@@ -282,7 +280,7 @@ class GlobalQSGD(Compressor):
             ValueError: it is the state of something else.
             RuntimeError: gradients are in flight.
         """
-        Pipeline(self.options, self._transport).load_state_dict(state)  # raises here, not later
+        Steps(self.options.bits).load_state_dict(state)  # raises here, not later
         if self._pipeline is not None:
             self._pipeline.load_state_dict(state)
         self._state = copy.deepcopy(state)

@@ -19,7 +19,7 @@ from hvd_gqsgd.agreement import check, refuse
 from hvd_gqsgd.buckets import refusal
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.exchanges import make_exchange
-from hvd_gqsgd.names import is_compressible
+from hvd_gqsgd.names import check_device, is_compressible
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.pipeline import Pipeline, Ticket
 from hvd_gqsgd.stats import Stats
@@ -63,6 +63,7 @@ class DDPState:
         self._stats = stats or Stats()
         self._pipeline = Pipeline(options, self._transport, stats=self._stats, ahead=True)
         self._min_numel = options.min_numel
+        self._share = 1 / plain.size
         # Held by whoever works on the pipeline: the thread of the backward pass, or one of the
         # process group's. Reentrant, as a collective may be done by the time it was started.
         self._lock = threading.RLock()
@@ -78,10 +79,7 @@ class DDPState:
             NotImplementedError: it is on a device for which there are no kernels.
         """
         self._stats.tensors += 1
-        if buffer.device.type != "cpu":
-            raise NotImplementedError(
-                f"GlobalQSGD got a bucket on {buffer.device}; this build has kernels for: cpu"
-            )
+        check_device("GlobalQSGD got a bucket", buffer)
         with self._lock:
             if first:
                 self._failed = False
@@ -95,8 +93,7 @@ class DDPState:
                 self._transport.max_async(refusal(), "header")
                 future.set_result(RuntimeError("an earlier bucket of this step has failed"))
                 return averaged
-            scale = 1 / self._transport.size
-            ticket = self._pipeline.submit(buffer, scale=scale, out=buffer)
+            ticket = self._pipeline.submit(buffer, scale=self._share, out=buffer)
             self._waiting.append(_Waiting(ticket, buffer, future))
             self._pipeline.flush()
         self._progress()
@@ -125,7 +122,7 @@ class DDPState:
             buffer.div_(self._transport.size), group=self._transport.group, async_op=True
         )
         assert work is not None
-        future: Future[Tensor] = work.get_future().then(lambda done: _first(done.value(), buffer))
+        future: Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return future
 
     def _progress(self) -> None:
@@ -152,7 +149,7 @@ class DDPState:
                 first = self._waiting[0]
                 if self._pipeline.poll(first.ticket) is None:
                     break
-                self._pipeline.decode(first.ticket, 1 / self._transport.size)
+                self._pipeline.decode(first.ticket, self._share)
                 finished.append((self._waiting.pop(0), None))
         except Exception as error:
             self._failed = True
@@ -185,8 +182,4 @@ def _outcome(done: Future[Exception | None], buffer: Tensor) -> Tensor:
     error = done.value()
     if error is not None:
         raise error
-    return buffer
-
-
-def _first(_: object, buffer: Tensor) -> Tensor:
     return buffer

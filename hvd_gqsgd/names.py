@@ -11,7 +11,7 @@ from hvd_gqsgd.buckets import kind_of
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.plan import BucketPlan
 
-__all__ = ["ParameterNames"]
+__all__ = ["ParameterNames", "check_device", "is_compressible"]
 
 
 class ParameterNames:
@@ -68,6 +68,16 @@ class ParameterNames:
             ),
             options.bucket_bytes,
         )
+
+
+def check_device(what: str, tensor: Tensor) -> None:
+    """That there are kernels for the device of a tensor; ``what`` begins the message.
+
+    Raises:
+        NotImplementedError: there are none.
+    """
+    if tensor.device.type != "cpu":
+        raise NotImplementedError(f"{what} on {tensor.device}; this build has kernels for: cpu")
 
 
 def is_compressible(dtype: torch.dtype) -> bool:

@@ -18,7 +18,7 @@ __all__ = ["Steps"]
 class Steps:
     """Counts steps, and chooses the width of each from the gradients of the ones before."""
 
-    def __init__(self, bits: int | DynamicBits, step: int) -> None:
+    def __init__(self, bits: int | DynamicBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
         self._squared_norms: list[float] = []  # of the tensors decoded in this step

@@ -24,6 +24,7 @@ using gqsgd::dtype_of;
 using gqsgd::grain;
 using gqsgd::Kernels;
 using gqsgd::Layout;
+using gqsgd::layout_of;
 using gqsgd::MeansLayout;
 
 std::vector<const Kernels*> kernel_tables() {
@@ -48,13 +49,6 @@ DType arithmetic_of(const Tensor& norms) {
 void check_geometry(const Tensor& x, int64_t block_size) {
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
   TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
-}
-
-Layout layout_of(int64_t numel, int64_t block_size, int64_t bits) {
-  TORCH_CHECK_VALUE(numel >= 0, "numel must be at least 0, got ", numel);
-  TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
-  TORCH_CHECK_VALUE(bits >= 2 && bits <= 16, "bits must be from 2 to 16, got ", bits);
-  return {numel, block_size, gqsgd::lanes_per_word(static_cast<int>(bits))};
 }
 
 at::ScalarType word_dtype(int64_t bits) {
@@ -146,13 +140,13 @@ void quantize(const Tensor& x, const Tensor& norms, Tensor words, int64_t block_
                     world_size);
   const Layout layout = layout_of(x.numel(), block_size, bits);
   const CodeArgs args = code_args(x, norms, words, layout, bits, levels);
-  const uint64_t key = gqsgd::dither_key(seed, step, tensor_id, correlated ? 0 : 1 + rank);
-  const uint32_t offset = correlated ? gqsgd::rank_offset(static_cast<uint32_t>(rank),
-                                                          static_cast<uint32_t>(world_size))
-                                     : 0;
+  const gqsgd::RankDither dither =
+      gqsgd::rank_dither(seed, step, tensor_id, static_cast<uint32_t>(rank),
+                         static_cast<uint32_t>(world_size), correlated);
   const Kernels* kernels = active_kernels();
   at::parallel_for(0, layout.tiles(), grain(gqsgd::kTile), [&](int64_t begin, int64_t end) {
-    kernels->quantize(args, x.const_data_ptr(), key, offset, words.mutable_data_ptr(), begin, end);
+    kernels->quantize(args, x.const_data_ptr(), dither.key, dither.offset, words.mutable_data_ptr(),
+                      begin, end);
   });
 }
 

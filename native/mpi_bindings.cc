@@ -33,11 +33,10 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
   constexpr int64_t kMostChunk = int64_t{1} << 28;  // MPI counts in ints
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
   gqsgd::check_buffer(out, "out", x.scalar_type(), x.numel());
-  TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
-  TORCH_CHECK_VALUE(bits >= 2 && bits <= 16, "bits must be from 2 to 16, got ", bits);
+  const gqsgd::Layout layout = gqsgd::layout_of(x.numel(), block_size, bits);
   TORCH_CHECK_VALUE(chunk >= 1 && chunk <= kMostChunk, "chunk must be from 1 to ", kMostChunk,
                     " elements, got ", chunk);
-  TORCH_CHECK_VALUE(x.numel() / block_size < INT32_MAX, "at most ", INT32_MAX,
+  TORCH_CHECK_VALUE(layout.numel / layout.block < INT32_MAX, "at most ", INT32_MAX,
                     " norms can be exchanged, got a tensor of ", x.numel(),
                     " elements in blocks of ", block_size);
 
@@ -55,7 +54,7 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
   gqsgd::Reduction reduction{
       kernels(),
       parallel_for,
-      {gqsgd::dtype_of(x, "the tensor"), x.numel(), block_size, static_cast<int>(bits),
+      {gqsgd::dtype_of(x, "the tensor"), layout.numel, layout.block, static_cast<int>(bits),
        static_cast<int32_t>(levels), nullptr},
       x.const_data_ptr(),
       out.mutable_data_ptr(),

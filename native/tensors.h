@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "cpu/kernels.h"
+#include "gqsgd/lanes.h"
 
 namespace gqsgd {
 
@@ -39,6 +40,13 @@ inline void check_buffer(const Tensor& buffer, const char* role, at::ScalarType 
 // About a quarter of a megabyte of float32 for each thread at the least.
 inline int64_t grain(int64_t elements_each) {
   return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, elements_each));
+}
+
+inline Layout layout_of(int64_t numel, int64_t block_size, int64_t bits) {
+  TORCH_CHECK_VALUE(numel >= 0, "numel must be at least 0, got ", numel);
+  TORCH_CHECK_VALUE(block_size >= 1, "block_size must be at least 1, got ", block_size);
+  TORCH_CHECK_VALUE(bits >= 2 && bits <= 16, "bits must be from 2 to 16, got ", bits);
+  return {numel, block_size, lanes_per_word(static_cast<int>(bits))};
 }
 
 // Numbers of ranks whose linear codes fit into lanes: 2^bits - 1 over the codes that each one has.

@@ -45,12 +45,9 @@ inline void reduce_norms(const Reduction& r, const Group& group, MpiMemory& norm
 // Codes of tiles [begin, end) to `words`, the words of the whole tensor.
 inline void quantize(const Reduction& r, const CodeArgs& args, const Group& group, void* words,
                      int64_t begin, int64_t end) {
-  const uint64_t stream = r.correlated ? 0 : 1 + static_cast<uint64_t>(group.rank);
-  const uint32_t offset = r.correlated ? rank_offset(static_cast<uint32_t>(group.rank),
-                                                     static_cast<uint32_t>(group.size))
-                                       : 0;
-  const uint64_t key = dither_key(r.seed, r.step, r.tensor, stream);
-  r.kernels->quantize(args, r.x, key, offset, words, begin, end);
+  const RankDither dither = rank_dither(r.seed, r.step, r.tensor, static_cast<uint32_t>(group.rank),
+                                        static_cast<uint32_t>(group.size), r.correlated);
+  r.kernels->quantize(args, r.x, dither.key, dither.offset, words, begin, end);
 }
 
 }  // namespace gqsgd

@@ -53,4 +53,15 @@ GQSGD_INLINE uint32_t rank_offset(uint32_t rank, uint32_t world_size) {
   return static_cast<uint32_t>((static_cast<uint64_t>(rank) << 32) / world_size);
 }
 
+// What one rank draws its dither from: that of an element is dither_bits() plus `offset`.
+struct RankDither {
+  uint64_t key;
+  uint32_t offset;
+};
+GQSGD_INLINE RankDither rank_dither(uint64_t seed, uint64_t step, uint64_t tensor, uint32_t rank,
+                                    uint32_t world_size, bool correlated) {
+  if (correlated) return {dither_key(seed, step, tensor, 0), rank_offset(rank, world_size)};
+  return {dither_key(seed, step, tensor, 1 + uint64_t{rank}), 0};
+}
+
 }  // namespace gqsgd
