@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hvd_gqsgd import ops
 from hvd_gqsgd.buckets import kind_of
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.plan import BucketPlan
@@ -76,8 +77,10 @@ def check_device(what: str, tensor: Tensor) -> None:
     Raises:
         NotImplementedError: there are none.
     """
-    if tensor.device.type != "cpu":
-        raise NotImplementedError(f"{what} on {tensor.device}; this build has kernels for: cpu")
+    if tensor.device.type not in ops.devices():
+        raise NotImplementedError(
+            f"{what} on {tensor.device}; this build has kernels for: {', '.join(ops.devices())}"
+        )
 
 
 def is_compressible(dtype: torch.dtype) -> bool:

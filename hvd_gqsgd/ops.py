@@ -1,17 +1,21 @@
 """The native kernels as torch ops: schemas, fake kernels, and the loading of the library.
 
-The ops write into buffers that the caller owns and reuses. Norms are ``int32`` (the bits of a
-float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block. Words are
-``int32`` where the lane width divides 32 and ``int64`` otherwise; ``native/include/gqsgd/lanes.h``
-has the layout. All of them release the GIL while they run.
+The ops write into buffers that the caller owns and reuses, all on one device. Norms are ``int32``
+(the bits of a float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block.
+Words are ``int32`` where the lane width divides 32 and ``int64`` otherwise;
+``native/include/gqsgd/lanes.h`` has the layout. All of them release the GIL while they run. On a
+GPU they are enqueued on the current stream and return at once.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 __all__ = [
     "block_max",
@@ -19,6 +23,7 @@ __all__ = [
     "combine",
     "dequantize",
     "dequantize_means",
+    "devices",
     "instruction_set",
     "instruction_sets",
     "l2_norms",
@@ -38,6 +43,8 @@ __all__ = [
 ]
 
 TILE = 1024  # elements that are packed together: kTile of native/include/gqsgd/lanes.h
+
+_log = logging.getLogger("hvd_gqsgd")
 
 _library = torch.library.Library("hvd_gqsgd", "DEF")
 
@@ -61,7 +68,7 @@ _library.define(
     "int levels, int first, int last, float scale) -> ()"
 )
 _library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
-_library.define("sum_of_squares(Tensor x) -> float")
+_library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
 _library.define("storage_use_count(Tensor tensor) -> int")
 _library.define("kernel_table() -> int")
 _library.define("instruction_sets() -> str[]")
@@ -70,7 +77,7 @@ _library.define("use_instruction_set(str name) -> ()")
 
 for _name in (
     "block_max", "quantize", "dequantize", "block_squares", "l2_norms", "requantize",
-    "dequantize_means", "combine",
+    "dequantize_means", "combine", "sum_of_squares",
 ):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
@@ -90,6 +97,26 @@ if _file is None:
     )
 torch.ops.load_library(_file)
 _ops = torch.ops.hvd_gqsgd
+
+
+@functools.cache
+def devices() -> tuple[str, ...]:
+    """Types of the devices that there are kernels for; this does not initialize CUDA."""
+    file = library_file("_cuda")
+    if file is None:
+        return ("cpu",)
+    try:
+        torch.ops.load_library(file)
+    except OSError as error:
+        _log.warning(
+            "the kernels for GPUs cannot be loaded; build hvd_gqsgd again with this torch: %s",
+            error.__cause__ or error,
+        )
+        return ("cpu",)
+    return ("cpu", "cuda")
+
+
+devices()
 
 block_max = _ops.block_max.default
 """``block_max(x, block_size, norms)``: largest magnitude of each block of consecutive elements.
@@ -140,9 +167,6 @@ combine = _ops.combine.default
 codes that stand for the sum of both on average, where no sum exceeds the largest level.
 """
 
-sum_of_squares = _ops.sum_of_squares.default
-"""``sum_of_squares(x) -> float``: in double, the same to the bit on every machine."""
-
 storage_use_count = _ops.storage_use_count.default
 """``storage_use_count(tensor) -> int``: how many tensors share this one's memory, with itself."""
 
@@ -154,6 +178,14 @@ instruction_set = _ops.instruction_set.default
 
 use_instruction_set = _ops.use_instruction_set.default
 """``use_instruction_set(name)``: for tests and benchmarks; results are the same bits with each."""
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of a contiguous tensor; in float64, of no dimensions, on its device; the same to the bit on
+    every machine."""
+    total = torch.empty((), dtype=torch.float64, device=x.device)
+    _ops.sum_of_squares.default(x, total)
+    return total
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd import ops
@@ -21,7 +23,8 @@ class Steps:
     def __init__(self, bits: int | DynamicBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
-        self._squared_norms: list[float] = []  # of the tensors decoded in this step
+        # Of the tensors decoded in this step; on a GPU not waited for before the next one.
+        self._squared_norms: list[Tensor] = []
         self.bits = 0
         """Width of the step's lanes, as the ranks have settled on."""
 
@@ -50,7 +53,7 @@ class Steps:
     def learn(self) -> None:
         """Ends a step of which all parts were decoded."""
         if self._squared_norms:
-            self._schedule.update(self.bits, math.fsum(self._squared_norms))
+            self._schedule.update(self.bits, math.fsum(_numbers(self._squared_norms)))
             self.forget()
 
     def forget(self) -> None:
@@ -75,3 +78,11 @@ class Steps:
         self._schedule.load_state_dict(state["schedule"])
         self.forget()
         self._next_step = state["step"]
+
+
+def _numbers(scalars: list[Tensor]) -> list[float]:
+    """All of one device at once."""
+    on: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+    for scalar in scalars:
+        on[scalar.device].append(scalar)
+    return [number for each in on.values() for number in torch.stack(each).tolist()]

@@ -32,7 +32,7 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
                    double scale, int64_t chunk) {
   constexpr int64_t kMostChunk = int64_t{1} << 28;  // MPI counts in ints
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
-  gqsgd::check_buffer(out, "out", x.scalar_type(), x.numel());
+  gqsgd::check_buffer(out, "out", x.scalar_type(), x.numel(), x.device());
   const gqsgd::Layout layout = gqsgd::layout_of(x.numel(), block_size, bits);
   TORCH_CHECK_VALUE(chunk >= 1 && chunk <= kMostChunk, "chunk must be from 1 to ", kMostChunk,
                     " elements, got ", chunk);

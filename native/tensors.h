@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "cpu/kernels.h"
+#include "gqsgd/args.h"
 #include "gqsgd/lanes.h"
 
 namespace gqsgd {
@@ -29,12 +29,14 @@ inline DType dtype_of(const Tensor& x, const char* role) {
 }
 
 inline void check_buffer(const Tensor& buffer, const char* role, at::ScalarType dtype,
-                         int64_t numel) {
+                         int64_t numel, at::Device device) {
   TORCH_CHECK_TYPE(buffer.scalar_type() == dtype, role, " must be ", dtype, ", got ",
                    buffer.scalar_type());
   TORCH_CHECK_VALUE(buffer.is_contiguous(), role, " must be contiguous");
   TORCH_CHECK_VALUE(buffer.numel() == numel, role, " must have ", numel, " elements, got ",
                     buffer.numel());
+  TORCH_CHECK_VALUE(buffer.device() == device, role, " must be on ", device, ", got one on ",
+                    buffer.device());
 }
 
 // About a quarter of a megabyte of float32 for each thread at the least.

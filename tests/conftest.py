@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from hvd_gqsgd import ops
+
 LAUNCHED = bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
 
 collect_ignore = [] if LAUNCHED else ["ranks"]
@@ -22,6 +24,18 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     from hvd_gqsgd import build_info
 
     return [f"hvd_gqsgd: {build_info()}"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs a GPU, or CUDA in this build, where there is none."""
+    missing = None
+    if not torch.cuda.is_available():
+        missing = "there is no GPU that PyTorch can use"
+    elif "cuda" not in ops.devices():
+        missing = "hvd_gqsgd was built without CUDA"
+    for item in items:
+        if missing and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=missing))
 
 
 @pytest.fixture

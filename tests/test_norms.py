@@ -104,7 +104,7 @@ def test_sum_of_squares(dtype: torch.dtype, thread_count: Callable[[int], None])
         for isa, threads in itertools.product(ops.instruction_sets(), (1, 4)):
             thread_count(threads)
             with instruction_set(isa):
-                results.add(ops.sum_of_squares(x))
+                results.add(ops.sum_of_squares(x).item())
         assert len(results) == 1
         assert results.pop() == pytest.approx((x.double().numpy() ** 2).sum(), rel=1e-13)
     assert ops.sum_of_squares(torch.full((3, 5), 100, dtype=dtype)) == 15 * 100**2

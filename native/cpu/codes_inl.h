@@ -1,66 +1,12 @@
 // Codes to lanes and back, a tile at a time. Included by kernels_inl.h alone.
 #pragma once
 
-#include "gqsgd/dtypes.h"
-#include "gqsgd/exponential.h"
+#include "gqsgd/codes.h"
 #include "gqsgd/hash.h"
-#include "gqsgd/lanes.h"
-#include "gqsgd/linear.h"
 #include "kernels.h"
 
 namespace gqsgd {
 namespace {
-
-// The two ditherings, as the loops below see them: `grid` for a norm, `encode` for one element,
-// `decode` for the contents of one lane that holds a single rank's code. A sum of n decoded codes
-// times ratio(n) is a mean, as a share of the norm.
-template <class Real>
-struct LinearCode {
-  using Sum = int32_t;
-  int bits;
-  int32_t levels;
-  int fraction;
-  bool unsigned_words;
-
-  explicit LinearCode(const CodeArgs& args)
-      : bits(args.bits),
-        levels(args.levels),
-        fraction(fraction_bits(args.levels)),
-        unsigned_words(args.unsigned_words) {}
-  GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels, unsigned_words); }
-  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, levels, fraction); }
-  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
-    return quantize_element(x, grid, levels, fraction, dither);
-  }
-  // No more than the bits of a code count, whatever a word from another rank has above them: sums
-  // of what this gives must not overflow.
-  template <class Word>
-  GQSGD_MEMBER Sum decode(Word word, int shift, bool top) const {
-    const uint32_t lane = static_cast<uint32_t>(word >> shift) << (32 - bits);
-    return top ? static_cast<Sum>(lane) >> (32 - bits)
-               : static_cast<Sum>(lane >> (32 - bits)) - levels;
-  }
-  double ratio(double factor) const { return factor / levels; }
-};
-
-template <class Real, int kBits>
-struct ExponentialCode {
-  using Sum = Real;
-  float share;
-
-  explicit ExponentialCode(const CodeArgs& args) : share(power_of_two(-args.headroom)) {}
-  GQSGD_MEMBER uint64_t bias() const { return 0; }
-  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, 1, 0); }
-  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
-    const float place = static_cast<float>((x * grid.pre) * grid.scale);
-    return static_cast<int32_t>(exponential_code<kBits>(place * share, dither));
-  }
-  template <class Word>
-  GQSGD_MEMBER Sum decode(Word word, int shift, bool) const {
-    return exponential_level<kBits>(static_cast<uint32_t>(word >> shift));
-  }
-  double ratio(double factor) const { return factor; }
-};
 
 // Every lane of a tile in turn: f(lane's first element, how many, shift, whether it is the top
 // one).
@@ -124,52 +70,25 @@ GQSGD_INLINE void decode_tiles(const CodeArgs& args, const Layout& layout, T* ou
   }
 }
 
-template <class T, class Word>
-void dequantize_sums(const CodeArgs& args, const Word* words, int64_t contributors, double scale,
-                     T* out, int64_t begin, int64_t end) {
+template <class T, class Word, class Sums>
+void dequantize(const CodeArgs& args, const Sums sums, const Word* words, T* out, int64_t begin,
+                int64_t end) {
   using Real = typename Traits<T>::Real;
-  using Signed = typename std::make_signed<Word>::type;
   const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
-  const Word mask = (Word{1} << args.bits) - 1;
-  const int32_t bias = static_cast<int32_t>(contributors * args.levels);
-  const Real ratio = static_cast<Real>(scale / args.levels);
 
   decode_tiles(args, layout, out, begin, end, [&](int64_t, const Layout::Tile& tile, Real norm) {
     const Word* __restrict in = words + tile.word;
-    for_each_lane(
-        tile.size, tile.words, layout.lanes, args.bits,
-        [&](int64_t first, int64_t count, int shift, bool top) {
-          T* __restrict to = out + tile.begin + first;
-          if (top && !args.unsigned_words) {  // it is signed and has no bias
-            for (int64_t j = 0; j < count; ++j) {
-              const int32_t code_sum = static_cast<int32_t>(static_cast<Signed>(in[j]) >> shift);
-              store(to + j, dequantize_element(code_sum, ratio, norm));
-            }
-          } else {
-            for (int64_t j = 0; j < count; ++j) {
-              const int32_t code_sum = static_cast<int32_t>((in[j] >> shift) & mask) - bias;
-              store(to + j, dequantize_element(code_sum, ratio, norm));
-            }
-          }
-        });
-  });
-}
-
-template <int kBits, class T>
-void dequantize_combined(const CodeArgs& args, const uint32_t* words, double scale, T* out,
-                         int64_t begin, int64_t end) {
-  using Real = typename Traits<T>::Real;
-  const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
-  const Real ratio = static_cast<Real>(scale * power_of_two(args.headroom));
-
-  decode_tiles(args, layout, out, begin, end, [&](int64_t, const Layout::Tile& tile, Real norm) {
-    const uint32_t* __restrict in = words + tile.word;
     for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
-                  [&](int64_t first, int64_t count, int shift, bool) {
+                  [&](int64_t first, int64_t count, int shift, bool top) {
                     T* __restrict to = out + tile.begin + first;
-                    for (int64_t j = 0; j < count; ++j) {
-                      const Real level = exponential_level<kBits>(in[j] >> shift);
-                      store(to + j, (level * ratio) * norm);
+                    if (sums.is_signed(top)) {
+                      for (int64_t j = 0; j < count; ++j) {
+                        store(to + j, sums.decode_signed(in[j], shift, norm));
+                      }
+                    } else {
+                      for (int64_t j = 0; j < count; ++j) {
+                        store(to + j, sums.decode_biased(in[j], shift, norm));
+                      }
                     }
                   });
   });

@@ -10,41 +10,6 @@
 namespace gqsgd {
 namespace {
 
-template <class F>
-void with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return f(float{});
-    case DType::kFloat64:
-      return f(double{});
-    case DType::kFloat16:
-      return f(Half{});
-    case DType::kBFloat16:
-      return f(BFloat16{});
-  }
-}
-
-template <class F>
-void with_word(int bits, F f) {
-  if (fits_int32(bits)) {
-    f(uint32_t{});
-  } else {
-    f(uint64_t{});
-  }
-}
-
-// f(a code, a word of the type that its lanes are packed in)
-template <class Real, class F>
-void with_code(const CodeArgs& args, F f) {
-  if (args.levels > 0) {
-    with_word(args.bits, [&](auto word) { f(LinearCode<Real>(args), word); });
-  } else if (args.bits == 8) {
-    f(ExponentialCode<Real, 8>(args), uint32_t{});
-  } else {
-    f(ExponentialCode<Real, 4>(args), uint32_t{});
-  }
-}
-
 void block_max_any(DType dtype, const void* x, int64_t numel, int64_t block, void* norms,
                    int64_t begin, int64_t end) {
   with_type(dtype, [&](auto type) {
@@ -62,11 +27,10 @@ void block_squares_any(const CodeArgs& args, const void* x, int64_t* squares, in
 }
 
 void l2_norms_any(DType dtype, void* norms, const int64_t* squares, int64_t begin, int64_t end) {
-  if (dtype == DType::kFloat64) {
-    l2_norms<double>(static_cast<int64_t*>(norms), squares, begin, end);
-  } else {
-    l2_norms<float>(static_cast<int32_t*>(norms), squares, begin, end);
-  }
+  with_real(dtype, [&](auto real) {
+    using Real = decltype(real);
+    l2_norms<Real>(static_cast<typename Traits<Real>::Norm*>(norms), squares, begin, end);
+  });
 }
 
 void quantize_any(const CodeArgs& args, const void* x, uint64_t key, uint32_t offset, void* words,
@@ -83,15 +47,10 @@ void quantize_any(const CodeArgs& args, const void* x, uint64_t key, uint32_t of
 void dequantize_any(const CodeArgs& args, const void* words, int64_t contributors, double scale,
                     void* out, int64_t begin, int64_t end) {
   with_type(args.dtype, [&](auto type) {
-    auto* to = static_cast<decltype(type)*>(out);
-    if (args.levels == 0) {
-      const auto run = args.bits == 8 ? dequantize_combined<8, decltype(type)>
-                                      : dequantize_combined<4, decltype(type)>;
-      return run(args, static_cast<const uint32_t*>(words), scale, to, begin, end);
-    }
-    with_word(args.bits, [&](auto word) {
-      dequantize_sums(args, static_cast<const decltype(word)*>(words), contributors, scale, to,
-                      begin, end);
+    using T = decltype(type);
+    with_sums<typename Traits<T>::Real>(args, contributors, scale, [&](auto sums, auto word) {
+      dequantize(args, sums, static_cast<const decltype(word)*>(words), static_cast<T*>(out), begin,
+                 end);
     });
   });
 }
@@ -103,18 +62,13 @@ void combine_any(int bits, const void* from, void* to, uint64_t key, int64_t byt
 
 void requantize_any(const CodeArgs& args, const Received& received, uint64_t key, void* means,
                     int64_t first, int64_t begin, int64_t end) {
-  const auto run = [&](auto real) {
+  with_real(args.dtype, [&](auto real) {
     using Real = decltype(real);
     with_code<Real>(args, [&](auto code, auto word) {
       requantize<Real, decltype(word)>(args, code, received, key,
                                        static_cast<unsigned char*>(means), first, begin, end);
     });
-  };
-  if (args.dtype == DType::kFloat64) {
-    run(double{});
-  } else {
-    run(float{});
-  }
+  });
 }
 
 void dequantize_means_any(const CodeArgs& args, const void* means, double scale, void* out,

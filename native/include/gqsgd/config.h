@@ -28,7 +28,12 @@ GQSGD_INLINE To bit_cast(From from) {
 GQSGD_INLINE float power_of_two(int exponent) { return bit_cast<float>((exponent + 127) << 23); }
 
 // Correctly rounded, as IEEE 754 has it, so the same everywhere.
+#if defined(__CUDA_ARCH__)
+GQSGD_INLINE float square_root(float x) { return __fsqrt_rn(x); }
+GQSGD_INLINE double square_root(double x) { return __dsqrt_rn(x); }
+#else
 GQSGD_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 GQSGD_INLINE double square_root(double x) { return __builtin_sqrt(x); }
+#endif
 
 }  // namespace gqsgd

@@ -21,6 +21,19 @@ namespace gqsgd {
 
 constexpr int64_t kTile = 1024;
 
+template <class Word>
+struct Signed;
+template <>
+struct Signed<uint32_t> {
+  using type = int32_t;
+};
+template <>
+struct Signed<uint64_t> {
+  using type = int64_t;
+};
+template <class Word>
+using SignedOf = typename Signed<Word>::type;
+
 // For a >= 0, b >= 1; a + b - 1 could overflow.
 GQSGD_INLINE int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
@@ -39,6 +52,16 @@ GQSGD_INLINE uint64_t lane_bias(int bits, int32_t levels, bool unsigned_words) {
 // Where the tiles of a tensor lie. Tiles are numbered through the tensor, block by block.
 struct Layout {
   int64_t numel, block, lanes;
+  // Of a full block, and of its tiles but the last one. Divided here, and not for every tile.
+  int64_t block_tiles, block_words, tile_words;
+
+  GQSGD_MEMBER Layout(int64_t numel, int64_t block, int64_t lanes)
+      : numel(numel),
+        block(block),
+        lanes(lanes),
+        block_tiles(ceil_div(block, kTile)),
+        block_words(words_of(block, lanes)),
+        tile_words(ceil_div(block < kTile ? block : kTile, lanes)) {}
 
   GQSGD_INLINE int64_t words_of(int64_t elements, int64_t lanes) {
     return (elements / kTile) * ceil_div(kTile, lanes) + ceil_div(elements % kTile, lanes);
@@ -47,21 +70,30 @@ struct Layout {
     int64_t block, begin, size, word, words;  // begin: first element; word: first word
   };
   GQSGD_MEMBER int64_t blocks() const { return ceil_div(numel, block); }
-  GQSGD_MEMBER int64_t tiles_per_block() const { return ceil_div(block, kTile); }
-  GQSGD_MEMBER int64_t tiles() const {
-    return (numel / block) * tiles_per_block() + ceil_div(numel % block, kTile);
+  GQSGD_MEMBER int64_t tiles() const { return tiles_before(blocks()); }
+  // How many tiles the first blocks have.
+  GQSGD_MEMBER int64_t tiles_before(int64_t blocks) const {
+    return blocks * block <= numel ? blocks * block_tiles
+                                   : (blocks - 1) * block_tiles + ceil_div(numel % block, kTile);
   }
   GQSGD_MEMBER int64_t words() const {
-    return (numel / block) * words_of(block, lanes) + words_of(numel % block, lanes);
+    return (numel / block) * block_words + words_of(numel % block, lanes);
+  }
+  // How many elements the largest tile has.
+  GQSGD_MEMBER int64_t largest_tile() const {
+    const int64_t most = block < numel ? block : numel;
+    return most < kTile ? most : kTile;
   }
   GQSGD_MEMBER Tile tile(int64_t index) const {
-    const int64_t block_index = index / tiles_per_block(), inside = index % tiles_per_block();
-    const int64_t left = numel - block_index * block;
-    const int64_t block_size = left < block ? left : block;
-    const int64_t size = block_size - inside * kTile < kTile ? block_size - inside * kTile : kTile;
-    return {block_index, block_index * block + inside * kTile, size,
-            block_index * words_of(block, lanes) + inside * ceil_div(kTile, lanes),
-            ceil_div(size, lanes)};
+    const int64_t block_index = block_tiles == 1 ? index : index / block_tiles;
+    const int64_t inside = index - block_index * block_tiles;
+    const int64_t first = inside * kTile, left = numel - block_index * block - first;
+    const int64_t rest = block - first < kTile ? block - first : kTile;
+    const int64_t size = left < rest ? left : rest;
+    const bool full = size == (block < kTile ? block : kTile);
+    return {block_index, block_index * block + first, size,
+            block_index * block_words + inside * tile_words,
+            full ? tile_words : ceil_div(size, lanes)};
   }
   // Where the words of tile `index` begin; for the number of tiles, where the last one's end.
   GQSGD_MEMBER int64_t word(int64_t index) const {
@@ -84,8 +116,8 @@ struct MeansLayout {
   }
   // Where tile `index` begins; for the number of tiles, where the last one ends.
   GQSGD_MEMBER int64_t begin(int64_t index) const {
-    const int64_t block_index = index / layout.tiles_per_block();
-    const int64_t inside = index % layout.tiles_per_block();
+    const int64_t block_index = index / layout.block_tiles;
+    const int64_t inside = index % layout.block_tiles;
     if (index == layout.tiles()) {
       return (layout.numel / layout.block) * units_of(layout.block) +
              units_of(layout.numel % layout.block);

@@ -1,0 +1,168 @@
+// The middle and the end of a two-phase exchange; see cpu/two_phase_inl.h. The means of a tile stay
+// in the registers of one block of threads, a word's each, from the sums to the codes.
+#include "codes.h"
+#include "gqsgd/hash.h"
+#include "kernels.h"
+
+namespace gqsgd {
+namespace {
+
+template <class Real, class Word>
+MeansLayout means_layout(const Layout& layout) {
+  using Norm = typename Traits<Real>::Norm;
+  return {layout, sizeof(Word), sizeof(Norm) > sizeof(Word) ? sizeof(Norm) : sizeof(Word)};
+}
+
+// Over all threads of a block.
+template <class T>
+__device__ __forceinline__ T max_of_threads(T value) {
+  __shared__ T of_warps[kWarp];
+  value = warp_max(value);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
+    value = of_warps[warp] > value ? of_warps[warp] : value;
+  }
+  __syncthreads();  // before somebody writes again
+  return value;
+}
+
+template <int kBits, class Real, class Word, class Code>
+__global__ void requantize_kernel(MeansLayout at, Code code,
+                                  const typename Traits<Real>::Norm* norms, Received received,
+                                  uint64_t key, Real ratio, unsigned char* means,
+                                  int64_t first_tile, int64_t begin, int64_t end) {
+  using Norm = typename Traits<Real>::Norm;
+  using Unit = std::conditional_t<(sizeof(Norm) > sizeof(Word)), Norm, Word>;
+  constexpr int kMostLanes = kBits ? 8 * sizeof(Word) / kBits : 64 / 3;
+  const Layout& layout = at.layout;
+  if (kBits) code.bits = kBits;
+  const int lanes = kBits ? kMostLanes : static_cast<int>(layout.lanes);
+  const Word bias = static_cast<Word>(code.bias());
+  const int64_t first_word = layout.word(first_tile), first_unit = at.begin(first_tile);
+  const int64_t word = threadIdx.x;
+
+  for (int64_t t = begin + blockIdx.x; t < end; t += gridDim.x) {
+    const Layout::Tile tile = layout.tile(t);
+    unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
+    // What holds neither norm nor words is zero.
+    for (int64_t i = threadIdx.x; i < at.units_of_tile(tile.size); i += blockDim.x) {
+      reinterpret_cast<Unit*>(record)[i] = 0;
+    }
+    __syncthreads();
+    if (!is_finite_norm(norms[tile.block])) continue;
+
+    const auto has = [&](int lane) {
+      return lane < lanes && word < tile.words && lane * tile.words + word < tile.size;
+    };
+    typename Code::Sum sum[kMostLanes] = {};
+    const Word* from = static_cast<const Word*>(received.words) + tile.word - first_word + word;
+    // In the order of the ranks: sums of exponential levels are rounded.
+    for (int64_t rank = 0; rank < received.ranks; ++rank, from += received.stride) {
+      const Word in = word < tile.words ? *from : Word{0};
+#pragma unroll
+      for (int lane = 0; lane < kMostLanes; ++lane) {
+        if (has(lane)) sum[lane] += code.decode(in, lane * code.bits, lane + 1 == lanes);
+      }
+    }
+    Real mean[kMostLanes];
+    Norm largest = 0;
+#pragma unroll
+    for (int lane = 0; lane < kMostLanes; ++lane) {
+      mean[lane] = static_cast<Real>(sum[lane]) * ratio;
+      const Norm bits = magnitude(mean[lane]);
+      largest = has(lane) && bits > largest ? bits : largest;
+    }
+    largest = max_of_threads(largest);
+    if (threadIdx.x == 0) *reinterpret_cast<Norm*>(record) = largest;
+    if (word >= tile.words) continue;
+    const Grid<Real> grid = code.grid(bit_cast<Real>(largest));
+    const uint64_t keyed = tile_key(key, static_cast<uint64_t>(t));
+    Word out = bias;
+#pragma unroll
+    for (int lane = 0; lane < kMostLanes; ++lane) {
+      const uint32_t index = static_cast<uint32_t>(lane * tile.words + word);
+      const int32_t c = code.encode(mean[lane], grid, dither_bits(keyed, index));
+      if (has(lane)) out += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
+    }
+    reinterpret_cast<Word*>(record + at.unit)[word] = out;
+  }
+}
+
+template <int kBits, class T, class Word, class Code>
+__global__ void dequantize_means_kernel(MeansLayout at, Code code,
+                                        const typename Traits<T>::Norm* norms,
+                                        const unsigned char* means, typename Traits<T>::Real ratio,
+                                        T* out, int64_t first_tile, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  using Norm = typename Traits<T>::Norm;
+  constexpr int kWords = words_of_thread<T, Word>;
+  const Layout& layout = at.layout;
+  if (kBits) code.bits = kBits;
+  const int64_t first_unit = at.begin(first_tile);
+
+  for_each_run<kWords>(layout, begin, end, [&](int64_t t, const Layout::Tile& tile, int word) {
+    const Norm norm = norms[tile.block];
+    const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
+    const Real share = bit_cast<Real>(*reinterpret_cast<const Norm*>(record));
+    // Records are as long as they need to be, so that their words begin anywhere.
+    const Word* from = reinterpret_cast<const Word*>(record + at.unit) + word;
+    Word in[kWords];
+    load_run(from, tile.words - word, is_aligned(from) && word + kWords <= tile.words, in);
+    T* to = out + tile.begin;
+    if_packed<kWords>(layout, tile, to, static_cast<const Word*>(nullptr), [&](auto packed) {
+      constexpr bool kPacked = decltype(packed)::value;
+      store_lanes<kBits, kPacked>(
+          layout, tile, word, norm, in, to, [&](Word w, int lane, bool top) -> Real {
+            const Real c = static_cast<Real>(code.decode(w, lane * code.bits, top));
+            return ((c * ratio) * share) * bit_cast<Real>(norm);
+          });
+    });
+  });
+}
+
+}  // namespace
+
+void CudaKernels::requantize(const CodeArgs& args, const Received& received, uint64_t key,
+                             void* means, int64_t first, int64_t begin, int64_t end) const {
+  const Layout layout(args.numel, args.block, lanes_per_word(args.bits));
+  const int64_t words = ceil_div(layout.largest_tile(), layout.lanes);
+  const int64_t threads = ceil_div(words, kWarp) * kWarp;
+  with_real(args.dtype, [&](auto real) {
+    using Real = decltype(real);
+    with_code<Real>(args, [&](auto code, auto word) {
+      using Word = decltype(word);
+      with_bits<Word>(code, [&](auto bits) {
+        launch(stream, grid_for(end - begin, 1), dim3(static_cast<unsigned>(threads)),
+               requantize_kernel<decltype(bits)::value, Real, Word, decltype(code)>,
+               means_layout<Real, Word>(layout), code,
+               static_cast<const typename Traits<Real>::Norm*>(args.norms), received, key,
+               static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks))),
+               static_cast<unsigned char*>(means), first, begin, end);
+      });
+    });
+  });
+}
+
+void CudaKernels::dequantize_means(const CodeArgs& args, const void* means, double scale, void* out,
+                                   int64_t first, int64_t begin, int64_t end) const {
+  const Layout layout(args.numel, args.block, lanes_per_word(args.bits));
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    using Real = typename Traits<T>::Real;
+    with_code<Real>(args, [&](auto code, auto word) {
+      using Word = decltype(word);
+      with_bits<Word>(code, [&](auto bits) {
+        const Runs runs = runs_for(layout, words_of_thread<T, Word>, end - begin);
+        launch(stream, runs.grid, runs.threads,
+               dequantize_means_kernel<decltype(bits)::value, T, Word, decltype(code)>,
+               means_layout<Real, Word>(layout), code,
+               static_cast<const typename Traits<T>::Norm*>(args.norms),
+               static_cast<const unsigned char*>(means), static_cast<Real>(code.ratio(scale)),
+               static_cast<T*>(out), first, begin, end);
+      });
+    });
+  });
+}
+
+}  // namespace gqsgd

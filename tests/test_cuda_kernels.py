@@ -1,0 +1,223 @@
+"""The kernels for GPUs give the bits of those for the CPU, and write nowhere else.
+
+They run on a GPU, where there is one, and everywhere on emulated threads; see ``emulated_cuda``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from helpers import DTYPES, TWO_PHASE_CODES, WIDTHS, name, random_place, several, special_values
+from torch import Tensor
+
+from hvd_gqsgd import ops
+from hvd_gqsgd.codecs import levels_for
+
+BLOCKS = [256, 1000, 1024, 1500, 2048, None]
+SIZES = [0, 1, 3, 255, 1025, 4096, 5003]
+# Emulated threads are slow, and small blocks take one or more for each block.
+SHAPES = [*itertools.product(BLOCKS, SIZES), (1, 70), (7, 300), (16, 1024)]
+CODES = [*(("linear", bits) for bits in WIDTHS), ("exponential", 4), ("exponential", 8)]
+MARGIN = 64  # elements around a buffer
+
+
+class Gpu(NamedTuple):
+    """Where the kernels run."""
+
+    ops: Any
+    device: str
+
+
+@pytest.fixture(
+    scope="module", params=["emulated", pytest.param("cuda", marks=pytest.mark.cuda)]
+)  # fmt: skip
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    """A GPU, or what stands in for one."""
+    if request.param == "cuda":
+        return Gpu(torch.ops.hvd_gqsgd, "cuda")
+    from emulated_cuda.build import load
+
+    load(request.config.cache.mkdir("emulated-cuda"))
+    return Gpu(torch.ops.hvd_gqsgd_emulated, "cpu")
+
+
+class Buffer:
+    """Memory on the device, with margins that must stay as they are."""
+
+    def __init__(self, gpu: Gpu, numel: int, dtype: torch.dtype, offset: int = 0) -> None:
+        self._memory = torch.full((numel + 2 * MARGIN,), 77, dtype=dtype, device=gpu.device)
+        self._begin = MARGIN + offset
+        self.view = self._memory[self._begin : self._begin + numel]
+
+    def assert_same(self, expected: Tensor, what: object) -> None:
+        """The bits of a tensor on the CPU, and nothing around them."""
+        assert same_bits(self.view.cpu(), expected), what
+        before, after = self._memory[: self._begin], self._memory[self._begin + len(expected) :]
+        assert (before == 77).all() and (after == 77).all(), what
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN equals itself, and -0.0 differs from 0.0."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.view(integers), b.view(integers))
+
+
+def on_device(gpu: Gpu, x: Tensor, offset: int) -> Tensor:
+    """A copy that begins ``offset`` elements after an aligned address."""
+    memory = torch.empty(x.numel() + offset, dtype=x.dtype, device=gpu.device)
+    return memory[offset:].copy_(x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_norms(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Largest magnitudes, sums of squares and L2 norms."""
+    rng = np.random.default_rng(0)
+    kinds = itertools.cycle(range(5))
+    for block_size, numel in SHAPES:
+        kind = next(kinds)
+        x = several(rng, kind, (1, numel), dtype)[0]
+        block, offset = block_size or max(numel, 1), int(rng.integers(0, 3))
+        what = (block_size, numel, kind, offset)
+        norms = torch.empty(-(-numel // block), dtype=ops.norm_dtype(dtype))
+        squares = torch.empty(norms.numel(), dtype=torch.int64)
+        l2_norms = norms.clone()
+        ops.block_max(x, block, norms)
+        ops.block_squares(x, norms, squares, block)
+        l2_norms.copy_(norms)
+        ops.l2_norms(l2_norms, squares)
+
+        given = on_device(gpu, x, offset)
+        found = Buffer(gpu, norms.numel(), norms.dtype)
+        gpu.ops.block_max(given, block, found.view)
+        found.assert_same(norms, what)
+        sums = Buffer(gpu, norms.numel(), torch.int64)
+        gpu.ops.block_squares(given, found.view, sums.view, block)
+        sums.assert_same(squares, what)
+        gpu.ops.l2_norms(found.view, sums.view)
+        found.assert_same(l2_norms, what)
+
+
+@pytest.mark.parametrize("code", CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_codes(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
+    """Elements to words, and sums of words back."""
+    dither, bits = code
+    rng = np.random.default_rng(bits)
+    kinds = itertools.cycle(range(5))
+    for block_size, numel in SHAPES:
+        ranks = int(rng.integers(1, min(4, 2 ** (bits - 1))))
+        levels = levels_for(bits, ranks) if dither == "linear" else 0
+        kind, offset = next(kinds), int(rng.integers(0, 3))
+        rows = several(rng, kind, (ranks, numel), dtype)
+        block, what = block_size or max(numel, 1), (block_size, numel, ranks, kind, offset)
+        norms = torch.empty(ranks, -(-numel // block), dtype=ops.norm_dtype(dtype))
+        for row, norm in zip(rows, norms, strict=True):
+            ops.block_max(row, block, norm)
+        norms = norms.amax(0)
+        total = torch.zeros(ops.words_for(numel, block, bits), dtype=ops.word_dtype(bits))
+        for rank, x in enumerate(rows):
+            place = random_place(rng, rank, ranks, kind % 2 == 0).values()
+            words = torch.empty_like(total)
+            ops.quantize(x, norms, words, block, bits, levels, *place)
+            found = Buffer(gpu, words.numel(), words.dtype, offset)
+            given = on_device(gpu, x, offset), norms.to(gpu.device)
+            gpu.ops.quantize(*given, found.view, block, bits, levels, *place)
+            found.assert_same(words, what)
+            total += words
+        if dither == "exponential":
+            continue
+        mean = torch.empty(numel, dtype=dtype)
+        ops.dequantize(total, norms, mean, block, bits, levels, ranks, 1 / ranks)
+        decoded = Buffer(gpu, numel, dtype, offset)
+        summed = on_device(gpu, total, offset), norms.to(gpu.device)
+        gpu.ops.dequantize(*summed, decoded.view, block, bits, levels, ranks, 1 / ranks)
+        decoded.assert_same(mean, what)
+
+
+@pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_two_phase(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
+    """Means of what ranks have sent, rounded once more, for any run of tiles; and back."""
+    dither, bits = code
+    levels = 2 ** (bits - 1) - 1 if dither == "linear" else 0
+    rng = np.random.default_rng(bits)
+    norm_dtype, word_dtype = ops.norm_dtype(dtype), ops.word_dtype(bits)
+    for block_size, numel in SHAPES:
+        ranks = int(rng.integers(1, 4))
+        block = block_size or max(numel, 1)
+        tiles = ops.tiles_for(numel, block)
+        first, last = sorted(int(t) for t in rng.integers(0, tiles + 1, 2))
+        what, offset = (block_size, numel, ranks, first, last), int(rng.integers(0, 3))
+        # From a peer anything may come.
+        low, high = torch.iinfo(word_dtype).min, torch.iinfo(word_dtype).max
+        before, after = (ops.words_before(t, numel, block, bits) for t in (first, last))
+        received = torch.from_numpy(
+            rng.integers(low, high, (ranks, after - before), dtype=str(word_dtype)[6:])
+        )
+        norms = torch.empty(-(-numel // block), dtype=norm_dtype)
+        ops.block_max(several(rng, 4, (1, numel), dtype)[0], block, norms)
+        begin, end = (ops.means_before(t, numel, block, bits, norm_dtype) for t in (first, last))
+        means = torch.empty(end - begin, dtype=ops.means_dtype(bits, norm_dtype))
+        at = list(random_place(rng, 0, 1, True).values())[:3]
+        ops.requantize(received, norms, means, numel, block, bits, levels, first, last, *at)
+        found = Buffer(gpu, means.numel(), means.dtype)
+        given = received.to(gpu.device), norms.to(gpu.device)
+        gpu.ops.requantize(*given, found.view, numel, block, bits, levels, first, last, *at)
+        found.assert_same(means, what)
+
+        out = torch.full((numel,), 77, dtype=dtype)
+        ops.dequantize_means(means, norms, out, block, bits, levels, first, last, 0.5)
+        decoded = Buffer(gpu, numel, dtype, offset)
+        gpu.ops.dequantize_means(
+            found.view, given[1], decoded.view, block, bits, levels, first, last, 0.5
+        )
+        decoded.assert_same(out, what)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_combine(gpu: Gpu, bits: int) -> None:
+    """Two ranks' exponential codes become one."""
+    rng = np.random.default_rng(bits)
+    for numel, offset in itertools.product((0, 1, 15, 16, 17, 4096, 5000), (0, 1, 8)):
+        a, b = (torch.from_numpy(rng.integers(0, 256, numel, dtype=np.uint8)) for _ in range(2))
+        key = int(rng.integers(-(2**63), 2**63 - 1))
+        found = Buffer(gpu, numel, torch.uint8, offset)
+        found.view.copy_(b)
+        gpu.ops.combine(on_device(gpu, a, offset), found.view, bits, key)
+        ops.combine(a, b, bits, key)
+        found.assert_same(b, (numel, offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_sum_of_squares(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Added up in the same order."""
+    rng = np.random.default_rng(0)
+    for numel in (0, 1, 15, 17, 4095, 4096, 4097, 70_001):
+        x = several(rng, 0, (1, numel), dtype)[0]
+        found = torch.empty((), dtype=torch.float64, device=gpu.device)
+        gpu.ops.sum_of_squares(x.to(gpu.device), found)
+        assert same_bits(found.cpu(), ops.sum_of_squares(x))
+
+
+def test_special_values(gpu: Gpu) -> None:
+    """All halves there are, and the edges of the other types."""
+    for dtype in DTYPES:
+        x = special_values(dtype)
+        norms = torch.empty(-(-x.numel() // 256), dtype=ops.norm_dtype(dtype))
+        ops.block_max(x, 256, norms)
+        words = torch.empty(ops.words_for(x.numel(), 256, 8), dtype=torch.int32)
+        mean = torch.empty_like(x)
+        place = (5, 6, 7, 0, 1, True)
+        ops.quantize(x, norms, words, 256, 8, 127, *place)
+        ops.dequantize(words, norms, mean, 256, 8, 127, 1, 3.0)
+        given = x.to(gpu.device)
+        found = [t.to(gpu.device) for t in map(torch.zeros_like, (norms, words, mean))]
+        gpu.ops.block_max(given, 256, found[0])
+        gpu.ops.quantize(given, found[0], found[1], 256, 8, 127, *place)
+        gpu.ops.dequantize(found[1], found[0], found[2], 256, 8, 127, 1, 3.0)
+        for a, b in zip(found, (norms, words, mean), strict=True):
+            assert same_bits(a.cpu(), b), dtype
