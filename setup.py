@@ -2,22 +2,32 @@
 
 MPICXX names the compiler wrapper of the MPI to build for: by default the mpicxx beside this Python,
 or else on the PATH. Empty: no part for MPI.
+
+CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it;
+TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or, without any, compute
+capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own packages, NCCL_HOME, or the
+system.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from glob import glob
 from pathlib import Path
+from platform import machine
 
 from setuptools import setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 except ImportError as error:
     # A source distribution needs no compiler, so it needs no PyTorch. All else stops here, before
     # pip downloads dependencies for a build that cannot succeed.
@@ -63,14 +73,53 @@ def mpi_flags() -> list[str] | str:
     return shlex.split(shown.stdout)[1:]
 
 
+def cuda_home() -> Path | str:
+    """Where CUDA is, or why there is none to build for."""
+    if torch.version.cuda is None:
+        return f"PyTorch {torch.__version__} was built without it"
+    # PyTorch's guess is wrong where the nvcc on the PATH is a link or a script.
+    nvcc = shutil.which("nvcc")
+    linked = Path(nvcc).resolve().parents[1] if nvcc else None
+    homes = [Path(home) for home in (cpp_extension.CUDA_HOME, linked, "/usr/local/cuda") if home]
+    for home in homes:
+        if (home / "bin/nvcc").exists() and (home / "include/cuda_runtime.h").exists():
+            shown = subprocess.run([str(home / "bin/nvcc"), "--version"], capture_output=True)
+            found = re.search(r"release (\d+)", shown.stdout.decode())
+            if found is None or found[1] != torch.version.cuda.split(".")[0]:
+                return f"PyTorch has CUDA {torch.version.cuda}, and {home} has {found and found[1]}"
+            return home
+    return f"nvcc and its headers were found in none of {', '.join(map(str, homes))}; set CUDA_HOME"
+
+
+def nccl_flags() -> tuple[list[str], list[str]] | str:
+    """Folders of NCCL's headers and what the linker needs, or why there is none to build for."""
+    package = (
+        importlib.util.find_spec("nvidia.nccl") if importlib.util.find_spec("nvidia") else None
+    )
+    homes = [Path(folder) for folder in (package and package.submodule_search_locations) or ()]
+    homes += [Path(home) for home in (os.environ.get("NCCL_HOME"), CUDA, "/usr") if home]
+    for home in homes:
+        if (home / "include" / "nccl.h").exists():
+            for folder in (home / "lib", home / "lib64", home / "lib" / f"{machine()}-linux-gnu"):
+                # By its file name: PyTorch's packages have no other, and it is the one that
+                # PyTorch will have loaded.
+                if (folder / "libnccl.so.2").exists():
+                    return [str(home / "include")], [f"-L{folder}", "-l:libnccl.so.2"]
+    return f"nccl.h and libnccl.so.2 were found in none of {', '.join(map(str, homes))}"
+
+
 MPI = mpi_flags()
+CUDA = cuda_home()
+NCCL = "there is no CUDA" if isinstance(CUDA, str) else nccl_flags()
 # Why parts are left out.
 LEFT_OUT = {
-    "CUDA": "native/cuda is not written yet",
-    "NCCL": "native/nccl is not written yet",
-}
-if isinstance(MPI, str):
-    LEFT_OUT["MPI"] = MPI
+    part: found for part, found in (("MPI", MPI), ("CUDA", CUDA), ("NCCL", NCCL))
+    if isinstance(found, str)
+}  # fmt: skip
+if isinstance(CUDA, Path):
+    cpp_extension.CUDA_HOME = str(CUDA)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
 
 
 class Build(BuildExtension):
@@ -83,28 +132,53 @@ class Build(BuildExtension):
         super().build_extensions()
 
 
+# Absolute, as the compiler runs in another folder.
+INCLUDE = [os.path.abspath("native/include"), os.path.abspath("native")]
+HEADERS = glob("native/**/*.h", recursive=True)
+CXXFLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fno-math-errno",
+    # A fused multiply-add rounds once where two operations round twice. Every instruction set must
+    # give the same bits, so none may fuse.
+    "-ffp-contract=off",
+    # For at::parallel_for alone: not at the link, where torch's own OpenMP serves.
+    "-fopenmp",
+    # No -march: the sources name the instruction sets that they are compiled for, and choose at run
+    # time, so that a wheel runs on any processor of its architecture.
+]
+
+
 def library(name: str, sources: list[str], flags: list[str] | None = None) -> CppExtension:
     """Not a Python module: a library of PyTorch operators, for torch.ops.load_library."""
     return CppExtension(
         f"hvd_gqsgd.{name}",
         sources=sources,
-        # Absolute, as the compiler runs in another folder.
-        include_dirs=[os.path.abspath("native/include"), os.path.abspath("native")],
-        depends=glob("native/**/*.h", recursive=True),
-        extra_compile_args=[
-            "-std=c++17",
-            "-O3",
-            "-fno-math-errno",
-            # A fused multiply-add rounds once where two operations round twice. Every
-            # instruction set must give the same bits, so none may fuse.
-            "-ffp-contract=off",
-            # For at::parallel_for alone: not at the link, where torch's own OpenMP serves.
-            "-fopenmp",
-            # No -march: the sources name the instruction sets that they are compiled for, and
-            # choose at run time, so that a wheel runs on any processor of its architecture.
-            *(flags or []),
-        ],
+        include_dirs=INCLUDE,
+        depends=HEADERS,
+        extra_compile_args=[*CXXFLAGS, *(flags or [])],
         extra_link_args=flags or [],
+    )
+
+
+def cuda_library() -> CUDAExtension:
+    """The kernels for GPUs and, if it was found, NCCL."""
+    sources = ["native/cuda_bindings.cc", *sorted(glob("native/cuda/*.cu"))]
+    include, link = [], []
+    if not isinstance(NCCL, str):
+        include, link = NCCL
+        sources += ["native/nccl_bindings.cc", *sorted(glob("native/nccl/*.cc"))]
+    return CUDAExtension(
+        "hvd_gqsgd._cuda",
+        sources=sources,
+        include_dirs=[*INCLUDE, *include],
+        depends=HEADERS,
+        extra_compile_args={
+            "cxx": CXXFLAGS,
+            # For the same bits as on the CPU: no fused multiply-add here either.
+            "nvcc": ["-std=c++17", "-O3", "--fmad=false"],
+        },
+        extra_link_args=link,
     )
 
 
@@ -112,5 +186,7 @@ libraries = [library("_C", ["native/bindings.cc", *sorted(glob("native/cpu/*.cc"
 if isinstance(MPI, list):
     sources = ["native/mpi_bindings.cc", *sorted(glob("native/mpi/*.cc"))]
     libraries.append(library("_mpi", sources, MPI))
+if isinstance(CUDA, Path):
+    libraries.append(cuda_library())
 
 setup(cmdclass={"build_ext": Build}, ext_modules=libraries)

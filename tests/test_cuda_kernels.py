@@ -39,9 +39,9 @@ def gpu(request: pytest.FixtureRequest) -> Gpu:
     """A GPU, or what stands in for one."""
     if request.param == "cuda":
         return Gpu(torch.ops.hvd_gqsgd, "cuda")
-    from emulated_cuda.build import load
+    from emulated_cuda.build import load_kernels
 
-    load(request.config.cache.mkdir("emulated-cuda"))
+    load_kernels(request.config.cache.mkdir("emulated-cuda"))
     return Gpu(torch.ops.hvd_gqsgd_emulated, "cpu")
 
 

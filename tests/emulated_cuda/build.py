@@ -1,22 +1,24 @@
-"""Compiles native/cuda for the emulated CUDA of this folder, as ops of their own namespace."""
+"""Compiles native/cuda and native/nccl for the emulated CUDA of this folder."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shlex
 import subprocess
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch.utils.cpp_extension import include_paths, library_paths
 
-__all__ = ["load"]
+__all__ = ["load_kernels", "load_nccl"]
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "native"
-SOURCES = [*sorted((NATIVE / "cuda").glob("*.cu")), HERE / "ops.cc"]
+KERNELS = sorted((NATIVE / "cuda").glob("*.cu"))
 OPS = (
     "block_max", "block_squares", "l2_norms", "quantize", "dequantize", "requantize",
     "dequantize_means", "combine", "sum_of_squares",
@@ -30,32 +32,50 @@ FLAGS = [
 ]
 
 
-def load(cache: Path) -> None:
-    """Defines the ops of ``torch.ops.hvd_gqsgd_emulated``; compiles only what has changed."""
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    flags = [*FLAGS, *(f"-isystem{folder}" for folder in include_paths())]
-    headers = sorted(file for folder in (NATIVE, HERE) for file in folder.rglob("*.h"))
-    key = hashlib.sha256(repr((compiler, flags, torch.__version__)).encode())
-    for file in (*SOURCES, *headers, Path(__file__)):
-        key.update(file.read_bytes())
-    library = cache / f"{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        objects = [cache / f"{source.name}.o" for source in SOURCES]
-        commands = [
-            [*compiler, *flags, "-c", str(source), "-o", str(to)]
-            for source, to in zip(SOURCES, objects, strict=True)
-        ]
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda command: subprocess.run(command, check=True), commands))
-        linked = library.with_suffix(".tmp")
-        torch_ = [*(f"-L{folder}" for folder in library_paths()), "-ltorch_cpu", "-lc10"]
-        command = [*compiler, "-shared", *map(str, objects), *torch_, "-o", str(linked)]
-        subprocess.run(command, check=True)
-        linked.rename(library)
+@functools.cache
+def load_kernels(cache: Path) -> None:
+    """Defines the ops of ``torch.ops.hvd_gqsgd_emulated``."""
     for name in OPS:
         schema = str(getattr(torch.ops.hvd_gqsgd, name).default._schema)
         _library.define(schema.removeprefix("hvd_gqsgd::"))
-    torch.ops.load_library(str(library))
+    torch.ops.load_library(_build(cache, [*KERNELS, HERE / "ops.cc"]))
+
+
+@functools.cache
+def load_nccl(cache: Path, mpi: tuple[str, ...]) -> None:
+    """Defines ``torch.classes.hvd_gqsgd_emulated.NcclCommunicator``, given what a compiler needs
+    for MPI."""
+    sources = [*KERNELS, *sorted((NATIVE / "nccl").glob("*.cc")), HERE / "nccl_ops.cc"]
+    torch.ops.load_library(_build(cache, sources, mpi))
+
+
+def _build(cache: Path, sources: Sequence[Path], more: Sequence[str] = ()) -> str:
+    """Compiles and links what has changed since the last time."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    flags = [*FLAGS, *(f"-isystem{folder}" for folder in include_paths())]
+    compile_ = [*compiler, *flags, *more]
+    headers = [file for folder in (NATIVE, HERE) for file in sorted(folder.rglob("*.h"))]
+    common = [repr((compile_, torch.__version__)).encode()]
+    common += [file.read_bytes() for file in (*headers, Path(__file__))]
+
+    def object_of(source: Path) -> Path:
+        key = hashlib.sha256(b"".join([*common, source.read_bytes()])).hexdigest()[:16]
+        return cache / f"{source.stem}-{key}.o"
+
+    def make(to: Path, command: list[str]) -> None:
+        if not to.exists():
+            subprocess.run([*command, "-o", f"{to}.tmp"], check=True)
+            Path(f"{to}.tmp").rename(to)
+
+    objects = [object_of(source) for source in sources]
+    with ThreadPoolExecutor() as pool:
+        commands = [[*compile_, "-c", str(source)] for source in sources]
+        list(pool.map(make, objects, commands))
+    key = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    library = cache / f"{key}.so"
+    torch_ = [*(f"-L{folder}" for folder in library_paths()), "-ltorch_cpu", "-lc10"]
+    make(library, [*compiler, "-shared", *map(str, objects), *torch_, *more])
+    return str(library)
 
 
 _library = torch.library.Library("hvd_gqsgd_emulated", "DEF")

@@ -1,21 +1,10 @@
 // The ops of cuda_bindings.cc on emulated CUDA, for tensors on the CPU.
 #include "checked_ops.h"
-#include "cuda/kernels.h"
+#include "emulated_device.h"
 
 namespace {
 
 using at::Tensor;
-
-struct Emulated {
-  template <class F>
-  static void run(const Tensor&, F f) {
-    f(gqsgd::CudaKernels{nullptr});
-  }
-  template <class F>
-  static void run(const Tensor&, int64_t begin, int64_t end, int64_t, F f) {
-    f(gqsgd::CudaKernels{nullptr}, begin, end);
-  }
-};
 
 void sum_of_squares(const Tensor& x, Tensor sum) {
   const gqsgd::DType dtype = gqsgd::check_sum_of_squares(x, sum);
@@ -27,6 +16,6 @@ void sum_of_squares(const Tensor& x, Tensor sum) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd_emulated, CPU, m) {
-  gqsgd::CheckedOps<Emulated>::register_all(m);
+  gqsgd::CheckedOps<gqsgd::Emulated>::register_all(m);
   m.impl("sum_of_squares", &sum_of_squares);
 }
