@@ -14,6 +14,7 @@ from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.errors import REFUSED, AgreementError
 from hvd_gqsgd.options import digest
 from hvd_gqsgd.schedule import Schedule
+from hvd_gqsgd.streams import hand_in, make_stream
 from hvd_gqsgd.transports import Handle
 
 if TYPE_CHECKING:
@@ -130,10 +131,12 @@ class Bucket:
         self.words: Tensor | None = None
         self.means: Tensor | None = None
         self.segments: Segments | None = None
+        self.stream = make_stream(kind[1])
 
     def add(self, item: Item) -> None:
         """Puts a tensor in; the bucket must still be filling."""
-        assert self.stage < 0
+        assert self.stage < 0 and item.x is not None
+        hand_in(item.x, self.stream)
         self.items.append(item)
         self.undecoded += 1
         self.nbytes += item.numel * item.dtype.itemsize
@@ -174,7 +177,7 @@ class Bucket:
     def write_agreement(self, options: int, wanted: Agreement) -> None:
         """What ranks must agree on, and what the largest of all ranks' is taken of."""
         assert self.header is not None
-        layout = digest(tuple((item.identity, item.scale) for item in self.items))
+        layout = digest(tuple((item.identity, item.scale, item.device.type) for item in self.items))
         _write(
             self.header,
             [
@@ -192,10 +195,11 @@ class Bucket:
             AgreementError: a rank has sent a refusal.
         """
         assert self.header is not None
-        layout, no_layout, absent, step, bits, *more = self.header[2:].tolist()
+        numbers = self.header.tolist()
+        layout, no_layout, absent, step, bits, *more = numbers[2:]
         schedule = tuple(more[: Schedule.STATE_WORDS])
         return (
-            read_digest(self.header),
+            _agrees(numbers),
             layout + no_layout == _FULL,
             Agreement(step, bits, schedule, absent < 0),
         )
@@ -227,10 +231,14 @@ def read_digest(header: Tensor) -> bool:
     Raises:
         AgreementError: a rank has sent a refusal.
     """
-    number, complement = header[:2].tolist()
+    return _agrees(header.tolist())
+
+
+def _agrees(header: list[int]) -> bool:
+    number, complement = header[:2]
     if number == complement == _FULL:
         raise AgreementError(REFUSED)
-    return bool(number + complement == _FULL)
+    return number + complement == _FULL
 
 
 def _pair(number: int) -> list[int]:
@@ -246,4 +254,5 @@ def _header(numbers: list[int]) -> Tensor:
 def _write(message: Tensor, header: list[int], length: int) -> None:
     assert len(header) <= length
     padded = header + [0] * (length - len(header))
-    message[:length] = torch.tensor(padded, dtype=torch.int64, device="cpu")
+    numbers = torch.tensor(padded, dtype=message.dtype, device="cpu")
+    message[:length].copy_(numbers, non_blocking=True)

@@ -42,6 +42,8 @@ class BufferPool:
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat tensor with undefined contents, in use until nothing refers to its memory."""
+        if device.type != "cpu":  # PyTorch keeps this memory, and knows the streams that use it
+            return torch.empty(numel, dtype=dtype, device=device)
         buffers = self._buffers[numel, dtype, device]
         # From the one that has rested longest on, and not through all of them: a model may have
         # hundreds of tensors of one size.

@@ -19,6 +19,12 @@ from hvd_gqsgd.namespace import Namespace
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.pipeline import Pipeline
 from hvd_gqsgd.transports import Transport
+from hvd_gqsgd.transports.gpu import transport_for
+from hvd_gqsgd.transports.torch_distributed import (
+    TorchDistributedTransport,
+    has_nccl,
+    host_group,
+)
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -43,11 +49,15 @@ def allreduce(
     """The mean or the sum of ``x`` over the ranks of ``comm``, exchanged as small integers.
 
     A collective like any other: all ranks call it, in one order, with tensors of one shape and type
-    and the same options. It returns when the result is there, the same bits on every rank.
+    and the same options. It returns when the result is there, the same bits on every rank; or, on
+    a GPU, enqueued on the current stream.
+
+    Tensors on GPUs go over NCCL, where this package was built with it, one GPU a rank. Those of a
+    process group with another backend, or without NCCL, go by way of the host's memory.
 
     Args:
-        x: a tensor on the CPU, or a NumPy array; float16, bfloat16, float32 or float64, of any
-            shape and layout.
+        x: a tensor on the CPU or a GPU, or a NumPy array; float16, bfloat16, float32 or float64,
+            of any shape and layout.
         comm: an intracommunicator of mpi4py, a process group of ``torch.distributed``, or None for
             all ranks of Horovod.
         op: "mean" or "sum".
@@ -79,7 +89,7 @@ def allreduce(
         _check(given, result)
         flat = given.contiguous().view(-1)
         target = None if result is None or not _can_hold(result, flat) else result.view(-1)
-        pipeline = endpoint.pipeline(Options(**options))
+        pipeline = endpoint.pipeline(Options(**options), flat.device)
         if step is not None:
             check_int("step", step, 0, 2**30, "None (the next one)")  # with room for those to come
         pipeline.begin_step(step)
@@ -100,10 +110,12 @@ def allreduce(
 class _Endpoint:
     """This process's end of a communicator, and what is to be remembered from call to call."""
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, nccl: bool = True) -> None:
         self.transport = transport
+        self._nccl = nccl  # for tensors on GPUs
+        self._transports: dict[torch.device, Transport] = {}
         self._namespace = Namespace("gqsgd-allreduce")
-        self._pipelines: OrderedDict[Options, Pipeline] = OrderedDict()
+        self._pipelines: OrderedDict[tuple[Options, torch.device], Pipeline] = OrderedDict()
 
     @staticmethod
     def of(comm: MPI.Comm | dist.ProcessGroup | None) -> _Endpoint:
@@ -125,12 +137,17 @@ class _Endpoint:
             f"Horovod, got {comm!r}"
         )
 
-    def pipeline(self, options: Options) -> Pipeline:
+    def pipeline(self, options: Options, device: torch.device) -> Pipeline:
         """The one for these options. The same ones are forgotten on all ranks."""
-        pipeline = self._pipelines.pop(options, None)
+        key = (options, device)
+        pipeline = self._pipelines.pop(key, None)
         if pipeline is None:
-            pipeline = Pipeline(options, self.transport, namespace=self._namespace, ahead=True)
-        self._pipelines[options] = pipeline
+            if device not in self._transports:
+                self._transports[device] = transport_for(device, self.transport, self._nccl)
+            pipeline = Pipeline(
+                options, self._transports[device], namespace=self._namespace, ahead=True
+            )
+        self._pipelines[key] = pipeline
         if len(self._pipelines) > MOST_PIPELINES:
             self._pipelines.popitem(last=False)
         return pipeline
@@ -162,9 +179,8 @@ def _of_horovod() -> _Endpoint:
 
 def _of_process_group(group: dist.ProcessGroup) -> _Endpoint:
     if group not in _process_groups:
-        from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
-
-        _process_groups[group] = _Endpoint(TorchDistributedTransport(group))
+        transport = TorchDistributedTransport(host_group(group))
+        _process_groups[group] = _Endpoint(transport, has_nccl(group))
     return _process_groups[group]
 
 

@@ -29,6 +29,7 @@ from hvd_gqsgd.probe import PROBE_BYTES, Reading, make_probe
 from hvd_gqsgd.schedule import DynamicBits
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.steps import Steps
+from hvd_gqsgd.transports.staged import StagedTransport
 
 try:
     from horovod.torch.compression import Compressor
@@ -305,9 +306,10 @@ class GlobalQSGD(Compressor):
     def _start(self) -> Pipeline:
         label = f"gqsgd-{self._names.digest():08x}" if self._names is not None else "gqsgd"
         key = (self._transport.process_set, label)
+        transport = self._transport
         pipeline = Pipeline(
             self.options,
-            self._transport,
+            transport if transport.takes_gpu_tensors else StagedTransport(transport),
             namespace=_namespaces.setdefault(key, Namespace(key[1])),
             plan=self._names.plan(self.options) if self._names is not None else None,
             stats=self._stats,

@@ -11,10 +11,12 @@ import threading
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from hvd_gqsgd import nccl_ops
 from hvd_gqsgd.agreement import check, refuse
 from hvd_gqsgd.buckets import refusal
 from hvd_gqsgd.buffers import BufferPool
@@ -23,9 +25,15 @@ from hvd_gqsgd.names import check_device, is_compressible
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.pipeline import Pipeline, Ticket
 from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.streams import on
+from hvd_gqsgd.transports import Transport
+from hvd_gqsgd.transports.nccl import NcclTransport
+from hvd_gqsgd.transports.staged import StagedTransport
 from hvd_gqsgd.transports.torch_distributed import (
     TorchDistributedTransport,
     give_back_channels,
+    has_nccl,
+    host_group,
     take_channels,
 )
 
@@ -34,9 +42,19 @@ __all__ = ["DDPState", "ddp_hook"]
 
 @dataclass
 class _Waiting:
-    ticket: Ticket
+    """A bucket on its way."""
+
     buffer: Tensor
-    future: Future[Exception | None]
+    future: Future[None]
+    ticket: Ticket | None = None
+    error: Exception | None = None
+
+    def outcome(self) -> Tensor:
+        """The averaged buffer. Raised in a callback of the future is an error that DDP
+        understands; the future itself could not hold it."""
+        if self.error is not None:
+            raise self.error
+        return self.buffer
 
 
 class DDPState:
@@ -46,24 +64,33 @@ class DDPState:
         ValueError: the lanes are too narrow for the number of ranks, or this process is not in the
             process group.
         AgreementError: on all ranks, if they use different options.
+        RuntimeError: NCCL could not be started.
     """
 
     def __init__(
         self, options: Options, group: dist.ProcessGroup | None, stats: Stats | None = None
     ) -> None:
-        plain = TorchDistributedTransport(group)
+        self._group = group
+        host = TorchDistributedTransport(host_group(group))
+        # Over NCCL just the agreements go over the host, and all else is enqueued in one order.
+        nccl = has_nccl(group) and nccl_ops.built()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
         try:
-            stages = make_exchange(options, plain, BufferPool(), Stats(), ahead=True).stages
+            exchange = make_exchange(options, self._on(host), BufferPool(), Stats(), ahead=True)
         except ValueError:
-            refuse(plain, "options")
+            refuse(host, "options")
             raise
-        check(plain, options, "options")  # that buckets are compressed on all ranks or on none
-        self._channels = take_channels(plain.group, [stage.message for stage in stages])
-        self._transport = TorchDistributedTransport(plain.group, self._channels, self._progress)
+        check(host, options, "options")  # that buckets are compressed on all ranks or on none
+        messages = [stage.message for stage in exchange.stages]
+        self._channels = take_channels(host.group, messages[:1] if nccl else messages)
+        self._transport = self._on(
+            TorchDistributedTransport(host.group, self._channels, self._progress)
+        )
+        self._host = host
         self._stats = stats or Stats()
         self._pipeline = Pipeline(options, self._transport, stats=self._stats, ahead=True)
         self._min_numel = options.min_numel
-        self._share = 1 / plain.size
+        self._share = 1 / host.size
         # Held by whoever works on the pipeline: the thread of the backward pass, or one of the
         # process group's. Reentrant, as a collective may be done by the time it was started.
         self._lock = threading.RLock()
@@ -71,30 +98,46 @@ class DDPState:
         self._more = False
         self._waiting: list[_Waiting] = []
         self._failed = False  # in this step
+        if self._transport.nccl is not None:
+            self._transport.nccl.connect()  # here, where all ranks are
+
+    def _on(self, host: Transport) -> Transport:
+        """The transport of the buckets, given that of the agreements."""
+        if self._device is not None:
+            return NcclTransport(host, self._device)
+        return StagedTransport(host)
 
     def average(self, buffer: Tensor, first: bool) -> Future[Tensor]:
         """Starts averaging a flat buffer in place; ``first`` begins a step.
 
         Raises:
             NotImplementedError: it is on a device for which there are no kernels.
+            ValueError: it is on another GPU than was the current one when this was made.
         """
         self._stats.tensors += 1
         check_device("GlobalQSGD got a bucket", buffer)
+        if self._device is not None and buffer.device != self._device:
+            raise ValueError(
+                f"the hook's state was made for {self._device}, and got a bucket on "
+                f"{buffer.device}: call torch.cuda.set_device() before ddp_state()"
+            )
         with self._lock:
             if first:
                 self._failed = False
                 self._pipeline.begin_step()
             if buffer.numel() < self._min_numel or not is_compressible(buffer.dtype):
                 return self._average_plainly(buffer)
-            future: Future[Exception | None] = Future()
-            averaged = future.then(lambda done: _outcome(done, buffer))
+            future: Future[None] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+            waiting = _Waiting(buffer, future)
+            averaged = future.then(lambda _: waiting.outcome())
             if self._failed:
                 # The others may not know yet, and must find as many operations as they start.
                 self._transport.max_async(refusal(), "header")
-                future.set_result(RuntimeError("an earlier bucket of this step has failed"))
+                waiting.error = RuntimeError("an earlier bucket of this step has failed")
+                future.set_result(None)
                 return averaged
-            ticket = self._pipeline.submit(buffer, scale=self._share, out=buffer)
-            self._waiting.append(_Waiting(ticket, buffer, future))
+            waiting.ticket = self._pipeline.submit(buffer, scale=self._share, out=buffer)
+            self._waiting.append(waiting)
             self._pipeline.flush()
         self._progress()
         return averaged
@@ -102,7 +145,7 @@ class DDPState:
     def close(self) -> None:
         """Leaves its connections to the next state, for programs that make many models. All ranks
         must call it, with no backward pass under way; then this state cannot be used any more."""
-        give_back_channels(self._transport.group, self._channels)
+        give_back_channels(self._host.group, self._channels)
         self._channels = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -118,9 +161,7 @@ class DDPState:
     def _average_plainly(self, buffer: Tensor) -> Future[Tensor]:
         self._stats.tensors_bypassed += 1
         self._stats.bypassed_bytes += buffer.nbytes
-        work = dist.all_reduce(
-            buffer.div_(self._transport.size), group=self._transport.group, async_op=True
-        )
+        work = dist.all_reduce(buffer.div_(self._host.size), group=self._group, async_op=True)
         assert work is not None
         future: Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
         return future
@@ -132,28 +173,35 @@ class DDPState:
             if self._working:
                 return  # this very thread is, and will see that there is more
             self._working = True
-            finished: list[tuple[_Waiting, Exception | None]] = []
+            finished: list[_Waiting] = []
             try:
                 while self._more:
                     self._more = False
                     finished += self._step()
             finally:
                 self._working = False
-        for waiting, error in finished:
-            waiting.future.set_result(error)
+        for waiting in finished:
+            # On a GPU the future notes what this stream, where the bucket was decoded, has to do.
+            assert waiting.ticket is not None
+            with on(waiting.ticket.bucket.stream):
+                waiting.future.set_result(None)
 
-    def _step(self) -> list[tuple[_Waiting, Exception | None]]:
-        finished: list[tuple[_Waiting, Exception | None]] = []
+    def _step(self) -> list[_Waiting]:
+        finished: list[_Waiting] = []
         try:
             while self._waiting:
-                first = self._waiting[0]
-                if self._pipeline.poll(first.ticket) is None:
+                ticket = self._waiting[0].ticket
+                assert ticket is not None
+                if self._pipeline.poll(ticket) is None:
                     break
-                self._pipeline.decode(first.ticket, self._share)
-                finished.append((self._waiting.pop(0), None))
+                with on(ticket.bucket.stream):
+                    self._pipeline.decode(ticket, self._share)
+                finished.append(self._waiting.pop(0))
         except Exception as error:
             self._failed = True
-            finished += [(waiting, error) for waiting in self._waiting]
+            for waiting in self._waiting:
+                waiting.error = error
+            finished += self._waiting
             self._waiting.clear()
         return finished
 
@@ -175,11 +223,3 @@ def ddp_hook(
         ``backward()``, on every rank, as a ``RuntimeError`` that quotes them.
     """
     return state.average(bucket.buffer(), first=bucket.index() == 0)
-
-
-def _outcome(done: Future[Exception | None], buffer: Tensor) -> Tensor:
-    """Raises in a callback what a future cannot hold in a way that DDP understands."""
-    error = done.value()
-    if error is not None:
-        raise error
-    return buffer

@@ -42,6 +42,7 @@ from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.plan import BucketPlan
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.steps import Steps
+from hvd_gqsgd.streams import hand_out, on
 from hvd_gqsgd.transports import Handle, Transport
 from hvd_gqsgd.turns import Turns, reaped
 
@@ -105,7 +106,7 @@ class Pipeline:
         self._arrivals = itertools.count()
         self._positions = itertools.count()
         self._repeats: Counter[Hashable] = Counter()
-        self._opened: Counter[Hashable] = Counter()
+        self._opened: Counter[str] = Counter()
         self._turns = Turns(transport, self.stats)
 
     @property
@@ -239,11 +240,13 @@ class Pipeline:
         if ticket not in self._live:
             raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
         assert self._exchange is not None and bucket.contribution is not None
-        out = item.out
-        if out is None:
-            out = self._pool.take(item.numel, item.dtype, item.device)
-        self._exchange.decode(bucket, item, out, scale)
-        self._steps.decoded(out)
+        with on(bucket.stream):
+            out = item.out
+            if out is None:
+                out = self._pool.take(item.numel, item.dtype, item.device)
+            self._exchange.decode(bucket, item, out, scale)
+            self._steps.decoded(out)
+        hand_out(out, bucket.stream)
         item.x = item.out = None
         bucket.undecoded -= 1
         if not bucket.undecoded:
@@ -357,13 +360,14 @@ class Pipeline:
 
     def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
         if self._ahead:  # the same name whatever tensors another rank has
-            label = str(self._opened.total())
-        elif isinstance(key, int):
-            label = f"planned{key}.{self._opened[key]}"
+            label = str(self._opened[""])
+            self._opened[""] += 1
         else:
-            label = f"{kind[1].type}-{str(kind[0])[6:]}.{self._opened[key]}"
+            # Whatever the device is: if another rank has its tensor elsewhere, let the two meet.
+            group = f"planned{key}" if isinstance(key, int) else str(kind[0])[6:]
+            label = f"{group}.{self._opened[group]}"
+            self._opened[group] += 1
         bucket = Bucket(f"{self._prefix()}.{label}", kind)
-        self._opened[key] += 1
         self._open[key] = bucket
         return bucket
 

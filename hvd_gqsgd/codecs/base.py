@@ -34,6 +34,10 @@ class Codec:
         """Type of the words that codes are packed in."""
         return ops.word_dtype(self.bits)
 
+    def norm_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Type of the norms of tensors of type ``dtype``."""
+        return ops.norm_dtype(dtype)
+
     def block(self, numel: int) -> int:
         """Elements that share a norm in a tensor of ``numel`` elements."""
         return self.block_size or max(numel, 1)

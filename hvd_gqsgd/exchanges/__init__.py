@@ -9,7 +9,7 @@ from collections.abc import Callable
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import ORDER, Exchange
-from hvd_gqsgd.exchanges.native import NativeExchange
+from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
 from hvd_gqsgd.options import ENOUGH_LEVELS, Options
 from hvd_gqsgd.schedule import DynamicBits, Schedule, wire_bits
@@ -23,7 +23,7 @@ _log = logging.getLogger("hvd_gqsgd")
 _KINDS: dict[str, Callable[..., Exchange]] = {
     "allreduce": AllreduceExchange,
     "two_phase": TwoPhaseExchange,
-    "reduce_scatter": NativeExchange,
+    "reduce_scatter": MpiExchange,
 }
 
 
@@ -43,8 +43,10 @@ def make_exchange(
     """
     size, kind = transport.size, options.exchange_for(transport.size)
     make = _KINDS[kind]
-    if kind == "allreduce" and options.norm == "max" and transport.mpi_handle is not None:
-        make = NativeExchange
+    if kind == "allreduce" and transport.nccl is not None:
+        make = NcclExchange
+    elif kind == "allreduce" and options.norm == "max" and transport.mpi_handle is not None:
+        make = MpiExchange
     exchange = make(options, transport, pool, stats, ahead)
     if transport.rank == 0:
         _say_once(logging.INFO, f"{kind} among {size} ranks: {options}")

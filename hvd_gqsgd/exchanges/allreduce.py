@@ -10,10 +10,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hvd_gqsgd.buckets import CODE_HEADER, Bucket, Item
+from hvd_gqsgd.buckets import CODE_HEADER, Bucket, Item, everyone
+from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.codecs import LinearCodec
 from hvd_gqsgd.exchanges.base import Exchange, Stage
-from hvd_gqsgd.transports import Handle
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports import Handle, Transport
 
 __all__ = ["AllreduceExchange"]
 
@@ -21,7 +24,17 @@ __all__ = ["AllreduceExchange"]
 class AllreduceExchange(Exchange):
     """Max of norms, then Sum of codes; for linear dithering."""
 
-    code_header = CODE_HEADER
+    def __init__(
+        self,
+        options: Options,
+        transport: Transport,
+        pool: BufferPool,
+        stats: Stats,
+        ahead: bool = False,
+    ) -> None:
+        super().__init__(options, transport, pool, stats, ahead)
+        # Where all have agreed beforehand and none may leave, all take part.
+        self.code_header = CODE_HEADER if transport.ranks_may_leave or not ahead else 0
 
     @property
     def summands(self) -> int:
@@ -43,7 +56,8 @@ class AllreduceExchange(Exchange):
 
     def _fill_codes(self, bucket: Bucket) -> None:
         super()._fill_codes(bucket)
-        bucket.write_code_header(self.rank)
+        if self.code_header:
+            bucket.write_code_header(self.rank)
 
     def _sum_codes(self, bucket: Bucket, name: str) -> Handle:
         words = self._words(bucket)
@@ -52,4 +66,4 @@ class AllreduceExchange(Exchange):
 
     def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
         bucket.words = result
-        bucket.contribution = bucket.read_code_header()
+        bucket.contribution = bucket.read_code_header() if self.code_header else everyone(self.size)

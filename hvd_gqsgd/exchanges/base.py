@@ -15,6 +15,7 @@ from hvd_gqsgd.codecs import Codec, ExponentialCodec, LinearCodec, levels_for
 from hvd_gqsgd.errors import AgreementError, RankLeftError
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.streams import on
 from hvd_gqsgd.transports import Handle, Transport
 
 __all__ = ["ORDER", "Exchange", "Stage"]
@@ -64,8 +65,10 @@ class Exchange(ABC):
     ) -> None:
         self.options = options
         self.rank, self.size = transport.rank, transport.size
-        # By name too, as one host may lack the native part for MPI that another one has.
-        self._digest = digest((options.digest(), type(self).__name__))
+        # By name too, as one host may lack a native part that another one has.
+        names = type(self).__name__, type(transport).__name__
+        self._digest = digest((options.digest(), *names))
+        self._ahead = ahead
         self._transport = transport
         self._pool = pool
         self._stats = stats
@@ -148,7 +151,8 @@ class Exchange(ABC):
         """Takes this rank's norms of a bucket and starts its first collective."""
         bucket.codec = self.codec
         bucket.close()
-        self._enter(bucket, 0)
+        with on(bucket.stream):
+            self._enter(bucket, 0)
 
     def advance(self, bucket: Bucket) -> None:
         """Reads the result of a collective that is done, and starts the next one if there is one.
@@ -159,17 +163,19 @@ class Exchange(ABC):
         """
         assert bucket.handle is not None
         handle, bucket.handle = bucket.handle, None
-        self.stages[bucket.stage].read(bucket, handle.wait())
-        if bucket.contribution is None:
-            self._enter(bucket, bucket.stage + 1)
+        with on(bucket.stream):
+            self.stages[bucket.stage].read(bucket, handle.wait())
+            if bucket.contribution is None:
+                self._enter(bucket, bucket.stage + 1)
 
     def start_rest(self, bucket: Bucket, last: int) -> list[Handle]:
         """Starts the collectives that a bucket has before it, up to the one numbered ``last``, with
         messages that tell the others that they mean nothing."""
-        return [
-            stage.send(bucket, f"{bucket.name}.{stage.message}")
-            for stage in self.stages[bucket.stage + 1 : last + 1]
-        ]
+        with on(bucket.stream):
+            return [
+                stage.send(bucket, f"{bucket.name}.{stage.message}")
+                for stage in self.stages[bucket.stage + 1 : last + 1]
+            ]
 
     def _enter(self, bucket: Bucket, number: int) -> None:
         stage = self.stages[number]
@@ -186,7 +192,8 @@ class Exchange(ABC):
     # --- the agreement, in a message of its own ---------------------------------------------------
 
     def _fill_header(self, bucket: Bucket) -> None:
-        bucket.header = torch.empty(AGREEMENT, dtype=torch.int64, device=bucket.kind[1])
+        # Wherever the tensors are: the host must see what comes of it.
+        bucket.header = torch.empty(AGREEMENT, dtype=torch.int64, device="cpu")
         bucket.write_agreement(self._digest, self._wanted)
 
     def _max_header(self, bucket: Bucket, name: str) -> Handle:

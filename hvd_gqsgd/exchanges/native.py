@@ -1,26 +1,63 @@
-"""All in one native call over MPI: norms, codes in chunks that overlap, and the decoded result."""
+"""All in one native call: norms, codes and the decoded result."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd import mpi_ops
 from hvd_gqsgd.buckets import Bucket, Item, everyone
+from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.exchanges.base import Exchange, Stage
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports import Done, Transport
 
-__all__ = ["NativeExchange"]
+__all__ = ["MpiExchange", "NcclExchange"]
 
 
 class NativeExchange(Exchange):
-    """Linear codes, with the results of an Allreduce; or exponential ones in a Reduce_scatter with
-    an operator of their own.
+    """What it must know beforehand is what the sum is to be scaled by."""
 
-    It must be known beforehand what the sum is to be scaled by.
+    @property
+    def summands(self) -> int:
+        """All ranks; where codes are not summed, they are rounded instead of becoming wider."""
+        return self.size
+
+    def payload_stages(self) -> Sequence[Stage]:
+        """One call."""
+        return self.code_stages()
+
+    def code_stages(self) -> Sequence[Stage]:
+        """The same."""
+        return [Stage("native", lambda bucket: None, self._allreduce, self._read)]
+
+    def decode(self, bucket: Bucket, item: Item, out: Tensor, scale: float) -> None:
+        """It is decoded already."""
+        assert out is item.out and scale == item.scale
+
+    @abstractmethod
+    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> int:
+        """Exchanges a tensor; returns how many bytes an Allreduce had to move."""
+
+    def _allreduce(self, bucket: Bucket, name: str) -> Done:
+        assert bucket.codec is not None and bucket.agreement is not None
+        for item in bucket.items:
+            if item.out is None:
+                item.out = self._pool.take(item.numel, item.dtype, item.device)
+            self._count(self._reduce(item, item.out, bucket.codec, bucket.agreement.step))
+        return Done()
+
+    def _read(self, bucket: Bucket, result: Tensor) -> None:
+        bucket.contribution = everyone(self.size)
+
+
+class MpiExchange(NativeExchange):
+    """Over MPI: linear codes in chunks that overlap, with the results of an Allreduce; or
+    exponential ones in a Reduce_scatter with an operator of their own.
     """
 
     def __init__(self, options: Options, transport: Transport, *rest: Any) -> None:
@@ -38,41 +75,33 @@ class NativeExchange(Exchange):
                 "exchange='two_phase'"
             )
 
-    @property
-    def summands(self) -> int:
-        """All ranks; exponential codes are rounded instead of becoming wider."""
-        return self.size
-
-    def payload_stages(self) -> Sequence[Stage]:
-        """One call."""
-        return self.code_stages()
-
-    def code_stages(self) -> Sequence[Stage]:
-        """The same."""
-        return [Stage("native", lambda bucket: None, self._allreduce, self._read)]
-
-    def decode(self, bucket: Bucket, item: Item, out: Tensor, scale: float) -> None:
-        """It is decoded already."""
-        assert out is item.out and scale == item.scale
-
-    def _allreduce(self, bucket: Bucket, name: str) -> Done:
-        codec, agreement = bucket.codec, bucket.agreement
-        assert codec is not None and agreement is not None
-        for item in bucket.items:
-            assert item.x is not None and item.scale is not None
-            if item.out is None:
-                item.out = self._pool.take(item.numel, item.dtype, item.device)
-            block = codec.block(item.numel)
+    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> int:
+        assert item.x is not None and item.scale is not None
+        block = codec.block(item.numel)
+        mpi_ops.allreduce(
+            item.x, out, self._comm, block, codec.bits, codec.levels,
+            codec.seed, step, item.identity, codec.correlated, item.scale, mpi_ops.CHUNK,
+        )  # fmt: skip
+        if codec.levels == 0:
+            codes = mpi_ops.combined_bytes(item.numel, block, codec.bits, self.size)
+        else:
             codes = codec.num_words(item.numel) * codec.word_dtype.itemsize
-            if codec.levels == 0:
-                codes = mpi_ops.combined_bytes(item.numel, block, codec.bits, self.size)
-            self._count(codec.num_norms(item.numel) * bucket.kind[0].itemsize + codes)
-            mpi_ops.allreduce(
-                item.x, item.out, self._comm, block, codec.bits, codec.levels,
-                codec.seed, agreement.step, item.identity, codec.correlated, item.scale,
-                mpi_ops.CHUNK,
-            )  # fmt: skip
-        return Done()
+        return codec.num_norms(item.numel) * codec.norm_dtype(item.dtype).itemsize + codes
 
-    def _read(self, bucket: Bucket, result: Tensor) -> None:
-        bucket.contribution = everyone(self.size)
+
+class NcclExchange(NativeExchange):
+    """Over NCCL: all is enqueued on one stream, and the host waits for nothing. Linear codes."""
+
+    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> int:
+        assert item.x is not None and item.scale is not None and self._transport.nccl is not None
+        take, device = self._pool.take, item.device
+        norms = take(codec.num_norms(item.numel), codec.norm_dtype(item.dtype), device)
+        squares = None
+        if self.options.norm == "l2":
+            squares = take(norms.numel(), torch.int64, device)
+        words = take(codec.num_words(item.numel), codec.word_dtype, device)
+        self._transport.nccl.connect().allreduce(
+            item.x, out, norms, squares, words, codec.block(item.numel), codec.bits, codec.levels,
+            codec.seed, step, item.identity, codec.correlated, item.scale,
+        )  # fmt: skip
+        return norms.nbytes + words.nbytes + (squares.nbytes if squares is not None else 0)

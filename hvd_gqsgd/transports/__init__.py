@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from hvd_gqsgd.transports.nccl import NcclGroup
 
 __all__ = ["Done", "Handle", "Transport"]
 
@@ -71,6 +74,14 @@ class Transport(Protocol):
     @property
     def mpi_handle(self) -> int | None:
         """The MPI communicator, as in Fortran, where the native allreduce can be used on it."""
+
+    @property
+    def nccl(self) -> NcclGroup | None:
+        """The ranks' GPUs, where the native allreduce can be used on them."""
+
+    @property
+    def ranks_may_leave(self) -> bool:
+        """Whether sums and maxima may be over fewer ranks, as with ``hvd.join()``."""
 
     def max_async(self, tensor: Tensor, name: str) -> Handle:
         """Starts an elementwise maximum over all ranks, in place, of an int32 or int64 tensor."""

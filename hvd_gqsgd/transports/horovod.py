@@ -50,6 +50,8 @@ class HorovodTransport:
     process_set: Any = hvd.global_process_set
     turn_bytes: int = 4
     mpi_handle: ClassVar[None] = None
+    nccl: ClassVar[None] = None
+    ranks_may_leave: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:
@@ -70,6 +72,11 @@ class HorovodTransport:
     def included(self) -> bool:
         """Whether this process belongs to the process set."""
         return bool(self.process_set.included())
+
+    @property
+    def takes_gpu_tensors(self) -> bool:
+        """Whether Horovod was built to reduce tensors of a GPU where they are."""
+        return bool(hvd.nccl_built())
 
     def max_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""

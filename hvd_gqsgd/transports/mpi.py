@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -59,6 +60,8 @@ class MpiTransport:
     """
 
     turn_bytes = 0
+    nccl: ClassVar[None] = None
+    ranks_may_leave = False
 
     def __init__(self, comm: MPI.Comm) -> None:
         if comm == MPI.COMM_NULL or comm.Is_inter():

@@ -38,11 +38,13 @@ class SimulatedWorld:
         """One rank's part of an operation; the last one to come makes the results of all."""
         operation = self._started.setdefault(name, _Operation())
         assert rank not in operation.tensors, f"{name} was started twice"
+        _finish(tensor)
         operation.tensors[rank] = tensor
         if len(operation.tensors) == self.size:
             del self._started[name]
             operation.results = combine([operation.tensors[r] for r in range(self.size)])
             operation.tensors.clear()
+            _finish(tensor)
         return _SimulatedHandle(operation, rank)
 
 
@@ -67,6 +69,8 @@ class SimulatedTransport:
     rank: int
     turn_bytes: int = 0
     mpi_handle: ClassVar[None] = None
+    nccl: ClassVar[None] = None
+    ranks_may_leave: ClassVar[bool] = False
 
     @property
     def size(self) -> int:
@@ -113,6 +117,12 @@ class SimulatedTransport:
             RuntimeError: always.
         """
         raise RuntimeError("waited for before all simulated ranks had started it")
+
+
+def _finish(tensor: Tensor) -> None:
+    """On a GPU ranks have streams of their own, and would not wait for each other."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
 
 
 def _reduce(operation: Callable[..., Tensor]) -> Combine:

@@ -1,4 +1,4 @@
-"""PyTorch's own collectives, over the backend of a process group."""
+"""PyTorch's own collectives on tensors of the host, over the backend of a process group."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from hvd_gqsgd.transports import Done
 
-__all__ = ["TorchDistributedTransport", "give_back_channels", "take_channels"]
+__all__ = [
+    "TorchDistributedTransport",
+    "give_back_channels",
+    "has_nccl",
+    "host_group",
+    "take_channels",
+]
 
 
 @dataclass
@@ -40,7 +46,7 @@ class TorchDistributedTransport:
     one order. Several buckets may be in flight if each kind of message has a group of its own.
 
     Args:
-        group: the ranks; None for all.
+        group: the ranks, with a backend for the CPU; None for all. See ``host_group``.
         channels: the groups that messages go over, by the last part of their names; all others go
             over ``group``.
         notify: called, in any thread, when an operation is done.
@@ -51,6 +57,8 @@ class TorchDistributedTransport:
 
     turn_bytes = 0
     mpi_handle: ClassVar[None] = None
+    nccl: ClassVar[None] = None
+    ranks_may_leave = False
 
     def __init__(
         self,
@@ -133,6 +141,28 @@ class TorchDistributedTransport:
         return _WorkHandle(future, work, result)
 
 
+def has_nccl(group: dist.ProcessGroup | None) -> bool:
+    """Whether tensors of a GPU go over NCCL."""
+    return "nccl" in dist.get_backend_config(group)
+
+
+_hosts: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks as a process group that takes tensors on the CPU: ``group`` itself, or one over
+    Gloo, which all ranks must then ask for."""
+    if group is None:
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup) or "cpu:" in dist.get_backend_config(group):
+        return group
+    if group not in _hosts:
+        _hosts[group] = _new_group(group, "gloo", "host")
+    return _hosts[group]
+
+
 # Given back, and kept rather than destroyed: a new process group of the same ranks might get the
 # name of a destroyed one, and look for its members where those were.
 _spare: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, list[dist.ProcessGroup]]] = (
@@ -145,17 +175,11 @@ def take_channels(
 ) -> dict[str, dist.ProcessGroup]:
     """A process group of the ranks of ``group`` for each kind of message. All of its ranks must
     call this."""
-    ranks = dist.get_process_group_ranks(group)
     spare = _spare.setdefault(group, defaultdict(list))
     return {
         message: spare[message].pop()
         if spare[message]
-        else dist.new_group(
-            ranks,
-            backend=dist.get_backend(group),
-            use_local_synchronization=True,  # ranks outside of the group know nothing of this
-            group_desc=f"hvd_gqsgd {message}",
-        )
+        else _new_group(group, _cpu_backend(group), message)
         for message in messages
     }
 
@@ -165,3 +189,20 @@ def give_back_channels(group: dist.ProcessGroup, channels: Mapping[str, dist.Pro
     nothing in flight."""
     for message, channel in channels.items():
         _spare[group][message].append(channel)
+
+
+def _new_group(group: dist.ProcessGroup, backend: str, use: str) -> dist.ProcessGroup:
+    made = dist.new_group(
+        dist.get_process_group_ranks(group),
+        backend=backend,
+        use_local_synchronization=True,  # ranks outside of the group know nothing of this
+        group_desc=f"hvd_gqsgd {use}",
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def _cpu_backend(group: dist.ProcessGroup) -> str:
+    """Of "cpu:gloo,cuda:nccl", say, "gloo"."""
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    return backends["cpu"]

@@ -1,0 +1,101 @@
+"""NCCL for the tensors of one GPU, beside another transport for what the host has to see."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd import nccl_ops
+from hvd_gqsgd.transports import Done, Handle, Transport
+from hvd_gqsgd.transports.wrapped import WrappedTransport
+
+__all__ = ["NcclGroup", "NcclTransport"]
+
+
+class NcclGroup:
+    """A communicator of the ranks of a transport, made when it is first asked for."""
+
+    def __init__(self, base: Transport, device: torch.device) -> None:
+        self._base = base
+        self._device = device
+        self._communicator: Any = None
+        self._session: object = None
+
+    def connect(self) -> Any:
+        """The communicator; see ``nccl_ops.communicator``. All ranks must ask for it the first
+        time.
+
+        Raises:
+            RuntimeError: with NCCL's own text.
+        """
+        if self._communicator is None or self._session is not self._base.session:
+            self._session = self._base.session  # another one has other ranks
+            unique_id = self._share(nccl_ops.unique_id if self._base.rank == 0 else None)
+            self._communicator = nccl_ops.communicator(
+                unique_id, self._base.rank, self._base.size, self._device
+            )
+        return self._communicator
+
+    def _share(self, make: Any) -> Tensor:
+        """What rank 0 makes. Without Broadcast: a sum, to which the others add zeros."""
+        error, made = None, torch.zeros(128, dtype=torch.uint8)
+        if make is not None:
+            try:
+                made = make()
+            except RuntimeError as raised:
+                error = raised  # the others wait: they are told by zeros
+        handle = self._base.sum_async(made.view(torch.int64), "gqsgd-nccl-id")
+        while not handle.done():
+            self._base.idle()
+        unique_id = handle.wait().view(torch.uint8)
+        if error is not None:
+            raise error
+        if not bool(unique_id.any()):
+            raise RuntimeError("rank 0 could not start NCCL; its own error says why")
+        return unique_id
+
+
+class NcclTransport(WrappedTransport):
+    """The ranks of another transport, with the GPU of each.
+
+    Operations on tensors of the GPU are enqueued on the current stream, and count as done: whatever
+    is enqueued there later finds their results. All ranks must start them in one order.
+
+    Args:
+        base: for all tensors that are not on the GPU, and to find the other ranks' GPUs by.
+        device: this rank's GPU, with its index.
+    """
+
+    def __init__(self, base: Transport, device: torch.device) -> None:
+        super().__init__(base)
+        self._device = device
+        self.nccl = NcclGroup(base, device)
+
+    def max_async(self, tensor: Tensor, name: str) -> Handle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        if tensor.device != self._device:
+            return self._base.max_async(tensor, name)
+        self.nccl.connect().max(tensor)
+        return Done(tensor)
+
+    def sum_async(self, tensor: Tensor, name: str) -> Handle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        if tensor.device != self._device:
+            return self._base.sum_async(tensor, name)
+        self.nccl.connect().sum(tensor)
+        return Done(tensor)
+
+    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        result = tensor.new_empty(splits[self.rank] * self.size)
+        self.nccl.connect().all_to_all(tensor, result, list(splits))
+        return Done(result)
+
+    def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Handle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        result = tensor.new_empty(sum(lengths))
+        self.nccl.connect().all_gather(tensor, result, list(lengths))
+        return Done(result)

@@ -1,0 +1,51 @@
+"""What transports for GPUs leave to the one that they stand on."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from hvd_gqsgd.transports import Handle, Transport
+
+__all__ = ["WrappedTransport"]
+
+
+class WrappedTransport:
+    """The ranks of another transport."""
+
+    mpi_handle: ClassVar[None] = None
+
+    def __init__(self, base: Transport) -> None:
+        self._base = base
+
+    @property
+    def rank(self) -> int:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._base.rank
+
+    @property
+    def size(self) -> int:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._base.size
+
+    @property
+    def session(self) -> object:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._base.session
+
+    @property
+    def turn_bytes(self) -> int:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._base.turn_bytes
+
+    @property
+    def ranks_may_leave(self) -> bool:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._base.ranks_may_leave
+
+    def pass_turn(self, name: str) -> Handle:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        return self._base.pass_turn(name)
+
+    def idle(self) -> None:
+        """See :class:`hvd_gqsgd.transports.Transport`."""
+        self._base.idle()
