@@ -34,7 +34,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench bench-mpi sanitize setup clean distclean FORCE
+.PHONY: help demo test check format bench bench-mpi sanitize gpu setup clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -61,16 +61,16 @@ demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD,
 test: setup ## run the tests
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),tests)
 
-check: $(STAMPS)/requirements ## check style and types
+check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style and types; with nvcc, that the kernels for GPUs compile
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
-	@$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE)
+	@$(VENV)/bin/clang-format --dry-run -Werror $(STYLED)
 
 format: $(STAMPS)/requirements ## put the sources into the style that check asks for
 	@$(PY) -m ruff check --fix-only --quiet
 	@$(PY) -m ruff format
-	@$(VENV)/bin/clang-format -i $(NATIVE)
+	@$(VENV)/bin/clang-format -i $(STYLED)
 
 bench: setup ## measure the kernels against memcpy
 	@$(RUN) $(PY) -m hvd_gqsgd.bench.kernels $(ARGS)
@@ -85,10 +85,13 @@ bench-mpi: setup ## measure the allreduce over MPI; as root also over an emulate
 sanitize: setup ## run the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(RUN) $(FOR_MPI) docker/sanitize.sh $(VENV)/sanitized
 
+gpu: ## on a machine with a GPU: build with the PyTorch of PYTHON, test, check memory, measure
+	@docker/gpu.sh $(PYTHON) .gpu
+
 setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
 
 clean: ## remove what was built, but keep .venv
-	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package $(VENV)/sanitized
+	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package $(VENV)/sanitized $(VENV)/cuda .gpu
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +
 
@@ -97,7 +100,9 @@ distclean: clean ## remove .venv too (Horovod's wheel stays in the cache)
 
 # --- set-up --------------------------------------------------------------------------------------
 
-NATIVE := $(shell find native -name '*.h' -o -name '*.cc')
+NATIVE := $(shell find native -name '*.h' -o -name '*.cc' -o -name '*.cu')
+STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc)
+NVCC := $(shell command -v nvcc)
 
 # A clone that was moved is as good as new settings: an environment holds its own path.
 ifneq ($(MADE_WITH_PYTHON) $(MADE_WITH_MPICXX) $(MADE_IN),$(PYTHON) $(MPICXX) $(CURDIR))
@@ -159,4 +164,18 @@ $(STAMPS)/package: $(STAMPS)/requirements $(STAMPS)/mpi $(NATIVE) setup.py pypro
 	    { grep -A 4 ' error: ' $(VENV)/build.log | head -n 40; \
 	    echo 'hvd_gqsgd: that failed; all that was said is in $(VENV)/build.log'; exit 1; } >&2
 	@sed -n 's/^ *\(hvd_gqsgd: \)/\1/p' $(VENV)/build.log
+	@touch $@
+
+# Where PyTorch has no CUDA the kernels for GPUs are not built: see at least that they compile.
+$(STAMPS)/cuda: $(STAMPS)/torch $(NATIVE)
+	@echo 'hvd_gqsgd: compiling the kernels for GPUs, for compute capability 8.0 and 9.0'
+	@mkdir -p $(VENV)/cuda
+	@flags=$$($(PY) -c 'from torch.utils.cpp_extension import include_paths as paths; \
+	    print(*("-isystem " + path for path in paths()))'); \
+	for source in native/cuda/*.cu native/cuda_bindings.cc; do \
+	    $(NVCC) -std=c++17 -O3 --fmad=false -t 0 -Xcompiler -Wall \
+	        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+	        -DC10_USING_CUSTOM_GENERATED_MACROS -Inative/include -Inative $$flags \
+	        -c $$source -o $(VENV)/cuda/$$(basename $$source).o; \
+	done
 	@touch $@

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hvd_gqsgd import mpi_ops, ops
+from hvd_gqsgd import mpi_ops, nccl_ops, ops
 
 __all__ = ["build_info"]
 
@@ -27,7 +27,11 @@ def build_info() -> dict[str, Any]:
         "version": metadata.version("hvd_gqsgd"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "parts": ["cpu", *(["mpi"] if mpi_ops.built() else [])],
+        "parts": [
+            *ops.devices(),
+            *(["mpi"] if mpi_ops.built() else []),
+            *(["nccl"] if nccl_ops.built() else []),
+        ],
         "instruction_sets": ops.instruction_sets(),
         "instruction_set": ops.instruction_set(),
         "threads": torch.get_num_threads(),

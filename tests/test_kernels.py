@@ -33,6 +33,7 @@ from helpers import (
 from torch import Tensor
 
 from hvd_gqsgd import ops, reference
+from hvd_gqsgd.bench import gpu
 from hvd_gqsgd.bench import kernels as bench
 
 BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
@@ -448,3 +449,13 @@ def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         bench.main(["--bits", "17"])
     assert "--bits must be from 2 to 16, got 17" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_passes_of_the_bench_for_gpus(bits: int) -> None:
+    """They run, here on the CPU, and the bytes that they count are about those of the copy."""
+    passes, moved = gpu._passes(torch.randn(20_000), bits, 1024)
+    for call in passes.values():
+        call()
+    assert passes.keys() >= moved.keys()
+    assert all(0 < moved[name] <= 2 * moved["copy"] for name in moved)

@@ -1,5 +1,7 @@
 """The kernels against memcpy: ``python -m hvd_gqsgd.bench.kernels [--json]``.
 
+Those on a GPU are in ``bench/gpu.py``.
+
 Block maximum, quantize and dequantize do little but pass over memory, so they are measured by the
 time that moving the same bytes takes. For float32 at 8 bits these are 14 an element: 4 read; 4
 read and 1 written; 1 read and 4 written. ``ratio_to_memcpy`` is the time of all three over that of
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 
 from hvd_gqsgd import ops
+from hvd_gqsgd.bench import gpu
 from hvd_gqsgd.codecs.linear import levels_for
 
 __all__ = ["main", "measure"]
@@ -32,25 +35,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m hvd_gqsgd.bench.kernels", description="Times the kernels against memcpy."
     )
-    parser.add_argument("--numel", type=int, default=2**24, help="elements (default: %(default)s)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--numel", type=int, help=f"elements (default: {2**24}, or {2**26} on a GPU)"
+    )
     parser.add_argument("--bits", type=int, default=8, help="lane width (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--block-size", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=25, help="(default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = vars(parser.parse_args(arguments))
-    as_json = options.pop("json")
+    as_json, on_gpu = options.pop("json"), options.pop("device") == "cuda"
+    if options["numel"] is None:
+        options["numel"] = 2**26 if on_gpu else 2**24
     for name in ("numel", "block_size", "repeats", "threads"):
         if options[name] < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, got {options[name]}")
     if not 2 <= options["bits"] <= 16:
         parser.error(f"--bits must be from 2 to 16, got {options['bits']}")
-    result = measure(**options)
+    if on_gpu:
+        del options["threads"]
+        try:
+            result = gpu.measure(**{**options, "dtype": DTYPES[options["dtype"]]})
+        except RuntimeError as error:
+            parser.exit(1, f"{error}\n")
+    else:
+        result = measure(**options)
     if as_json:
         print(json.dumps(result))
     else:
-        _show(result)
+        (gpu.show if on_gpu else _show)(result)
 
 
 def measure(

@@ -1,0 +1,177 @@
+"""The kernels on a GPU: ``python -m hvd_gqsgd.bench.kernels --device cuda [--json]``.
+
+They do little but pass over memory, so each is measured by the share of the bandwidth that a copy
+from device to device reaches in the same run. Beside them stand the same steps in plain PyTorch, as
+the authors of Global-QSGD wrote them, one after the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd import nccl_ops, ops
+from hvd_gqsgd.codecs.linear import levels_for
+
+__all__ = ["measure", "show"]
+
+
+def measure(
+    numel: int, bits: int, dtype: torch.dtype, block_size: int, repeats: int
+) -> dict[str, Any]:
+    """Times all kernels on the current GPU.
+
+    Returns:
+        What was measured on what; for each pass ``ms``, the median of ``repeats`` rounds,
+        ``gb_per_s``, and ``share_of_copy``; and ``times_plain_torch``, how many times longer the
+        same steps take in plain PyTorch.
+
+    Raises:
+        RuntimeError: there is no GPU, or this build has no kernels for it.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("--device cuda needs a GPU that PyTorch can use, and found none")
+    if "cuda" not in ops.devices():
+        raise RuntimeError("--device cuda needs hvd_gqsgd built with CUDA; see its set-up")
+    device = torch.device("cuda", torch.cuda.current_device())
+    x = torch.randn(numel, device=device).to(dtype)
+    passes, moved = _passes(x, bits, block_size)
+    milliseconds = _interleaved(passes, repeats)
+
+    def speed(name: str) -> dict[str, float]:
+        rate = moved[name] / milliseconds[name] / 1e6
+        copy = moved["copy"] / milliseconds["copy"] / 1e6
+        return {"ms": milliseconds[name], "gb_per_s": rate, "share_of_copy": rate / copy}
+
+    ours = sum(milliseconds[name] for name in ("block_max", "quantize", "dequantize"))
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "numel": numel,
+        "bits": bits,
+        "dtype": str(dtype).removeprefix("torch."),
+        "block_size": block_size,
+        "repeats": repeats,
+        "passes": {name: speed(name) for name in moved},
+        "allreduce_ms": milliseconds.get("allreduce"),
+        "plain_torch_ms": milliseconds["plain torch"],
+        "times_plain_torch": milliseconds["plain torch"] / ours,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Prints it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    print(
+        f"{result['numel']:,} elements of {result['dtype']}, {result['bits']} bits, blocks of "
+        f"{result['block_size']}\n{result['gpu']}, torch {result['torch']}; medians of "
+        f"{result['repeats']} rounds"
+    )
+    table = Table()
+    for column, title in enumerate(("pass", "ms", "GB/s", "share of a copy")):
+        table.add_column(title, justify="left" if column == 0 else "right")
+    for name, speed in result["passes"].items():
+        share = "" if name == "copy" else f"{speed['share_of_copy']:.0%}"
+        table.add_row(name, f"{speed['ms']:.3f}", f"{speed['gb_per_s']:.0f}", share)
+    Console().print(table)
+    if result["allreduce_ms"] is not None:
+        print(f"the whole allreduce over NCCL, of one rank: {result['allreduce_ms']:.3f} ms")
+    print(
+        f"norm, codes and back in plain torch: {result['plain_torch_ms']:.3f} ms, "
+        f"{result['times_plain_torch']:.1f} times as long as block_max, quantize and dequantize"
+    )
+
+
+def _passes(
+    x: Tensor, bits: int, block_size: int
+) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
+    """What is measured, and the bytes that the kernels and the copy move."""
+    numel, device = x.numel(), x.device
+    levels, most = levels_for(bits, 1), 2 ** (bits - 1) - 1
+    norm_type, word_type = ops.norm_dtype(x.dtype), ops.word_dtype(bits)
+    place = (0, 0, 0, 0, 1, True)  # seed, step, tensor, rank, world size, correlated
+    out, norms = torch.empty_like(x), torch.empty(
+        -(-numel // block_size), dtype=norm_type, device=device
+    )  # fmt: skip
+    words = torch.empty(ops.words_for(numel, block_size, bits), dtype=word_type, device=device)
+    tiles = ops.tiles_for(numel, block_size)
+    means = torch.empty(
+        ops.means_before(tiles, numel, block_size, bits, norm_type),
+        dtype=ops.means_dtype(bits, norm_type), device=device,
+    )  # fmt: skip
+    ops.block_max(x, block_size, norms)
+    ops.quantize(x, norms, words, block_size, bits, levels, *place)
+    received = words[None]
+    codes, data = words.nbytes + norms.nbytes, x.nbytes
+    linear = (numel, block_size, bits, most, 0, tiles, 0, 0, 0)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        "copy": (lambda: out.copy_(x), 2 * data),
+        "block_max": (lambda: ops.block_max(x, block_size, norms), data + norms.nbytes),
+        "quantize": (
+            lambda: ops.quantize(x, norms, words, block_size, bits, levels, *place),
+            data + codes,
+        ),
+        "dequantize": (
+            lambda: ops.dequantize(words, norms, out, block_size, bits, levels, 1, 1.0),
+            codes + data,
+        ),
+        "requantize": (
+            lambda: ops.requantize(received, norms, means, *linear),
+            codes + means.nbytes,
+        ),
+        "dequantize_means": (
+            lambda: ops.dequantize_means(
+                means, norms, out, block_size, bits, most, 0, tiles, 1.0
+            ),
+            means.nbytes + norms.nbytes + data,
+        ),
+    }  # fmt: skip
+    if bits in (4, 8):
+        calls["quantize, exponential"] = (
+            lambda: ops.quantize(x, norms, words, block_size, bits, 0, *place),
+            data + codes,
+        )
+        other = words.clone().view(torch.uint8)
+        calls["combine, exponential"] = (
+            lambda: ops.combine(other, words.view(torch.uint8), bits, 0),
+            3 * words.nbytes,
+        )
+    passes = {name: call for name, (call, _) in calls.items()}
+    if nccl_ops.built():
+        group = nccl_ops.communicator(nccl_ops.unique_id(), 0, 1, device)
+        passes["allreduce"] = lambda: group.allreduce(
+            x, out, norms, None, words, block_size, bits, levels, 0, 0, 0, True, 1.0
+        )
+    passes["plain torch"] = lambda: _plain(x, most)
+    return passes, {name: moved for name, (_, moved) in calls.items()}
+
+
+def _plain(x: Tensor, levels: int) -> Tensor:
+    """One norm for all, random rounding, int8 and back."""
+    norm = x.abs().max()
+    scaled = x.div(norm).mul_(levels)
+    rounded = scaled.add_(torch.rand_like(scaled).sub_(0.5)).round_()
+    return rounded.to(torch.int8).to(x.dtype).mul_(norm / levels)
+
+
+def _interleaved(
+    passes: dict[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:  # fmt: skip
+    """Milliseconds of each pass, the median of all rounds; passes take turns."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    for repeat, (name, call) in itertools.product(range(-3, repeats), passes.items()):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        if repeat >= 0:  # the first rounds warm up
+            times[name].append(begin.elapsed_time(end))
+    return {name: statistics.median(each) for name, each in times.items()}
