@@ -40,10 +40,10 @@ for tool in memcheck racecheck synccheck; do
         break
     fi
     step "compute-sanitizer, $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-        "$python" -m pytest -q -p no:cacheprovider --timeout 140 \
-        "$repository/tests/test_cuda_kernels.py" -k 'cuda and float32 and not emulated' |
-        tail -n 6
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+        "$python" -m pytest -q -p no:cacheprovider "$repository/tests/test_cuda_kernels.py" \
+        -k 'cuda and float32 and not emulated' | tail -n 6 ||
+        { [ $? = 124 ] && echo "hvd_gqsgd: not finished in 100 s"; }
 done
 
 step "measuring"
