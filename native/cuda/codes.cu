@@ -31,15 +31,13 @@ __global__ void quantize_kernel(Layout layout, Code code, const typename Traits<
         for_each_lane<kBits, Word>(layout, [&](int lane) {
           const int first = lane * static_cast<int>(tile.words) + word;
           const int count = elements_left<kWords, kPacked>(tile, word, first);
-          T in[kWords];
+          T in[kWords];  // zero, and so is the code of that, where there is no element
           load_run(from + first, count, kPacked, in);
 #pragma unroll
           for (int k = 0; k < kWords; ++k) {
             const uint32_t dither = dither_bits(keyed, static_cast<uint32_t>(first + k)) + offset;
             const int32_t c = code.encode(load(in[k]), grid, dither);
-            if (k < count) {
-              out[k] += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
-            }
+            out[k] += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
           }
         });
       }

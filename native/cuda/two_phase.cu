@@ -55,7 +55,7 @@ __global__ void requantize_kernel(MeansLayout at, Code code,
     const auto has = [&](int lane) {
       return lane < lanes && word < tile.words && lane * tile.words + word < tile.size;
     };
-    typename Code::Sum sum[kMostLanes] = {};
+    typename Code::Sum sum[kMostLanes] = {};  // stays zero, as its code, where no element is
     const Word* from = static_cast<const Word*>(received.words) + tile.word - first_word + word;
     // In the order of the ranks: sums of exponential levels are rounded.
     for (int64_t rank = 0; rank < received.ranks; ++rank, from += received.stride) {
@@ -71,7 +71,7 @@ __global__ void requantize_kernel(MeansLayout at, Code code,
     for (int lane = 0; lane < kMostLanes; ++lane) {
       mean[lane] = static_cast<Real>(sum[lane]) * ratio;
       const Norm bits = magnitude(mean[lane]);
-      largest = has(lane) && bits > largest ? bits : largest;
+      largest = bits > largest ? bits : largest;
     }
     largest = max_of_threads(largest);
     if (threadIdx.x == 0) *reinterpret_cast<Norm*>(record) = largest;
@@ -83,7 +83,7 @@ __global__ void requantize_kernel(MeansLayout at, Code code,
     for (int lane = 0; lane < kMostLanes; ++lane) {
       const uint32_t index = static_cast<uint32_t>(lane * tile.words + word);
       const int32_t c = code.encode(mean[lane], grid, dither_bits(keyed, index));
-      if (has(lane)) out += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
+      if (lane < lanes) out += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
     }
     reinterpret_cast<Word*>(record + at.unit)[word] = out;
   }
