@@ -28,6 +28,10 @@ MPIRUN ?= $(call beside_mpicxx,mpirun)
 DEMO ?= examples/demo.py
 ARGS ?=
 
+NATIVE := $(shell find native -name '*.h' -o -name '*.cc' -o -name '*.cu')
+STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc)
+NVCC := $(shell command -v nvcc)
+
 # --- commands ------------------------------------------------------------------------------------
 
 SHELL := /bin/bash
@@ -61,7 +65,7 @@ demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD,
 test: setup ## run the tests
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),tests)
 
-check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style and types; with nvcc, that the kernels for GPUs compile
+check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, types, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
@@ -99,10 +103,6 @@ distclean: clean ## remove .venv too (Horovod's wheel stays in the cache)
 	rm -rf $(VENV)
 
 # --- set-up --------------------------------------------------------------------------------------
-
-NATIVE := $(shell find native -name '*.h' -o -name '*.cc' -o -name '*.cu')
-STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc)
-NVCC := $(shell command -v nvcc)
 
 # A clone that was moved is as good as new settings: an environment holds its own path.
 ifneq ($(MADE_WITH_PYTHON) $(MADE_WITH_MPICXX) $(MADE_IN),$(PYTHON) $(MPICXX) $(CURDIR))
