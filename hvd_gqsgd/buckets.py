@@ -14,7 +14,7 @@ from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.errors import REFUSED, AgreementError
 from hvd_gqsgd.options import digest
 from hvd_gqsgd.schedule import Schedule
-from hvd_gqsgd.streams import hand_in, make_stream
+from hvd_gqsgd.streams import Stream, hand_in
 from hvd_gqsgd.transports import Handle
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class Bucket:
     rank that has joined contributes zeros, which change neither.
     """
 
-    def __init__(self, name: str, kind: Kind) -> None:
+    def __init__(self, name: str, kind: Kind, stream: Stream = None) -> None:
         self.name = name
         self.kind = kind
         self.items: list[Item] = []
@@ -131,7 +131,7 @@ class Bucket:
         self.words: Tensor | None = None
         self.means: Tensor | None = None
         self.segments: Segments | None = None
-        self.stream = make_stream(kind[1])
+        self.stream = stream
 
     def add(self, item: Item) -> None:
         """Puts a tensor in; the bucket must still be filling."""

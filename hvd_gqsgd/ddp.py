@@ -45,7 +45,7 @@ class _Waiting:
     """A bucket on its way."""
 
     buffer: Tensor
-    future: Future[None]
+    future: Future[Tensor]
     ticket: Ticket | None = None
     error: Exception | None = None
 
@@ -127,14 +127,14 @@ class DDPState:
                 self._pipeline.begin_step()
             if buffer.numel() < self._min_numel or not is_compressible(buffer.dtype):
                 return self._average_plainly(buffer)
-            future: Future[None] = Future(devices=[buffer.device] if buffer.is_cuda else None)
+            future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
             waiting = _Waiting(buffer, future)
             averaged = future.then(lambda _: waiting.outcome())
             if self._failed:
                 # The others may not know yet, and must find as many operations as they start.
                 self._transport.max_async(refusal(), "header")
                 waiting.error = RuntimeError("an earlier bucket of this step has failed")
-                future.set_result(None)
+                future.set_result(buffer)
                 return averaged
             waiting.ticket = self._pipeline.submit(buffer, scale=self._share, out=buffer)
             self._waiting.append(waiting)
@@ -145,6 +145,8 @@ class DDPState:
     def close(self) -> None:
         """Leaves its connections to the next state, for programs that make many models. All ranks
         must call it, with no backward pass under way; then this state cannot be used any more."""
+        if self._transport.nccl is not None:
+            self._transport.nccl.close()
         give_back_channels(self._host.group, self._channels)
         self._channels = {}
 
@@ -181,10 +183,10 @@ class DDPState:
             finally:
                 self._working = False
         for waiting in finished:
-            # On a GPU the future notes what this stream, where the bucket was decoded, has to do.
+            # With the buffer as its value, a future notes what this stream has to do before.
             assert waiting.ticket is not None
             with on(waiting.ticket.bucket.stream):
-                waiting.future.set_result(None)
+                waiting.future.set_result(waiting.buffer)
 
     def _step(self) -> list[_Waiting]:
         finished: list[_Waiting] = []

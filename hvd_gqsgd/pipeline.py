@@ -42,7 +42,7 @@ from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.plan import BucketPlan
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.steps import Steps
-from hvd_gqsgd.streams import hand_out, on
+from hvd_gqsgd.streams import Streams, hand_out, on
 from hvd_gqsgd.transports import Handle, Transport
 from hvd_gqsgd.turns import Turns, reaped
 
@@ -93,6 +93,7 @@ class Pipeline:
         self._ahead = ahead
         self._open_ended = False  # the step lasts until the next one is begun
         self._pool = BufferPool()
+        self._streams = Streams()
         self._session: object = None
         self._steps = Steps(options.bits, step)
         self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()
@@ -367,7 +368,8 @@ class Pipeline:
             group = f"planned{key}" if isinstance(key, int) else str(kind[0])[6:]
             label = f"{group}.{self._opened[group]}"
             self._opened[group] += 1
-        bucket = Bucket(f"{self._prefix()}.{label}", kind)
+        stream = self._streams.take(kind[1], self._opened.total() - 1)
+        bucket = Bucket(f"{self._prefix()}.{label}", kind, stream)
         self._open[key] = bucket
         return bucket
 

@@ -1,31 +1,53 @@
 """Streams of a GPU, on which the work of a bucket is enqueued. On the CPU there are none, and all
 of this does nothing.
 
-Each bucket has a stream of its own. It waits for the gradients of that bucket alone, so that the
-host, where it must look at a number that came over the network, never waits for the rest of the
-backward pass.
+Buckets that are in flight together have different streams. Each waits for the gradients of its own
+bucket alone, so that the host, where it must look at a number that came over the network, does not
+wait for the rest of the backward pass. A bucket gets the same one in each step, as PyTorch keeps
+freed memory for the stream that it was taken on.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-__all__ = ["Stream", "hand_in", "hand_out", "make_stream", "on"]
+__all__ = ["Stream", "Streams", "hand_in", "hand_out", "on"]
 
 Stream = torch.cuda.Stream | None
 
 
-def make_stream(device: torch.device) -> Stream:
-    """One of the device's."""
-    return torch.cuda.Stream(device) if device.type == "cuda" else None
+class Streams:
+    """A few for each GPU, dealt out in turn."""
+
+    MOST = 4
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
+
+    def take(self, device: torch.device, number: int) -> Stream:
+        """For the bucket of this number in its step."""
+        if device.type != "cuda":
+            return None
+        key = (device, number % self.MOST)
+        if key not in self._made:
+            self._made[key] = torch.cuda.Stream(device)
+        return self._made[key]
 
 
-def on(stream: Stream) -> AbstractContextManager[object]:
-    """Enqueues there what is done within."""
-    return torch.cuda.stream(stream) if stream is not None else nullcontext()
+@contextmanager
+def on(stream: Stream) -> Iterator[None]:
+    """Enqueues there what is done within, in whatever thread."""
+    if stream is None:
+        yield
+        return
+    # The device too: threads that are not PyTorch's own begin with the first one, and to go back to
+    # a stream of that would make them use it.
+    with torch.cuda.device(stream.device), torch.cuda.stream(stream):
+        yield
 
 
 def hand_in(x: Tensor, stream: Stream) -> None:

@@ -37,6 +37,12 @@ class NcclCommunicator : public torch::CustomClassHolder {
     });
   }
 
+  // By all ranks; nothing can be called after it.
+  void close() {
+    Device::run(device_, [&](const CudaKernels&) { group().close(); });
+    group_.reset();
+  }
+
   void max(Tensor tensor) { all_reduce(tensor, ncclMax); }
   void sum(Tensor tensor) { all_reduce(tensor, ncclSum); }
 
@@ -44,21 +50,21 @@ class NcclCommunicator : public torch::CustomClassHolder {
   void all_to_all(const Tensor& from, Tensor to, std::vector<int64_t> splits) {
     check_lengths(splits);
     check_buffer(from, "from", to.scalar_type(), total(splits), device_);
-    check_buffer(to, "to", to.scalar_type(), group_->size * splits[group_->rank], device_);
+    check_buffer(to, "to", to.scalar_type(), group().size * splits[group().rank], device_);
     for (int64_t& split : splits) split *= to.element_size();
     Device::run(device_, [&](const CudaKernels& kernels) {
-      group_->all_to_all(from.const_data_ptr(), to.mutable_data_ptr(), splits, kernels.stream);
+      group().all_to_all(from.const_data_ptr(), to.mutable_data_ptr(), splits, kernels.stream);
     });
   }
 
   // The `lengths[rank]` elements of all ranks, end to end.
   void all_gather(const Tensor& from, Tensor to, std::vector<int64_t> lengths) {
     check_lengths(lengths);
-    check_buffer(from, "from", to.scalar_type(), lengths[group_->rank], device_);
+    check_buffer(from, "from", to.scalar_type(), lengths[group().rank], device_);
     check_buffer(to, "to", to.scalar_type(), total(lengths), device_);
     for (int64_t& length : lengths) length *= to.element_size();
     Device::run(device_, [&](const CudaKernels& kernels) {
-      group_->all_gather(from.const_data_ptr(), to.mutable_data_ptr(), lengths, kernels.stream);
+      group().all_gather(from.const_data_ptr(), to.mutable_data_ptr(), lengths, kernels.stream);
     });
   }
 
@@ -73,9 +79,9 @@ class NcclCommunicator : public torch::CustomClassHolder {
     check_buffer(x, "x", x.scalar_type(), x.numel(), device_);
     check_buffer(out, "out", x.scalar_type(), x.numel(), device_);
     if (squares) check_buffer(*squares, "squares", at::kLong, layout.blocks(), device_);
-    TORCH_CHECK_VALUE(group_->size <= most_ranks(bits, levels), "at most ",
+    TORCH_CHECK_VALUE(group().size <= most_ranks(bits, levels), "at most ",
                       most_ranks(bits, levels), " ranks can be summed at ", bits, " bits and ",
-                      levels, " levels, got ", group_->size);
+                      levels, " levels, got ", group().size);
     const NcclReduction reduction{
         args,
         x.const_data_ptr(),
@@ -90,12 +96,13 @@ class NcclCommunicator : public torch::CustomClassHolder {
         scale,
     };
     Device::run(device_,
-                [&](const CudaKernels& kernels) { linear_allreduce(reduction, kernels, *group_); });
+                [&](const CudaKernels& kernels) { linear_allreduce(reduction, kernels, group()); });
   }
 
   static void register_all(torch::Library& m) {
     m.class_<NcclCommunicator>("NcclCommunicator")
         .def(torch::init<const Tensor&, int64_t, int64_t, at::Device>())
+        .def("close", &NcclCommunicator::close)
         .def("max", &NcclCommunicator::max)
         .def("sum", &NcclCommunicator::sum)
         .def("all_to_all", &NcclCommunicator::all_to_all)
@@ -105,19 +112,23 @@ class NcclCommunicator : public torch::CustomClassHolder {
   }
 
  private:
+  NcclGroup& group() {
+    TORCH_CHECK(group_, "the communicator was closed");
+    return *group_;
+  }
   void all_reduce(Tensor tensor, ncclRedOp_t op) {
     const at::ScalarType type = tensor.scalar_type();
     TORCH_CHECK_TYPE(type == at::kInt || type == at::kLong, "the tensor must be Int or Long, got ",
                      type);
     check_buffer(tensor, "the tensor", type, tensor.numel(), device_);
     Device::run(device_, [&](const CudaKernels& kernels) {
-      group_->all_reduce(tensor.mutable_data_ptr(), tensor.numel(),
+      group().all_reduce(tensor.mutable_data_ptr(), tensor.numel(),
                          type == at::kInt ? ncclInt32 : ncclInt64, op, kernels.stream);
     });
   }
-  void check_lengths(const std::vector<int64_t>& lengths) const {
-    TORCH_CHECK_VALUE(static_cast<int64_t>(lengths.size()) == group_->size, "there must be ",
-                      group_->size, " lengths, one a rank, got ", lengths.size());
+  void check_lengths(const std::vector<int64_t>& lengths) {
+    TORCH_CHECK_VALUE(static_cast<int64_t>(lengths.size()) == group().size, "there must be ",
+                      group().size, " lengths, one a rank, got ", lengths.size());
     for (const int64_t length : lengths) {
       TORCH_CHECK_VALUE(length >= 0, "lengths must be at least 0, got ", length);
     }

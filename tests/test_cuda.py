@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from hvd_gqsgd import GlobalQSGD, allreduce, build_info, ddp_hook, nccl_ops, ops, simulate
 from hvd_gqsgd.bench import gpu
+from hvd_gqsgd.pipeline import Pipeline
 
 pytestmark = pytest.mark.cuda
 
@@ -140,8 +142,16 @@ def gradient(network: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
 
 
-def test_ddp(group: dist.ProcessGroup) -> None:
-    """Gradients are near those of the model alone, and an overflow skips the scaler's step."""
+def test_ddp(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are near those of the model alone, and an overflow skips the scaler's step; who
+    does not wait for the decoding finds them as they were."""
+    decode = Pipeline.decode
+
+    def decode_late(*args: Any) -> Tensor:
+        torch.cuda._sleep(50_000_000)
+        return decode(*args)
+
+    monkeypatch.setattr(Pipeline, "decode", decode_late)
     plain = model()
     ddp = nn.parallel.DistributedDataParallel(model(), device_ids=[torch.cuda.current_device()])
     state = GlobalQSGD(bits=8, min_numel=1).ddp_state()

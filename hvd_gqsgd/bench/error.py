@@ -8,7 +8,6 @@ is timed, and seeds are fixed, so that the tables are the same on every machine.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import ops
+from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs import levels_for
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.schedule import wire_bits
@@ -378,21 +378,9 @@ def _show(result: dict[str, Any], markdown: bool) -> None:
             ["" if row[field] is None else format(row[field], form) for _, field, form in columns]
             for row in result[key]
         ]
-        if markdown or importlib.util.find_spec("rich") is None:
-            print(f"{title}:\n")
-            for line in [header, ["---", *["---:"] * (len(header) - 1)], *cells]:
-                print("|", " | ".join(line), "|")
+        show_table(header, cells, title=title, markdown=markdown)
+        if markdown:
             print()
-            continue
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table(title=title, title_justify="left")
-        for column, name in enumerate(header):
-            table.add_column(name, justify="right" if column else "left")
-        for line in cells:
-            table.add_row(*line)
-        Console().print(table)
 
 
 if __name__ == "__main__":

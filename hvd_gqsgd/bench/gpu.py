@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import nccl_ops, ops
+from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs.linear import levels_for
 
 __all__ = ["measure", "show"]
+
+RANKS = 8
+"""Whose codes are averaged in the middle of an exchange in two phases."""
 
 
 def measure(
@@ -66,21 +70,19 @@ def measure(
 
 def show(result: dict[str, Any]) -> None:
     """Prints it."""
-    from rich.console import Console
-    from rich.table import Table
-
     print(
         f"{result['numel']:,} elements of {result['dtype']}, {result['bits']} bits, blocks of "
         f"{result['block_size']}\n{result['gpu']}, torch {result['torch']}; medians of "
         f"{result['repeats']} rounds"
     )
-    table = Table()
-    for column, title in enumerate(("pass", "ms", "GB/s", "share of a copy")):
-        table.add_column(title, justify="left" if column == 0 else "right")
-    for name, speed in result["passes"].items():
-        share = "" if name == "copy" else f"{speed['share_of_copy']:.0%}"
-        table.add_row(name, f"{speed['ms']:.3f}", f"{speed['gb_per_s']:.0f}", share)
-    Console().print(table)
+    rows = [
+        [
+            name, f"{speed['ms']:.3f}", f"{speed['gb_per_s']:.0f}",
+            "1" if name == "copy" else f"{speed['share_of_copy']:.0%}",
+        ]
+        for name, speed in result["passes"].items()
+    ]  # fmt: skip
+    show_table(["pass", "ms", "GB/s", "share of a copy"], rows)
     if result["allreduce_ms"] is not None:
         print(f"the whole allreduce over NCCL, of one rank: {result['allreduce_ms']:.3f} ms")
     print(
@@ -108,7 +110,7 @@ def _passes(
     )  # fmt: skip
     ops.block_max(x, block_size, norms)
     ops.quantize(x, norms, words, block_size, bits, levels, *place)
-    received = words[None]
+    received = words.expand(RANKS, -1)
     codes, data = words.nbytes + norms.nbytes, x.nbytes
     linear = (numel, block_size, bits, most, 0, tiles, 0, 0, 0)
     calls: dict[str, tuple[Callable[[], object], int]] = {
@@ -124,7 +126,7 @@ def _passes(
         ),
         "requantize": (
             lambda: ops.requantize(received, norms, means, *linear),
-            codes + means.nbytes,
+            RANKS * words.nbytes + norms.nbytes + means.nbytes,
         ),
         "dequantize_means": (
             lambda: ops.dequantize_means(
@@ -168,6 +170,7 @@ def _interleaved(
     times: dict[str, list[float]] = {name: [] for name in passes}
     for repeat, (name, call) in itertools.product(range(-3, repeats), passes.items()):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(500_000)  # while the host enqueues what is measured
         begin.record()
         call()
         end.record()

@@ -22,6 +22,7 @@ import torch
 
 from hvd_gqsgd import ops
 from hvd_gqsgd.bench import gpu
+from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs.linear import levels_for
 
 __all__ = ["main", "measure"]
@@ -190,19 +191,7 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['cpu']}, {result['threads']} thread(s), torch {result['torch']}; "
         f"least {result['clock']} of {result['repeats']} rounds"
     )
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        for row in [header, *rows]:
-            print("{:20}{:16}{:>12}{:>8}{:>18}".format(*row))
-    else:
-        table = Table()
-        for column, title in enumerate(header):
-            table.add_column(title, justify="left" if column < 2 else "right")
-        for row in rows:
-            table.add_row(*row, end_section=bool(row[-1]))
-        Console().print(table)
+    show_table(header, rows, left=2)
     print(
         f"ratio to memcpy of {result['bytes_per_element']:.3g} bytes an element: "
         f"{result['ratio_to_memcpy']:.2f}"

@@ -37,11 +37,32 @@ class NcclGroup:
             self._communicator = nccl_ops.communicator(
                 unique_id, self._base.rank, self._base.size, self._device
             )
+            self._warm_up()
         return self._communicator
+
+    def close(self) -> None:
+        """Ends it. All ranks must call this, with nothing in flight."""
+        if self._communicator is not None:
+            self._communicator.close()
+            self._communicator = None
+
+    def _warm_up(self) -> None:
+        """NCCL connects GPUs when they first exchange something, in a way that depends on what.
+        That takes memory and waits for all ranks: better here than in the midst of other work."""
+        size = self._base.size
+        for numel in (1, 2**20):
+            words = torch.zeros(numel, dtype=torch.int32, device=self._device)
+            self._communicator.max(words)
+            self._communicator.sum(words)
+        words = torch.zeros(size, dtype=torch.int32, device=self._device)
+        self._communicator.all_to_all(words, words.clone(), [1] * size)
+        self._communicator.all_gather(words[:1], words.clone(), [1] * size)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
     def _share(self, make: Any) -> Tensor:
         """What rank 0 makes. Without Broadcast: a sum, to which the others add zeros."""
-        error, made = None, torch.zeros(128, dtype=torch.uint8)
+        error, made = None, torch.zeros(128, dtype=torch.uint8, device="cpu")
         if make is not None:
             try:
                 made = make()

@@ -79,7 +79,7 @@ class StagedTransport(WrappedTransport):
 
 def _to_host(tensor: Tensor) -> Tensor:
     """A copy that is there when this returns."""
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
     host.copy_(tensor, non_blocking=True)
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()

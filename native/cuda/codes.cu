@@ -22,6 +22,14 @@ __global__ void quantize_kernel(Layout layout, Code code, const typename Traits<
     Word* to = words + tile.word + word;
     if_packed<kWords>(layout, tile, from, to, [&](auto packed) {
       constexpr bool kPacked = decltype(packed)::value;
+      // Where the number of lanes is known, all loads come before the first use.
+      constexpr bool kAhead = kBits > 0 && kPacked;
+      T in[kAhead ? sizeof(Word) * 8 / (kBits ? kBits : 1) : 1][kWords];
+      if constexpr (kAhead) {
+        for_each_lane<kBits, Word>(layout, [&](int lane) {
+          load_run(from + lane * static_cast<int>(tile.words) + word, kWords, true, in[lane]);
+        });
+      }
       Word out[kWords];
 #pragma unroll
       for (int k = 0; k < kWords; ++k) out[k] = bias;
@@ -30,13 +38,14 @@ __global__ void quantize_kernel(Layout layout, Code code, const typename Traits<
         const uint64_t keyed = tile_key(key, static_cast<uint64_t>(t));
         for_each_lane<kBits, Word>(layout, [&](int lane) {
           const int first = lane * static_cast<int>(tile.words) + word;
-          const int count = elements_left<kWords, kPacked>(tile, word, first);
-          T in[kWords];  // zero, and so is the code of that, where there is no element
-          load_run(from + first, count, kPacked, in);
+          if constexpr (!kAhead) {  // zero, as the code of that, where there is no element
+            load_run(from + first, elements_left<kWords, kPacked>(tile, word, first), kPacked,
+                     in[0]);
+          }
 #pragma unroll
           for (int k = 0; k < kWords; ++k) {
             const uint32_t dither = dither_bits(keyed, static_cast<uint32_t>(first + k)) + offset;
-            const int32_t c = code.encode(load(in[k]), grid, dither);
+            const int32_t c = code.encode(load(in[kAhead ? lane : 0][k]), grid, dither);
             out[k] += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
           }
         });

@@ -13,17 +13,16 @@ MeansLayout means_layout(const Layout& layout) {
   return {layout, sizeof(Word), sizeof(Norm) > sizeof(Word) ? sizeof(Norm) : sizeof(Word)};
 }
 
-// Over all threads of a block.
+// Over all threads of a block. `turn` alternates, so that none writes where another still reads.
 template <class T>
-__device__ __forceinline__ T max_of_threads(T value) {
-  __shared__ T of_warps[kWarp];
+__device__ __forceinline__ T max_of_threads(T value, int turn) {
+  __shared__ T of_warps[2][kWarp];
   value = warp_max(value);
-  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = value;
+  if (threadIdx.x % kWarp == 0) of_warps[turn][threadIdx.x / kWarp] = value;
   __syncthreads();
   for (unsigned warp = 0; warp < blockDim.x / kWarp; ++warp) {
-    value = of_warps[warp] > value ? of_warps[warp] : value;
+    value = of_warps[turn][warp] > value ? of_warps[turn][warp] : value;
   }
-  __syncthreads();  // before somebody writes again
   return value;
 }
 
@@ -31,38 +30,35 @@ template <int kBits, class Real, class Word, class Code>
 __global__ void requantize_kernel(MeansLayout at, Code code,
                                   const typename Traits<Real>::Norm* norms, Received received,
                                   uint64_t key, Real ratio, unsigned char* means,
-                                  int64_t first_tile, int64_t begin, int64_t end) {
+                                  int64_t first_word, int64_t first_unit, int64_t begin,
+                                  int64_t end) {
   using Norm = typename Traits<Real>::Norm;
-  using Unit = std::conditional_t<(sizeof(Norm) > sizeof(Word)), Norm, Word>;
+  using Unit = std::conditional_t<(sizeof(Norm) > sizeof(Word)), uint64_t, Word>;
   constexpr int kMostLanes = kBits ? 8 * sizeof(Word) / kBits : 64 / 3;
   const Layout& layout = at.layout;
   if (kBits) code.bits = kBits;
   const int lanes = kBits ? kMostLanes : static_cast<int>(layout.lanes);
   const Word bias = static_cast<Word>(code.bias());
-  const int64_t first_word = layout.word(first_tile), first_unit = at.begin(first_tile);
-  const int64_t word = threadIdx.x;
+  const int word = static_cast<int>(threadIdx.x);
 
-  for (int64_t t = begin + blockIdx.x; t < end; t += gridDim.x) {
+  int turn = 0;
+  for (int64_t t = begin + blockIdx.x; t < end; t += gridDim.x, turn = 1 - turn) {
     const Layout::Tile tile = layout.tile(t);
-    unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
-    // What holds neither norm nor words is zero.
-    for (int64_t i = threadIdx.x; i < at.units_of_tile(tile.size); i += blockDim.x) {
-      reinterpret_cast<Unit*>(record)[i] = 0;
-    }
-    __syncthreads();
-    if (!is_finite_norm(norms[tile.block])) continue;
-
-    const auto has = [&](int lane) {
-      return lane < lanes && word < tile.words && lane * tile.words + word < tile.size;
-    };
-    typename Code::Sum sum[kMostLanes] = {};  // stays zero, as its code, where no element is
+    const int size = static_cast<int>(tile.size), count = static_cast<int>(tile.words);
     const Word* from = static_cast<const Word*>(received.words) + tile.word - first_word + word;
+    Word in = word < count ? *from : Word{0};
+    const bool finite = is_finite_norm(norms[tile.block]);
+
+    typename Code::Sum sum[kMostLanes] = {};  // stays zero, as its code, where no element is
     // In the order of the ranks: sums of exponential levels are rounded.
-    for (int64_t rank = 0; rank < received.ranks; ++rank, from += received.stride) {
-      const Word in = word < tile.words ? *from : Word{0};
+    for (int64_t rank = 0; rank < received.ranks; ++rank) {
+      const Word now = in;
+      from += received.stride;
+      if (word < count && rank + 1 < received.ranks) in = *from;
 #pragma unroll
       for (int lane = 0; lane < kMostLanes; ++lane) {
-        if (has(lane)) sum[lane] += code.decode(in, lane * code.bits, lane + 1 == lanes);
+        const bool has = lane < lanes && word < count && lane * count + word < size;
+        if (has) sum[lane] += code.decode(now, lane * code.bits, lane + 1 == lanes);
       }
     }
     Real mean[kMostLanes];
@@ -73,19 +69,27 @@ __global__ void requantize_kernel(MeansLayout at, Code code,
       const Norm bits = magnitude(mean[lane]);
       largest = bits > largest ? bits : largest;
     }
-    largest = max_of_threads(largest);
-    if (threadIdx.x == 0) *reinterpret_cast<Norm*>(record) = largest;
-    if (word >= tile.words) continue;
+    largest = max_of_threads(largest, turn);
+
+    // All of the record is written: zeros where there is neither norm nor word, or nothing to tell.
+    unsigned char* record = means + (at.begin_of(t) - first_unit) * at.unit;
+    Word* words = reinterpret_cast<Word*>(record + at.unit);
+    if (threadIdx.x == 0) {
+      const Unit norm = static_cast<std::make_unsigned_t<Norm>>(finite ? largest : 0);
+      *reinterpret_cast<Unit*>(record) = norm;
+      if (tile.words * sizeof(Word) % sizeof(Unit) != 0) words[count] = 0;
+    }
+    if (word >= count) continue;
     const Grid<Real> grid = code.grid(bit_cast<Real>(largest));
     const uint64_t keyed = tile_key(key, static_cast<uint64_t>(t));
     Word out = bias;
 #pragma unroll
     for (int lane = 0; lane < kMostLanes; ++lane) {
-      const uint32_t index = static_cast<uint32_t>(lane * tile.words + word);
+      const uint32_t index = static_cast<uint32_t>(lane * count + word);
       const int32_t c = code.encode(mean[lane], grid, dither_bits(keyed, index));
       if (lane < lanes) out += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
     }
-    reinterpret_cast<Word*>(record + at.unit)[word] = out;
+    words[word] = finite ? out : Word{0};
   }
 }
 
@@ -93,17 +97,15 @@ template <int kBits, class T, class Word, class Code>
 __global__ void dequantize_means_kernel(MeansLayout at, Code code,
                                         const typename Traits<T>::Norm* norms,
                                         const unsigned char* means, typename Traits<T>::Real ratio,
-                                        T* out, int64_t first_tile, int64_t begin, int64_t end) {
+                                        T* out, int64_t first_unit, int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
   using Norm = typename Traits<T>::Norm;
   constexpr int kWords = words_of_thread<T, Word>;
   const Layout& layout = at.layout;
   if (kBits) code.bits = kBits;
-  const int64_t first_unit = at.begin(first_tile);
-
   for_each_run<kWords>(layout, begin, end, [&](int64_t t, const Layout::Tile& tile, int word) {
     const Norm norm = norms[tile.block];
-    const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
+    const unsigned char* record = means + (at.begin_of(t) - first_unit) * at.unit;
     const Real share = bit_cast<Real>(*reinterpret_cast<const Norm*>(record));
     // Records are as long as they need to be, so that their words begin anywhere.
     const Word* from = reinterpret_cast<const Word*>(record + at.unit) + word;
@@ -132,13 +134,13 @@ void CudaKernels::requantize(const CodeArgs& args, const Received& received, uin
     using Real = decltype(real);
     with_code<Real>(args, [&](auto code, auto word) {
       using Word = decltype(word);
+      const MeansLayout at = means_layout<Real, Word>(layout);
       with_bits<Word>(code, [&](auto bits) {
         launch(stream, grid_for(end - begin, 1), dim3(static_cast<unsigned>(threads)),
-               requantize_kernel<decltype(bits)::value, Real, Word, decltype(code)>,
-               means_layout<Real, Word>(layout), code,
+               requantize_kernel<decltype(bits)::value, Real, Word, decltype(code)>, at, code,
                static_cast<const typename Traits<Real>::Norm*>(args.norms), received, key,
                static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks))),
-               static_cast<unsigned char*>(means), first, begin, end);
+               static_cast<unsigned char*>(means), layout.word(first), at.begin(first), begin, end);
       });
     });
   });
@@ -152,14 +154,14 @@ void CudaKernels::dequantize_means(const CodeArgs& args, const void* means, doub
     using Real = typename Traits<T>::Real;
     with_code<Real>(args, [&](auto code, auto word) {
       using Word = decltype(word);
+      const MeansLayout at = means_layout<Real, Word>(layout);
       with_bits<Word>(code, [&](auto bits) {
         const Runs runs = runs_for(layout, words_of_thread<T, Word>, end - begin);
         launch(stream, runs.grid, runs.threads,
-               dequantize_means_kernel<decltype(bits)::value, T, Word, decltype(code)>,
-               means_layout<Real, Word>(layout), code,
+               dequantize_means_kernel<decltype(bits)::value, T, Word, decltype(code)>, at, code,
                static_cast<const typename Traits<T>::Norm*>(args.norms),
                static_cast<const unsigned char*>(means), static_cast<Real>(code.ratio(scale)),
-               static_cast<T*>(out), first, begin, end);
+               static_cast<T*>(out), at.begin(first), begin, end);
       });
     });
   });

@@ -25,7 +25,8 @@ inline void check_nccl(ncclResult_t code, const char* call, ncclComm_t comm = nu
 }
 
 // One rank's end; on the device that is the current one when it is made. All ranks make theirs at
-// the same time, and then call the same functions in one order.
+// the same time, and then call the same functions in one order. The destructor leaves NCCL's part
+// as it is: to end that takes all ranks, at a time of their own.
 class NcclGroup {
  public:
   NcclGroup(const ncclUniqueId& id, int rank, int size) : rank(rank), size(size) {
@@ -33,7 +34,13 @@ class NcclGroup {
   }
   NcclGroup(const NcclGroup&) = delete;
   NcclGroup& operator=(const NcclGroup&) = delete;
-  ~NcclGroup() { ncclCommDestroy(comm_); }
+
+  // To be called by all ranks, once.
+  void close() {
+    ncclResult_t state;
+    const bool fine = ncclCommGetAsyncError(comm_, &state) == ncclSuccess && state == ncclSuccess;
+    check_nccl(fine ? ncclCommDestroy(comm_) : ncclCommAbort(comm_), "closing NCCL");
+  }
 
   const int rank, size;
 

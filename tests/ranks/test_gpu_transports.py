@@ -8,7 +8,6 @@ import os
 import shlex
 import subprocess
 
-import horovod.torch as hvd
 import pytest
 import torch
 from conftest import process_group
@@ -174,4 +173,6 @@ def test_a_communicator_checks_its_arguments(rank, size, nccl):
     ]:
         with pytest.raises(error, match=match):
             call()
-    hvd.barrier()
+    group.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        group.sum(words)

@@ -107,6 +107,15 @@ struct Layout {
 struct MeansLayout {
   Layout layout;
   int64_t word_size, unit;
+  // Of a full block, and of its tiles but the last one. Divided here, and not for every tile.
+  int64_t block_units, tile_units;
+
+  GQSGD_MEMBER MeansLayout(const Layout& layout, int64_t word_size, int64_t unit)
+      : layout(layout),
+        word_size(word_size),
+        unit(unit),
+        block_units(units_of(layout.block)),
+        tile_units(units_of_tile(layout.block < kTile ? layout.block : kTile)) {}
 
   GQSGD_MEMBER int64_t units_of_tile(int64_t elements) const {
     return elements ? 1 + ceil_div(ceil_div(elements, layout.lanes) * word_size, unit) : 0;
@@ -116,13 +125,15 @@ struct MeansLayout {
   }
   // Where tile `index` begins; for the number of tiles, where the last one ends.
   GQSGD_MEMBER int64_t begin(int64_t index) const {
-    const int64_t block_index = index / layout.block_tiles;
-    const int64_t inside = index % layout.block_tiles;
     if (index == layout.tiles()) {
-      return (layout.numel / layout.block) * units_of(layout.block) +
-             units_of(layout.numel % layout.block);
+      return (layout.numel / layout.block) * block_units + units_of(layout.numel % layout.block);
     }
-    return block_index * units_of(layout.block) + inside * units_of_tile(kTile);
+    return begin_of(index);
+  }
+  // The same for a tile that there is, without a division in most cases.
+  GQSGD_MEMBER int64_t begin_of(int64_t index) const {
+    const int64_t block_index = layout.block_tiles == 1 ? index : index / layout.block_tiles;
+    return block_index * block_units + (index - block_index * layout.block_tiles) * tile_units;
   }
 };
 
