@@ -82,9 +82,9 @@ bench: setup ## measure the kernels against memcpy
 bench-mpi: setup ## measure the allreduce over MPI; as root also over an emulated link of 1 Gbit/s
 	@$(RUN) mpirun -n 2 --bind-to core $(PY) -m hvd_gqsgd.bench.mpi $(ARGS)
 	@if [ "$$(id -u)" != 0 ]; then echo 'hvd_gqsgd: not over a limited link, as that needs root'; exit; fi; \
-	    docker/hosts.sh up 2 1gbit; trap 'docker/hosts.sh down' EXIT; echo; \
+	    hvd_gqsgd/bench/hosts.sh up 2 1gbit; trap 'hvd_gqsgd/bench/hosts.sh down' EXIT; echo; \
 	    echo 'On 2 emulated hosts, with a link of 1 Gbit/s:'; \
-	    $(RUN) docker/hosts.sh mpirun $(CURDIR)/$(PY) -m hvd_gqsgd.bench.mpi --repeats 9 $(ARGS)
+	    $(RUN) hvd_gqsgd/bench/hosts.sh mpirun $(CURDIR)/$(PY) -m hvd_gqsgd.bench.mpi --repeats 9 $(ARGS)
 
 sanitize: setup ## run the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(RUN) $(FOR_MPI) docker/sanitize.sh $(VENV)/sanitized

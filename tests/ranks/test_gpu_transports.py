@@ -29,6 +29,7 @@ from mpi4py import MPI
 
 from hvd_gqsgd.transports.mpi import MpiTransport
 
+pytestmark = pytest.mark.few
 CPU = torch.device("cpu")
 OPTIONS = [
     {},

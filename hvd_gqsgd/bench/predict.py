@@ -1,0 +1,129 @@
+"""``hvd-gqsgd model``: which setting pays, on which link, for how many ranks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hvd_gqsgd.bench.gradients import MODELS, shapes_of
+from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.model import (
+    FP32,
+    PRESETS,
+    SETTINGS,
+    Gradients,
+    Machine,
+    break_even,
+    possible,
+    recommend,
+    step_seconds,
+)
+
+__all__ = ["gradients_of", "main", "predict"]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints predicted steps, the bandwidth below which quantization pays, and a recommendation."""
+    parser = argparse.ArgumentParser(
+        prog="hvd-gqsgd model",
+        description="Predicts training steps with each setting, and recommends one.",
+    )
+    machine = parser.add_mutually_exclusive_group()
+    machine.add_argument("--preset", choices=PRESETS, default="1gbe", help="(default: %(default)s)")
+    machine.add_argument(
+        "--machine", type=Path, metavar="FILE", help="what hvd-gqsgd bench calibrate has printed"
+    )
+    parser.add_argument("--ranks", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--model", choices=MODELS, default="resnet50")
+    parser.add_argument(
+        "--compute", type=float, default=100, metavar="MS",
+        help="forward and backward pass of one rank alone (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too, as PNG")
+    options = parser.parse_args(arguments)
+    if options.ranks < 1 or options.compute < 0:
+        parser.error("--ranks must be at least 1, and --compute at least 0")
+    chosen = PRESETS[options.preset]
+    if options.machine is not None:
+        try:
+            chosen = Machine(**json.loads(options.machine.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            parser.error(f"--machine {options.machine}: {error}")
+    result = predict(gradients_of(options.model), options.ranks, chosen, options.compute / 1e3)
+    if options.plot is not None:
+        _plot(gradients_of(options.model), options.compute / 1e3, chosen, options.plot)
+    if options.json:
+        print(json.dumps(result))
+        return
+    rows = [
+        [name, f"{step['ms']:.1f}", f"{step['times_faster']:.2f}"]
+        for name, step in result["steps"].items()
+    ]
+    print(f"{options.model} on {options.ranks} ranks, {options.compute:g} ms of computing a step")
+    show_table(["", "ms a step", "times faster"], rows)
+    print(result["advice"])
+
+
+def gradients_of(model: str, min_numel: int = 4096) -> Gradients:
+    """Of one of ``gradients.MODELS``."""
+    sizes = [math.prod(shape) for _, shape in shapes_of(model)]
+    small = [size for size in sizes if size < min_numel]
+    return Gradients(sum(sizes), len(sizes), sum(small), len(small))
+
+
+def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) -> dict[str, Any]:
+    """Steps of all settings that are possible, by name; ``break_even``, the bandwidth in bytes a
+    second below which the best one pays; and ``advice``, a sentence.
+
+    Args:
+        compute: seconds of the forward and the backward pass, of which that is two thirds.
+    """
+    forward, backward = compute / 3, 2 * compute / 3
+    seconds = {
+        setting.name: step_seconds(setting, gradients, ranks, machine, forward, backward)
+        for setting in SETTINGS
+        if possible(setting, ranks)
+    }
+    return {
+        "steps": {
+            name: {"ms": time * 1e3, "times_faster": seconds[FP32.name] / time}
+            for name, time in seconds.items()
+        },
+        "break_even": break_even(gradients, ranks, machine, forward, backward),
+        "advice": recommend(gradients, ranks, machine, forward, backward),
+    }
+
+
+def _plot(gradients: Gradients, compute: float, machine: Machine, file: Path) -> None:
+    """How many times faster the best setting is, over ranks and bandwidth."""
+    import dataclasses
+
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    low, high, points = 100e6 / 8, 900e9, 61
+    bandwidths = [low * (high / low) ** (i / (points - 1)) for i in range(points)]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for ranks in (2, 4, 8, 16, 64, 256, 1024):
+        gains = []
+        for beta in bandwidths:
+            there = dataclasses.replace(machine, beta=beta, beta_two_phase=None)
+            steps = predict(gradients, ranks, there, compute)["steps"]
+            gains.append(max(step["times_faster"] for step in steps.values()))
+        axes.plot([8 * beta for beta in bandwidths], gains, label=f"{ranks} ranks")
+    axes.set(xscale="log", xlabel="bandwidth of each link, bit/s", ylabel="times faster than fp32")
+    axes.set_title("a step with the best setting")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=110, bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    main()

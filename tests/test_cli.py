@@ -1,0 +1,74 @@
+"""The command ``hvd-gqsgd``, as users start it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+
+import pytest
+from launch import run
+
+from hvd_gqsgd import cli, doctor
+
+COMMAND = [sys.executable, "-m", "hvd_gqsgd.cli"]
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names every command, also to those who ask for one that there is not."""
+    for given in (["--help"], [], ["bench"], ["bench", "speed"]):
+        with pytest.raises(SystemExit):
+            cli.main(given)
+        text = "".join(capsys.readouterr())
+        assert given == [] or all(name in text for name in cli.COMMANDS)
+
+
+def test_doctor() -> None:
+    """All is well where the tests run, over MPI and over Gloo."""
+    done = run([*COMMAND, "doctor"])
+    assert done.returncode == 0, done.stdout
+    assert "2 ranks over mpi: both have the right mean" in done.stdout
+    assert "2 ranks over gloo: both have the right mean" in done.stdout
+
+
+def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher that is missing, one that fails, and one that hangs."""
+    horovod = {"version": "0", "mpi": True, "gloo": True, "nccl": False}
+    monkeypatch.setattr(doctor, "_program", lambda name: None)
+    assert {finding.state for finding in doctor._tests(horovod)} == {"missing"}
+    monkeypatch.setattr(doctor, "_program", lambda name: "false")
+    failed = list(doctor._tests(horovod))
+    assert {finding.state for finding in failed} == {"broken"}
+    assert all(finding.fix for finding in failed)
+    monkeypatch.setattr(doctor, "LIMIT", 0.5)
+    status, _ = doctor._run(["sleep", "60"])
+    assert status is None
+
+
+def test_bench_allreduce() -> None:
+    """All arms, with the bytes that they send."""
+    arguments = ["--largest", "0.0625", "--repeats", "2", "--json"]
+    done = run([*COMMAND, "bench", "allreduce", *arguments])
+    assert done.returncode == 0, done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ranks"] == 2
+    for row in result["rows"]:
+        bits = {"fp32": 32, "fp16": 16, "4 bits": 4}.get(row["arm"], 8)
+        assert row["bytes"] * bits / 32 <= row["wire_bytes"] <= row["bytes"] * bits / 32 + 1500
+        assert 0 < row["ms"] <= row["ms_p99"]
+    assert {row["bytes"] for row in result["rows"]} == {4096, 16384, 65536}
+
+
+def test_bench_step() -> None:
+    """Horovod and DDP, with and without."""
+    arms = "Horovod fp32,DDP fp32,GlobalQSGD 8 bits"
+    arguments = ["--model", "dlrm", "--arms", arms, "--repeats", "1", "--json"]
+    done = run([*COMMAND, "bench", "step", *arguments])
+    assert done.returncode == 0, done.stdout
+    result = json.loads(done.stdout.splitlines()[-1])
+    full = result["parameters"] * 4 / 1e6
+    for name, arm in result["arms"].items():
+        assert arm["ms"] > 0 and not arm.get("error"), name
+        small = "8 bits" in name
+        assert arm["megabytes"] == pytest.approx(full / 4 if small else full, rel=0.02)
+    assert not math.isnan(result["arms"]["DDP GlobalQSGD 8 bits"]["times_faster"])

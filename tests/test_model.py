@@ -1,0 +1,100 @@
+"""The performance model: its formulas, its limits, and what it recommends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from hvd_gqsgd import model
+from hvd_gqsgd.bench import predict
+from hvd_gqsgd.bench.gradients import MODELS, shapes_of
+from hvd_gqsgd.model import FP32, PRESETS, SETTINGS, Machine
+
+LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9)
+
+
+def test_formulas() -> None:
+    """By hand: 4 ranks, 8 MB."""
+    ring = 6 * 1e-3 + 0.75 * 8e6 * (2 / 1e8 + 1 / 1e9)
+    assert model.allreduce_seconds(8e6, 4, LINK) == pytest.approx(ring)
+    assert model.allreduce_seconds(8, 4, LINK) == pytest.approx(2e-3, rel=1e-3)  # doubling
+    tree = 2 * (2e-3 + 2 * 8e6 / 1e8 + 8e6 / 1e9)
+    assert model.tree_seconds(8e6, 4, LINK) == pytest.approx(tree)
+    assert model.two_phase_seconds(8e6, 4, LINK) == pytest.approx(6e-3 + 1.5 * 8e6 / 1e8)
+    assert model.allreduce_seconds(8e6, 1, LINK) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    [("resnet50", 161, 25_557_032), ("transformer", 253, 63_082_496), ("dlrm", 38, 17_114_913)],
+)
+def test_shapes(name: str, tensors: int, parameters: int) -> None:
+    """ResNet-50's as everywhere in the literature, and the others as they were counted once."""
+    shapes = shapes_of(name)
+    assert len(shapes) == len({name for name, _ in shapes}) == tensors
+    assert sum(math.prod(shape) for _, shape in shapes) == parameters
+    gradients = predict.gradients_of(name)
+    assert (gradients.tensors, gradients.elements) == (tensors, parameters)
+    assert 0 < gradients.small_elements < parameters / 100
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ranks", [1, 2, 8, 1024])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_predictions_are_sane(preset: str, ranks: int, name: str) -> None:
+    """A step takes no less than its computing and its bytes, and the advice fits the numbers."""
+    gradients, machine = predict.gradients_of(name), PRESETS[preset]
+    result = predict.predict(gradients, ranks, machine, 0.1)
+    for setting in SETTINGS:
+        if setting.name not in result["steps"]:
+            assert setting.quantized and not setting.two_phase and ranks > 7
+            continue
+        step = result["steps"][setting.name]["ms"] / 1e3
+        sent = gradients.elements * setting.bits / 8 * (ranks - 1) / ranks
+        assert step >= max(0.1, (sent + 0.0) / machine.beta)
+    best = max(
+        (step["times_faster"], name) for name, step in result["steps"].items() if name != FP32.name
+    )
+    if best[0] < 1 / (1 - model.MARGIN):
+        assert result["advice"].startswith("Do not compress")
+    else:
+        assert result["advice"].startswith("Take ")
+
+
+def test_break_even() -> None:
+    """Below it quantization is recommended, and above it is not."""
+    gradients = predict.gradients_of("resnet50")
+    machine = PRESETS["10gbe"]
+    beta = model.break_even(gradients, 8, machine, 0.03, 0.07)
+    assert 1e8 < beta < 1e10
+    for factor, advice in ((0.9, "Take"), (1.1, "Do not compress")):
+        there = dataclasses.replace(machine, beta=beta * factor)
+        assert model.recommend(gradients, 8, there, 0.03, 0.07).startswith(advice)
+
+
+def test_narrow_lanes() -> None:
+    """8 bits in an Allreduce are for as many ranks as exchange='auto' gives them."""
+    eight = next(setting for setting in SETTINGS if setting.name == "8 bits")
+    assert model.possible(eight, 18) and not model.possible(eight, 19)
+    with pytest.raises(ValueError, match="8 bits is too narrow for 200 ranks"):
+        model.exchange_seconds(eight, predict.gradients_of("dlrm"), 200, LINK)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It prints a table, JSON, and a figure."""
+    predict.main(["--preset", "1gbe", "--ranks", "4"])
+    assert "times faster than fp32" in capsys.readouterr().out
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps(dataclasses.asdict(LINK)))
+    figure = tmp_path / "figure.png"
+    predict.main(["--machine", str(machine), "--json", "--plot", str(figure)])
+    assert json.loads(capsys.readouterr().out)["steps"]["fp32"]["times_faster"] == 1
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    machine.write_text('{"alpha": 1}')
+    with pytest.raises(SystemExit):
+        predict.main(["--machine", str(machine)])
+    assert "beta" in capsys.readouterr().err
