@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -70,11 +71,7 @@ class _ClassOrInstanceMethod(Generic[P, R]):
     def __get__(self, instance: GlobalQSGD | None, owner: type[GlobalQSGD]) -> Callable[P, R]:
         bound = instance if instance is not None else owner._default()
 
-        @functools.wraps(self._method)
-        def method(*args: P.args, **kwargs: P.kwargs) -> R:
-            return self._method(bound, *args, **kwargs)
-
-        return method
+        return MethodType(self._method, bound)
 
 
 class _Context(NamedTuple):

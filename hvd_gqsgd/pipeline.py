@@ -204,12 +204,13 @@ class Pipeline:
             RuntimeError: the ticket was decoded or given up before.
             Exception: whatever the transport raised.
         """
-        deadline = None if patience is None else time.monotonic() + patience
+        began = time.monotonic()
         self.flush()
         while (contribution := self.poll(ticket)) is None:
-            if deadline is not None and time.monotonic() > deadline:
+            waited = time.monotonic() - began
+            if patience is not None and waited > patience:
                 return None
-            self._transport.idle()
+            self._transport.idle(waited)
         return contribution
 
     def poll(self, ticket: Ticket) -> Contribution | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +13,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hvd_gqsgd.transports.nccl import NcclGroup
 
-__all__ = ["Done", "Handle", "Transport"]
+__all__ = ["Done", "Handle", "Transport", "nap"]
 
 
 class Handle(Protocol):
@@ -43,6 +44,12 @@ class Done:
     def wait(self) -> Tensor:
         """See :class:`Handle`."""
         return self.result
+
+
+def nap(waited: float, shortest: float) -> None:
+    """Sleeps for at least ``shortest`` seconds, and longer the longer it has taken already: by the
+    end a fortieth of the time, or a millisecond, may be lost."""
+    time.sleep(min(shortest + waited / 40, max(shortest, 1e-3)))
 
 
 class Transport(Protocol):
@@ -108,5 +115,6 @@ class Transport(Protocol):
         For transports that count operations; others return a handle that is done.
         """
 
-    def idle(self) -> None:
-        """Called again and again while there is nothing to do but wait; sleeps for a moment."""
+    def idle(self, waited: float = 0.0) -> None:
+        """Called again and again while there is nothing to do but wait, with the seconds since that
+        began; sleeps for a moment. The core may be needed by the threads that are waited for."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,6 +13,7 @@ from horovod.torch import mpi_ops
 from torch import Tensor
 
 from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.transports import nap
 
 __all__ = ["HorovodTransport"]
 
@@ -101,9 +101,9 @@ class HorovodTransport:
         """One word that nobody reads: Horovod counts it like what is started in its place."""
         return self._allreduce(torch.zeros(1, dtype=torch.int32, device="cpu"), name, hvd.Sum)
 
-    def idle(self) -> None:
+    def idle(self, waited: float = 0.0) -> None:
         """Sleeps for less than one of Horovod's cycles, which take a millisecond."""
-        time.sleep(1e-4)
+        nap(waited, 1e-4)
 
     def _allreduce(self, tensor: Tensor, name: str, op: int) -> _HorovodHandle:
         handle = hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set)

@@ -102,7 +102,7 @@ class MpiTransport:
         """Nobody counts here."""
         return Done()
 
-    def idle(self) -> None:
+    def idle(self, waited: float = 0.0) -> None:
         """Lets another process have the core; MPI goes on when it is asked whether it is done."""
         os.sched_yield()
 

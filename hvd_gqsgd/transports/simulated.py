@@ -110,7 +110,7 @@ class SimulatedTransport:
         """Nobody counts here."""
         return Done()
 
-    def idle(self) -> None:
+    def idle(self, waited: float = 0.0) -> None:
         """Nothing will come by itself here: the other ranks run in this thread.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.transports import Done
+from hvd_gqsgd.transports import Done, nap
 
 __all__ = [
     "TorchDistributedTransport",
@@ -122,9 +121,9 @@ class TorchDistributedTransport:
         """Nobody counts here."""
         return Done()
 
-    def idle(self) -> None:
+    def idle(self, waited: float = 0.0) -> None:
         """Sleeps for a moment: threads of the process group do the work."""
-        time.sleep(2e-5)
+        nap(waited, 2e-5)
 
     def _allreduce(self, tensor: Tensor, name: str, op: dist.ReduceOp.RedOpType) -> _WorkHandle:
         work = dist.all_reduce(tensor, op, group=self._channel(name), async_op=True)

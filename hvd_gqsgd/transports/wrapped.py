@@ -46,6 +46,6 @@ class WrappedTransport:
         """See :class:`hvd_gqsgd.transports.Transport`."""
         return self._base.pass_turn(name)
 
-    def idle(self) -> None:
+    def idle(self, waited: float = 0.0) -> None:
         """See :class:`hvd_gqsgd.transports.Transport`."""
-        self._base.idle()
+        self._base.idle(waited)
