@@ -57,8 +57,7 @@ def measure(
         model: one of ``gradients.MODELS``.
         arms: of ``ARMS``; DDP's need a process group.
         repeats: rounds that count.
-        exchange_alone: with the gradients ready beforehand, from the call of Horovod's
-            ``synchronize()`` to its return; for Horovod's arms.
+        exchange_alone: with the gradients ready beforehand; for Horovod's arms.
         progress: called after each round.
 
     Returns:
@@ -130,9 +129,11 @@ class _Model(nn.Module):
 class _Arm:
     """One way to train."""
 
+    label: str
     network: nn.Module
+    named: list[tuple[str, nn.Parameter]]
     optimizer: torch.optim.Optimizer
-    compressor: GlobalQSGD | None
+    compression: Any
     bytes_an_element: float
 
     def step(self) -> None:
@@ -142,8 +143,16 @@ class _Arm:
         self.optimizer.step()
 
     def exchange(self) -> None:
-        """Of gradients that are there."""
-        self.optimizer.synchronize()  # type: ignore[attr-defined]
+        """Of gradients that are there, in the order of a backward pass: what Horovod's optimizer
+        does, which would take them in the order of a set."""
+        handles = []
+        for name, parameter in reversed(self.named):
+            assert parameter.grad is not None
+            sent, context = self.compression.compress(parameter.grad)
+            handle = hvd.allreduce_async(sent, name=f"{self.label}.{name}")
+            handles.append((parameter, handle, context))
+        for parameter, handle, context in handles:
+            parameter.grad = self.compression.decompress(hvd.synchronize(handle), context)
 
     def get_ready(self, exchange_alone: bool) -> None:
         """For the coming call."""
@@ -155,8 +164,8 @@ class _Arm:
 
     def megabytes(self) -> float:
         """That a rank hands to collectives in a step."""
-        if self.compressor is not None:
-            stats = self.compressor.stats()
+        if isinstance(self.compression, GlobalQSGD):
+            stats = self.compression.stats()
             wire = stats.compressed_bytes_on_wire + stats.bypassed_bytes
             return wire / max(stats.steps, 1) / 1e6
         elements = sum(p.numel() for p in self.network.parameters())
@@ -169,20 +178,30 @@ def _make(name: str, model: str) -> _Arm:
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
     if name in DDP_ARMS:
         return _make_ddp(name, network, optimizer)
-    compressor = None
     compression: Any = hvd.Compression.fp16 if name == FP16 else hvd.Compression.none
     if name in OPERATORS:
-        compression = compressor = GlobalQSGD(named_parameters=named, **OPERATORS[name])
+        compression = GlobalQSGD(named_parameters=reversed(named), **OPERATORS[name])
     optimizer = hvd.DistributedOptimizer(
         optimizer, named_parameters=named, compression=compression
     )  # fmt: skip
-    return _Arm(network, optimizer, compressor, 2 if name == FP16 else 4)
+    return _Arm(name, network, named, optimizer, compression, 2 if name == FP16 else 4)
 
 
 def _make_ddp(name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> _Arm:
     if not dist.is_initialized():
         raise RuntimeError("there is no process group")
-    ddp = nn.parallel.DistributedDataParallel(network)
+    # PowerSGD's hook starts collectives when others are done, on whatever thread: with two buckets
+    # in flight ranks start them in different orders, and Gloo ends the program.
+    one_bucket = name == "DDP PowerSGD rank 4"
+    first = dist._DEFAULT_FIRST_BUCKET_BYTES
+    try:
+        if one_bucket:
+            dist._DEFAULT_FIRST_BUCKET_BYTES = 2**31
+        ddp = nn.parallel.DistributedDataParallel(
+            network, bucket_cap_mb=2048 if one_bucket else None
+        )
+    finally:
+        dist._DEFAULT_FIRST_BUCKET_BYTES = first
     compressor, size = None, 4.0
     if name == "DDP fp16":
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
@@ -196,7 +215,7 @@ def _make_ddp(name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -
     elif name == "DDP GlobalQSGD 8 bits":
         compressor = GlobalQSGD(bits=8)
         ddp.register_comm_hook(compressor.ddp_state(), ddp_hook)
-    return _Arm(ddp, optimizer, compressor, size)
+    return _Arm(name, ddp, [], optimizer, compressor, size)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
