@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
+from typing import Any
 
 import pytest
 from launch import run
 
 from hvd_gqsgd import cli, doctor
+from hvd_gqsgd.model import Machine
 
 COMMAND = [sys.executable, "-m", "hvd_gqsgd.cli"]
 
@@ -45,12 +48,17 @@ def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status is None
 
 
+def result_of(*arguments: str) -> dict[str, Any]:
+    """What a benchmark on 2 ranks prints; beside it may stand what its progress bar left."""
+    done = run([*COMMAND, "bench", *arguments, "--json"])
+    assert done.returncode == 0, done.stdout
+    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :].splitlines()[0])
+    return found
+
+
 def test_bench_allreduce() -> None:
     """All arms, with the bytes that they send."""
-    arguments = ["--largest", "0.0625", "--repeats", "2", "--json"]
-    done = run([*COMMAND, "bench", "allreduce", *arguments])
-    assert done.returncode == 0, done.stdout
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = result_of("allreduce", "--largest", "0.0625", "--repeats", "2")
     assert result["ranks"] == 2
     for row in result["rows"]:
         bits = {"fp32": 32, "fp16": 16, "4 bits": 4}.get(row["arm"], 8)
@@ -62,13 +70,17 @@ def test_bench_allreduce() -> None:
 def test_bench_step() -> None:
     """Horovod and DDP, with and without."""
     arms = "Horovod fp32,DDP fp32,GlobalQSGD 8 bits"
-    arguments = ["--model", "dlrm", "--arms", arms, "--repeats", "1", "--json"]
-    done = run([*COMMAND, "bench", "step", *arguments])
-    assert done.returncode == 0, done.stdout
-    result = json.loads(done.stdout.splitlines()[-1])
+    result = result_of("step", "--model", "dlrm", "--arms", arms, "--repeats", "1")
     full = result["parameters"] * 4 / 1e6
     for name, arm in result["arms"].items():
         assert arm["ms"] > 0 and not arm.get("error"), name
         small = "8 bits" in name
         assert arm["megabytes"] == pytest.approx(full / 4 if small else full, rel=0.02)
     assert not math.isnan(result["arms"]["DDP GlobalQSGD 8 bits"]["times_faster"])
+
+
+def test_bench_calibrate() -> None:
+    """A machine that the model takes."""
+    machine = Machine(**result_of("calibrate", "--repeats", "1"))
+    assert 1e7 < machine.beta < 1e12 and 0 < machine.operation < 1
+    assert all(value >= 0 for value in dataclasses.asdict(machine).values())

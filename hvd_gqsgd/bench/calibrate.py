@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add_arguments(parser)
     parser.add_argument("--repeats", type=int, default=9, help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="what it prints is JSON anyway")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if not is_rank():

@@ -193,15 +193,16 @@ def _make_ddp(name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -
     # PowerSGD's hook starts collectives when others are done, on whatever thread: with two buckets
     # in flight ranks start them in different orders, and Gloo ends the program.
     one_bucket = name == "DDP PowerSGD rank 4"
-    first = dist._DEFAULT_FIRST_BUCKET_BYTES
+    default: Any = dist
+    first = default._DEFAULT_FIRST_BUCKET_BYTES
     try:
         if one_bucket:
-            dist._DEFAULT_FIRST_BUCKET_BYTES = 2**31
+            default._DEFAULT_FIRST_BUCKET_BYTES = 2**31
         ddp = nn.parallel.DistributedDataParallel(
             network, bucket_cap_mb=2048 if one_bucket else None
         )
     finally:
-        dist._DEFAULT_FIRST_BUCKET_BYTES = first
+        default._DEFAULT_FIRST_BUCKET_BYTES = first
     compressor, size = None, 4.0
     if name == "DDP fp16":
         ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
