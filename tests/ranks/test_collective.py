@@ -12,7 +12,7 @@ from helpers import assert_same_on_all_ranks, gradients
 
 from hvd_gqsgd import AgreementError, DynamicBits, allreduce, simulate
 
-SIZES = [0, 1, 3, 1023, 1_000_001]
+SIZES = [0, 1, 3, 1023, 300_001]
 OPERATORS = [
     {"exchange": "two_phase"},
     {"dither": "exponential"},
