@@ -3,7 +3,8 @@
 DDP hands the hook its buckets of gradients, in one order on all ranks, and takes back futures. The
 exchange of a bucket goes on by itself: the process group's threads call back when a collective is
 done, and whoever is called starts the next one. Each kind of collective has a process group of its
-own, as the order in which those of different kinds are started differs between ranks.
+own, as the order in which those of different kinds are started differs between ranks. Over NCCL
+that is so for the agreements alone: what follows one is enqueued at once, bucket after bucket.
 """
 
 # No `from __future__ import annotations`: DDP compares those of its hook with types.

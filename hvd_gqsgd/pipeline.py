@@ -93,7 +93,8 @@ class Pipeline:
         self._ahead = ahead
         self._open_ended = False  # the step lasts until the next one is begun
         self._pool = BufferPool()
-        self._streams = Streams()
+        # NCCL takes the operations of a communicator one after the other anyway.
+        self._streams = Streams(4 if transport.nccl is None else 1)
         self._session: object = None
         self._steps = Steps(options.bits, step)
         self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()

@@ -21,18 +21,17 @@ Stream = torch.cuda.Stream | None
 
 
 class Streams:
-    """A few for each GPU, dealt out in turn."""
+    """``most`` for each GPU, dealt out in turn."""
 
-    MOST = 4
-
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._made: dict[tuple[torch.device, int], torch.cuda.Stream] = {}
 
     def take(self, device: torch.device, number: int) -> Stream:
         """For the bucket of this number in its step."""
         if device.type != "cuda":
             return None
-        key = (device, number % self.MOST)
+        key = (device, number % self._most)
         if key not in self._made:
             self._made[key] = torch.cuda.Stream(device)
         return self._made[key]
