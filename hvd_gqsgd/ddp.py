@@ -8,7 +8,10 @@ that is so for the agreements alone: what follows one is enqueued at once, bucke
 """
 
 # No `from __future__ import annotations`: DDP compares those of its hook with types.
+import atexit
+import functools
 import threading
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +74,7 @@ class DDPState:
     def __init__(
         self, options: Options, group: dist.ProcessGroup | None, stats: Stats | None = None
     ) -> None:
+        _let_threads_leave()
         self._group = group
         host = TorchDistributedTransport(host_group(group))
         # Over NCCL just the agreements go over the host, and all else is enqueued in one order.
@@ -207,6 +211,13 @@ class DDPState:
             finished += self._waiting
             self._waiting.clear()
         return finished
+
+
+@functools.cache
+def _let_threads_leave() -> None:
+    """Before the interpreter ends: it kills threads that come for it then, and one of Gloo's, on
+    its way back from a callback, would take the process along."""
+    atexit.register(time.sleep, 0.1)
 
 
 def ddp_hook(
