@@ -83,12 +83,8 @@ def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) 
     Args:
         compute: seconds of the forward and the backward pass, of which that is two thirds.
     """
-    forward, backward = compute / 3, 2 * compute / 3
-    seconds = {
-        setting.name: step_seconds(setting, gradients, ranks, machine, forward, backward)
-        for setting in SETTINGS
-        if possible(setting, ranks)
-    }
+    forward, backward = _passes(compute)
+    seconds = _seconds(gradients, ranks, machine, compute)
     return {
         "steps": {
             name: {"ms": time * 1e3, "times_faster": seconds[FP32.name] / time}
@@ -96,6 +92,22 @@ def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) 
         },
         "break_even": break_even(gradients, ranks, machine, forward, backward),
         "advice": recommend(gradients, ranks, machine, forward, backward),
+    }
+
+
+def _passes(compute: float) -> tuple[float, float]:
+    """Seconds of the forward and of the backward pass."""
+    return compute / 3, 2 * compute / 3
+
+
+def _seconds(
+    gradients: Gradients, ranks: int, machine: Machine, compute: float
+) -> dict[str, float]:
+    """Of the steps of all settings that are possible."""
+    return {
+        setting.name: step_seconds(setting, gradients, ranks, machine, *_passes(compute))
+        for setting in SETTINGS
+        if possible(setting, ranks)
     }
 
 
@@ -115,8 +127,8 @@ def _plot(gradients: Gradients, compute: float, machine: Machine, file: Path) ->
         gains = []
         for beta in bandwidths:
             there = dataclasses.replace(machine, beta=beta, beta_two_phase=None)
-            steps = predict(gradients, ranks, there, compute)["steps"]
-            gains.append(max(step["times_faster"] for step in steps.values()))
+            seconds = _seconds(gradients, ranks, there, compute)
+            gains.append(seconds[FP32.name] / min(seconds.values()))
         axes.plot([8 * beta for beta in bandwidths], gains, label=f"{ranks} ranks")
     axes.set(xscale="log", xlabel="bandwidth of each link, bit/s", ylabel="times faster than fp32")
     axes.set_title("a step with the best setting")

@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from hvd_gqsgd.buckets import CODE_HEADER, Bucket, Item, everyone
-from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.codecs import LinearCodec
 from hvd_gqsgd.exchanges.base import Exchange, Stage
-from hvd_gqsgd.options import Options
-from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports import Handle, Transport
+from hvd_gqsgd.transports import Handle
 
 __all__ = ["AllreduceExchange"]
 
@@ -24,17 +21,10 @@ __all__ = ["AllreduceExchange"]
 class AllreduceExchange(Exchange):
     """Max of norms, then Sum of codes; for linear dithering."""
 
-    def __init__(
-        self,
-        options: Options,
-        transport: Transport,
-        pool: BufferPool,
-        stats: Stats,
-        ahead: bool = False,
-    ) -> None:
-        super().__init__(options, transport, pool, stats, ahead)
-        # Where all have agreed beforehand and none may leave, all take part.
-        self.code_header = CODE_HEADER if transport.ranks_may_leave or not ahead else 0
+    @property
+    def code_header(self) -> int:
+        """None where all have agreed beforehand and none may leave: then all take part."""
+        return CODE_HEADER if self._transport.ranks_may_leave or not self._ahead else 0
 
     @property
     def summands(self) -> int:

@@ -84,8 +84,10 @@ class Exchange(ABC):
     needs_all_ranks = False
     """Whether a rank that has left by ``hvd.join()`` would be missing."""
 
-    code_header = 0
-    """Words before the codes; zero as long as the rank has not taken part."""
+    @property
+    def code_header(self) -> int:
+        """Words before the codes; zero as long as the rank has not taken part."""
+        return 0
 
     @property
     @abstractmethod
