@@ -13,6 +13,7 @@ COMMANDS = {
     "doctor": ("hvd_gqsgd.doctor", "what is built and active, with a test on 2 ranks"),
     "bench step": ("hvd_gqsgd.bench.step", "training steps of models' shapes, and the peers'"),
     "bench allreduce": ("hvd_gqsgd.bench.allreduce", "allreduces of all sizes"),
+    "bench memory": ("hvd_gqsgd.bench.memory", "memory that training steps take at most"),
     "bench mpi": ("hvd_gqsgd.bench.mpi", "the allreduce over MPI alone; under mpirun"),
     "model": (
         "hvd_gqsgd.bench.predict",
@@ -27,6 +28,8 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command; each has a ``--help`` of its own."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:2] == ["bench", "--calibrate"]:
+        given[1] = "calibrate"
     for name, (module, _) in COMMANDS.items():
         words = name.split()
         if given[: len(words)] == words:

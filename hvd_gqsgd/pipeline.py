@@ -208,10 +208,15 @@ class Pipeline:
         began = time.monotonic()
         self.flush()
         while (contribution := self.poll(ticket)) is None:
-            waited = time.monotonic() - began
-            if patience is not None and waited > patience:
-                return None
-            self._transport.idle(waited)
+            # A look at the handles alone is cheaper than a poll, and a core may be short.
+            pending = [bucket.handle for bucket in self._in_flight if bucket.handle is not None]
+            while True:
+                waited = time.monotonic() - began
+                if patience is not None and waited > patience:
+                    return None
+                self._transport.idle(waited)
+                if not pending or any(handle.done() for handle in pending):
+                    break
         return contribution
 
     def poll(self, ticket: Ticket) -> Contribution | None:

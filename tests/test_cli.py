@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,16 +68,30 @@ def test_bench_allreduce() -> None:
     assert {row["bytes"] for row in result["rows"]} == {4096, 16384, 65536}
 
 
-def test_bench_step() -> None:
+def test_bench_step(tmp_path: Path) -> None:
     """Horovod and DDP, with and without."""
-    arms = "Horovod fp32,DDP fp32,GlobalQSGD 8 bits"
-    result = result_of("step", "--model", "dlrm", "--arms", arms, "--repeats", "1")
+    plot = tmp_path / "step.png"
+    arms = "Horovod fp32,DDP fp32,GlobalQSGD 8 bits,DDP GlobalQSGD 8 bits"
+    result = result_of(
+        "step", "--model", "dlrm", "--arms", arms, "--repeats", "1", "--plot", str(plot)
+    )
+    assert plot.read_bytes().startswith(b"\x89PNG")
     full = result["parameters"] * 4 / 1e6
     for name, arm in result["arms"].items():
         assert arm["ms"] > 0 and not arm.get("error"), name
         small = "8 bits" in name
         assert arm["megabytes"] == pytest.approx(full / 4 if small else full, rel=0.02)
     assert not math.isnan(result["arms"]["DDP GlobalQSGD 8 bits"]["times_faster"])
+
+
+def test_bench_memory() -> None:
+    """What the README promises: at most 1.5 times the gradients more than plain Horovod."""
+    result = result_of("memory", "--arms", "GlobalQSGD 8 bits")
+    assert result["gradient_megabytes"] == pytest.approx(102.2, rel=0.01)
+    assert len(result["arms"]) == 2
+    for name, arm in result["arms"].items():
+        assert arm["peak_megabytes"] > 3 * result["gradient_megabytes"], name
+        assert arm["more"] <= 1.5, name
 
 
 def test_bench_calibrate() -> None:

@@ -135,12 +135,10 @@ def _size(count: int) -> str:
 
 
 def _plot(result: dict[str, Any], file: Path) -> None:
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["arm"] == arm]
         axes.plot([row["bytes"] for row in rows], [row["ms"] for row in rows], "o-", label=arm)
@@ -148,7 +146,7 @@ def _plot(result: dict[str, Any], file: Path) -> None:
     axes.set_title(f"allreduce on {result['ranks']} ranks")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=110, bbox_inches="tight")
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import IO
 
 __all__ = ["INTERFACE", "add_arguments", "is_rank", "launch"]
 
@@ -34,10 +35,16 @@ def is_rank() -> bool:
     return bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
 
 
-def launch(module: str, arguments: Sequence[str], ranks: int, rate: str | None) -> int:
+def launch(
+    module: str,
+    arguments: Sequence[str],
+    ranks: int,
+    rate: str | None,
+    output: IO[bytes] | None = None,
+) -> int:
     """Runs ``python -m module`` on as many ranks; returns its exit status.
 
-    Without root a rate is left out, and that is said.
+    Without root a rate is left out, and that is said. What it prints goes to ``output``.
     """
     if rate is not None and os.geteuid() != 0:
         print("hvd-gqsgd: --rate needs root: measuring on this machine's memory instead",
@@ -57,11 +64,12 @@ def launch(module: str, arguments: Sequence[str], ranks: int, rate: str | None) 
         if mpirun is None:
             print("hvd-gqsgd: mpirun was not found", file=sys.stderr)
             return 1
-        return subprocess.run([mpirun, "-n", str(ranks), *place, *command], env=env).returncode
+        job = [mpirun, "-n", str(ranks), *place, *command]
+        return subprocess.run(job, env=env, stdout=output).returncode
     env[INTERFACE] = "eth0"
     subprocess.run([HOSTS, "up", str(ranks), rate], env=env, check=True)
     try:
-        exported = ["-x", "PATH", "-x", INTERFACE, "-x", "OMP_NUM_THREADS"]
-        return subprocess.run([HOSTS, "mpirun", *exported[2:], *command], env=env).returncode
+        job = [str(HOSTS), "mpirun", "-x", INTERFACE, "-x", "OMP_NUM_THREADS", *command]
+        return subprocess.run(job, env=env, stdout=output).returncode
     finally:
         subprocess.run([HOSTS, "down"], env=env)

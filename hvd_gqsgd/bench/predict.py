@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -113,16 +114,12 @@ def _seconds(
 
 def _plot(gradients: Gradients, compute: float, machine: Machine, file: Path) -> None:
     """How many times faster the best setting is, over ranks and bandwidth."""
-    import dataclasses
-
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     low, high, points = 100e6 / 8, 900e9, 61
     bandwidths = [low * (high / low) ** (i / (points - 1)) for i in range(points)]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
     for ranks in (2, 4, 8, 16, 64, 256, 1024):
         gains = []
         for beta in bandwidths:
@@ -134,7 +131,7 @@ def _plot(gradients: Gradients, compute: float, machine: Machine, file: Path) ->
     axes.set_title("a step with the best setting")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=110, bbox_inches="tight")
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

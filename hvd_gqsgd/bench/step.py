@@ -11,10 +11,12 @@ import argparse
 import json
 import math
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -29,7 +31,7 @@ from hvd_gqsgd.bench.launch import INTERFACE, add_arguments, is_rank, launch
 from hvd_gqsgd.bench.rounds import interleaved, progress_bar
 from hvd_gqsgd.bench.table import show_table
 
-__all__ = ["ARMS", "main", "measure"]
+__all__ = ["ARMS", "FP32", "chosen", "main", "measure"]
 
 OPERATORS: dict[str, dict[str, Any]] = {
     "GlobalQSGD 8 bits": {"bits": 8},
@@ -63,7 +65,8 @@ def measure(
     Returns:
         By arm: milliseconds of the slowest rank, in the median and in each round; how many times
         faster than the first arm; megabytes that a rank handed to collectives; and rounds
-        discarded. An arm that does not run has its ``error`` instead.
+        discarded. An arm that does not run has its ``error`` instead. And ``peak_megabytes``, the
+        most memory that a rank ever took, all arms together.
     """
     made, errors = {}, {}
     for name in arms:
@@ -97,7 +100,9 @@ def measure(
         for name, timing in timings.items()
     }
     tensors = shapes_of(model)
+    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6])
     return {
+        "peak_megabytes": hvd.allreduce(peak, op=hvd.Max, name="bench.peak").item(),
         "model": model,
         "ranks": hvd.size(),
         "tensors": len(tensors),
@@ -228,18 +233,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument(
-        "--arms", default="", help="only those with one of these words, separated by commas, in "
-        f"their name: {', '.join(ARMS)}; the first one is what others are compared with",
+        "--arms", default="", help="only those with one of these names, or one of these words in "
+        f"their name, separated by commas: {', '.join(ARMS)}; the first one is what others are "
+        "compared with",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument(
         "--exchange", action="store_true", help="the exchange alone, with gradients ready"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the medians, as FILE.png")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    words = options.arms.split(",")
-    arms = [name for name in ARMS if any(word.strip() in name for word in words)]
+    arms = chosen(options.arms)
     if options.exchange:
         arms = [name for name in arms if name not in DDP_ARMS]
     if not arms or options.repeats < 1:
@@ -256,12 +262,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             exchange_alone=options.exchange, progress=progress,
         )  # fmt: skip
     if hvd.rank() == 0:
+        if options.plot is not None:
+            _plot(result, options.plot)
         if options.json:
             print(json.dumps(result))
         else:
             _show(result)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def chosen(words: str) -> list[str]:
+    """The arms with one of these names, or else words in their name, separated by commas."""
+    split = [word.strip() for word in words.split(",")]
+    parts = [word for word in split if word not in ARMS]
+    return [name for name in ARMS if name in split or any(part in name for part in parts)]
 
 
 def start_process_group(interface: str | None) -> None:
@@ -282,11 +297,34 @@ def start_process_group(interface: str | None) -> None:
     dist.init_process_group("gloo", store=store, rank=hvd.rank(), world_size=hvd.size())
 
 
-def _show(result: dict[str, Any]) -> None:
+def _plot(result: dict[str, Any], file: Path) -> None:
+    """Bars of the medians; lines from the fastest round to the slowest."""
+    from matplotlib.figure import Figure
+
+    ran = {name: arm for name, arm in result["arms"].items() if "error" not in arm}
+    medians = [arm["ms"] for arm in ran.values()]
+    spread = [
+        [arm["ms"] - min(arm["rounds_ms"]) for arm in ran.values()],
+        [max(arm["rounds_ms"]) - arm["ms"] for arm in ran.values()],
+    ]
+    figure = Figure(figsize=(7, 0.8 + 0.35 * len(ran)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(ran), medians, xerr=spread, color="tab:blue", ecolor="gray")
+    axes.invert_yaxis()
+    axes.set(xlabel="ms", title=f"{_title(result)}, {result['ranks']} ranks")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(file, dpi=110)
+
+
+def _title(result: dict[str, Any]) -> str:
     what = {"step": "a step", "exchange": "the exchange alone"}[result["what"]]
+    return f"{result['model']}: {what}"
+
+
+def _show(result: dict[str, Any]) -> None:
     print(
-        f"{result['model']}: {result['parameters']:,} parameters in {result['tensors']} tensors, "
-        f"{result['ranks']} ranks; {what}, medians of the slowest rank"
+        f"{_title(result)}; {result['parameters']:,} parameters in {result['tensors']} tensors, "
+        f"{result['ranks']} ranks; medians of the slowest rank"
     )
     rows = []
     for name, arm in result["arms"].items():
