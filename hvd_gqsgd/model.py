@@ -62,6 +62,9 @@ class Machine:
     """Of an element to float16, and as much back."""
     copy: float = 0.1e-9
     """Of a byte, into the buffer in which small tensors travel together."""
+    exposed: float = 0.0
+    """Which part of what is computed while payloads travel holds them up. 0 where cores are spare;
+    1 where those that compute are those that send."""
 
 
 _GPU = {"operation": 1e-3, "norm": 1.5e-12, "quantize": 2e-12, "dequantize": 2e-12,
@@ -178,8 +181,9 @@ def step_seconds(
     """
     first, rest, last = _parts(setting, gradients, ranks, machine)
     share = min(1.0, (BUCKET if setting.quantized else 0) / max(4 * gradients.elements, 1))
+    beside = machine.exposed * (1 - share) * backward
     computed = forward + backward
-    return max(computed, forward + share * backward + first + rest) + last
+    return max(computed, forward + share * backward + first + rest + beside) + last
 
 
 MARGIN = 0.1
@@ -270,4 +274,5 @@ def _parts(
         + ((buckets - 1) * allreduce_seconds(norms, ranks, m) + (stages - 1) * m.operation)
     )
     kernels = (buckets - 1) * (each * (m.norm + m.quantize + m.dequantize) + python)
+    travel += m.exposed * kernels
     return first, max(travel, kernels), each * m.dequantize + python

@@ -25,6 +25,8 @@ __all__ = ["main", "measure"]
 SMALL, LARGE = 2**21, 2**23
 """Elements of int32 between which the time of a byte is taken."""
 TENSORS = 100
+BESIDE = 8
+"""How often the kernels run on LARGE elements while a sum of as many words is on its way."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,6 +80,16 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
         hvd.alltoall(words[size], name="alltoall")
         hvd.allgather(words[size][: size // n], name="allgather")
 
+    def kernels() -> None:
+        for name in ("norm", "quantize", "dequantize"):
+            calls[name]()
+
+    def beside() -> None:
+        handle = hvd.allreduce_async_(words[LARGE], op=hvd.Sum, name="beside")
+        for _ in range(BESIDE):
+            kernels()
+        hvd.synchronize(handle)
+
     place = (1024, 8, 127, 0, 0, 0, 0, 1, True)
     calls: dict[str, Callable[[], object]] = {
         **{
@@ -90,6 +102,8 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
         "norm": lambda: ops.block_max(x, 1024, norms),
         "quantize": lambda: ops.quantize(x, norms, codes, *place),
         "dequantize": lambda: ops.dequantize(codes, norms, out, 1024, 8, 127, 1, 1.0),
+        "kernels": kernels,
+        "beside": beside,
         "cast": lambda: half.copy_(x),
         "copy": lambda: out.copy_(x),
     }
@@ -102,19 +116,25 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
         return (seconds[f"{name} {LARGE}"] - seconds[f"{name} {SMALL}"]) / (4 * (LARGE - SMALL))
 
     each = (n - 1) / n
+    held_up = (seconds["beside"] - seconds[f"sum {LARGE}"]) / (BESIDE * seconds["kernels"])
+    # What is left of many small tensors without the time of their bytes.
+    sent = of_a_byte("sum") * sum(tensor.nbytes for tensor in tensors)
+    plain = seconds["plain"] - 2 * seconds["sum 1"] - sent
+    compressed = seconds["compressed"] - 4 * seconds["sum 1"] - sent / 4
     return Machine(
         alpha=20e-6,  # much less than an operation of Horovod's takes, which is measured
         beta=2 * each / of_a_byte("sum"),
         gamma=1e15,  # within beta
         beta_two_phase=2 * each / of_a_byte("two"),
         operation=seconds["sum 1"],
-        tensor=max(0.0, seconds["plain"] - 2 * seconds["sum 1"]) / TENSORS,
-        compressed_tensor=max(0.0, seconds["compressed"] - seconds["plain"]) / TENSORS / 2,
+        tensor=max(0.0, plain) / TENSORS,
+        compressed_tensor=max(0.0, compressed - plain) / TENSORS / 2,
         norm=seconds["norm"] / LARGE,
         quantize=seconds["quantize"] / LARGE,
         dequantize=seconds["dequantize"] / LARGE,
         cast=seconds["cast"] / LARGE,
         copy=seconds["copy"] / LARGE / 4,
+        exposed=min(1.0, max(0.0, held_up)),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -67,7 +68,10 @@ def launch(
         job = [mpirun, "-n", str(ranks), *place, *command]
         return subprocess.run(job, env=env, stdout=output).returncode
     env[INTERFACE] = "eth0"
-    subprocess.run([HOSTS, "up", str(ranks), rate], env=env, check=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # the hosts go down too
+    status = subprocess.run([HOSTS, "up", str(ranks), rate], env=env).returncode
+    if status != 0:
+        return status
     try:
         job = [str(HOSTS), "mpirun", "-x", INTERFACE, "-x", "OMP_NUM_THREADS", *command]
         return subprocess.run(job, env=env, stdout=output).returncode
