@@ -23,8 +23,13 @@ from hvd_gqsgd.codecs import levels_for
 from hvd_gqsgd.probe import PROBE_BYTES
 
 __all__ = [
+    "FP16",
+    "FP32",
+    "LINEAR_4",
+    "LINEAR_8",
     "PRESETS",
     "SETTINGS",
+    "TWO_PHASE_8",
     "Gradients",
     "Machine",
     "Setting",
@@ -107,13 +112,10 @@ class Setting:
 
 FP32 = Setting("fp32", 32, quantized=False)
 FP16 = Setting("fp16", 16, quantized=False)
-SETTINGS = (
-    FP32,
-    FP16,
-    Setting("8 bits", 8),
-    Setting("8 bits, two phases", 8, two_phase=True),
-    Setting("4 bits, two phases", 4, two_phase=True),
-)
+LINEAR_8 = Setting("8 bits", 8)
+TWO_PHASE_8 = Setting("8 bits, two phases", 8, two_phase=True)
+LINEAR_4 = Setting("4 bits, two phases", 4, two_phase=True)
+SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4)
 """What is compared."""
 
 BUCKET = 25 * 2**20

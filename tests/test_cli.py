@@ -13,7 +13,8 @@ import pytest
 from launch import run
 
 from hvd_gqsgd import cli, doctor
-from hvd_gqsgd.model import Machine
+from hvd_gqsgd.bench import predict
+from hvd_gqsgd.model import PRESETS, Machine
 
 COMMAND = [sys.executable, "-m", "hvd_gqsgd.cli"]
 
@@ -82,6 +83,12 @@ def test_bench_step(tmp_path: Path) -> None:
         small = "8 bits" in name
         assert arm["megabytes"] == pytest.approx(full / 4 if small else full, rel=0.02)
     assert not math.isnan(result["arms"]["DDP GlobalQSGD 8 bits"]["times_faster"])
+    assert 0 < result["compute_ms"] < result["arms"]["Horovod fp32"]["ms"]
+    compared = predict.against(result, PRESETS["1gbe"])
+    assert set(compared) == {"Horovod fp32", "GlobalQSGD 8 bits"}
+    for name, row in compared.items():
+        assert row["measured_ms"] == result["arms"][name]["ms"]
+        assert row["predicted_ms"] > result["compute_ms"]
 
 
 def test_bench_memory() -> None:
@@ -96,6 +103,7 @@ def test_bench_memory() -> None:
 
 def test_bench_calibrate() -> None:
     """A machine that the model takes."""
-    machine = Machine(**result_of("calibrate", "--repeats", "1"))
+    machine = Machine(**result_of("--calibrate", "--repeats", "1"))
     assert 1e7 < machine.beta < 1e12 and 0 < machine.operation < 1
+    assert 0 <= machine.exposed <= 1
     assert all(value >= 0 for value in dataclasses.asdict(machine).values())

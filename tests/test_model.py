@@ -42,6 +42,19 @@ def test_shapes(name: str, tensors: int, parameters: int) -> None:
     assert 0 < gradients.small_elements < parameters / 100
 
 
+@pytest.mark.parametrize("setting", [FP32, model.LINEAR_8])
+def test_computing_that_holds_up_what_travels(setting: model.Setting) -> None:
+    """With no core to spare a step takes longer, by at most all that is computed."""
+    gradients, compute = predict.gradients_of("resnet50"), (0.02, 0.04)
+    spare, none = (
+        model.step_seconds(setting, gradients, 2, dataclasses.replace(LINK, exposed=e), *compute)
+        for e in (0.0, 1.0)
+    )
+    kernels = gradients.elements * (LINK.norm + LINK.quantize + LINK.dequantize)
+    tensors = gradients.tensors * LINK.compressed_tensor
+    assert spare + 0.5 * compute[1] < none < spare + compute[1] + kernels + tensors
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("ranks", [1, 2, 8, 1024])
 @pytest.mark.parametrize("preset", PRESETS)

@@ -13,18 +13,32 @@ from typing import Any
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.model import (
+    FP16,
     FP32,
+    LINEAR_4,
+    LINEAR_8,
     PRESETS,
     SETTINGS,
+    TWO_PHASE_8,
     Gradients,
     Machine,
     break_even,
+    exchange_seconds,
     possible,
     recommend,
     step_seconds,
 )
 
-__all__ = ["gradients_of", "main", "predict"]
+__all__ = ["against", "gradients_of", "main", "predict"]
+
+ARMS = {
+    "Horovod fp32": FP32,
+    "Horovod fp16": FP16,
+    "GlobalQSGD 8 bits": LINEAR_8,
+    "GlobalQSGD 4 bits": LINEAR_4,
+    "GlobalQSGD 8 bits two-phase": TWO_PHASE_8,
+}
+"""Arms of ``hvd-gqsgd bench step`` that the model knows."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -44,6 +58,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--compute", type=float, default=100, metavar="MS",
         help="forward and backward pass of one rank alone (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE",
+        help="what hvd-gqsgd bench step --json has printed, to compare the model with; it says "
+        "which model, how many ranks and how long they compute",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too, as PNG")
     options = parser.parse_args(arguments)
@@ -55,6 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             chosen = Machine(**json.loads(options.machine.read_text()))
         except (OSError, ValueError, TypeError) as error:
             parser.error(f"--machine {options.machine}: {error}")
+    if options.measured is not None:
+        _show_against(json.loads(options.measured.read_text()), chosen, options.json)
+        return
     result = predict(gradients_of(options.model), options.ranks, chosen, options.compute / 1e3)
     if options.plot is not None:
         _plot(gradients_of(options.model), options.compute / 1e3, chosen, options.plot)
@@ -94,6 +116,42 @@ def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) 
         "break_even": break_even(gradients, ranks, machine, forward, backward),
         "advice": recommend(gradients, ranks, machine, forward, backward),
     }
+
+
+def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, float]]:
+    """What ``bench.step.measure`` found beside the prediction, by arm: ``measured_ms``,
+    ``predicted_ms``, and ``off``, by which part of what was measured the prediction is off.
+    """
+    gradients, ranks = gradients_of(measured["model"]), measured["ranks"]
+    found = {}
+    for name, arm in measured["arms"].items():
+        setting = ARMS.get(name)
+        if setting is None or "error" in arm:
+            continue
+        if measured["what"] == "exchange":
+            seconds = exchange_seconds(setting, gradients, ranks, machine)
+        else:
+            passes = _passes(measured["compute_ms"] / 1e3)
+            seconds = step_seconds(setting, gradients, ranks, machine, *passes)
+        found[name] = {
+            "measured_ms": arm["ms"],
+            "predicted_ms": seconds * 1e3,
+            "off": seconds * 1e3 / arm["ms"] - 1,
+        }
+    return found
+
+
+def _show_against(measured: dict[str, Any], machine: Machine, as_json: bool) -> None:
+    found = against(measured, machine)
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(f"{measured['model']}, {measured['what']}, {measured['ranks']} ranks; ms")
+    rows = [
+        [name, f"{row['measured_ms']:.1f}", f"{row['predicted_ms']:.1f}", f"{row['off']:+.0%}"]
+        for name, row in found.items()
+    ]
+    show_table(["", "measured", "predicted", "off"], rows)
 
 
 def _passes(compute: float) -> tuple[float, float]:

@@ -44,6 +44,9 @@ DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bit
 ARMS = (FP32, FP16, *OPERATORS, *DDP_ARMS)
 """What can be measured."""
 
+COMPUTE = "compute"
+"""A step without any exchange."""
+
 
 def measure(
     model: str,
@@ -65,8 +68,9 @@ def measure(
     Returns:
         By arm: milliseconds of the slowest rank, in the median and in each round; how many times
         faster than the first arm; megabytes that a rank handed to collectives; and rounds
-        discarded. An arm that does not run has its ``error`` instead. And ``peak_megabytes``, the
-        most memory that a rank ever took, all arms together.
+        discarded. An arm that does not run has its ``error`` instead. ``compute_ms`` is
+        what a step takes without any exchange, and ``peak_megabytes`` the most memory that a rank
+        ever took, all arms together.
     """
     made, errors = {}, {}
     for name in arms:
@@ -80,13 +84,18 @@ def measure(
             errors[name] = error or "failed on another rank"
         elif arm is not None:
             made[name] = arm
-    calls = {name: arm.exchange if exchange_alone else arm.step for name, arm in made.items()}
+    timed = dict(made)
+    if not exchange_alone:
+        alone = _Model(model)
+        timed[COMPUTE] = _Arm("", alone, [], _optimizer(alone), None, 0)
+    calls = {name: arm.exchange if exchange_alone else arm.step for name, arm in timed.items()}
     timings = interleaved(
         calls,
         repeats,
-        prepare=lambda name: made[name].get_ready(exchange_alone),
+        prepare=lambda name: timed[name].get_ready(exchange_alone),
         progress=progress,
     )
+    compute = timings.pop(COMPUTE).median * 1e3 if not exchange_alone else 0.0
     first = timings[next(iter(timings))].median
     arms_ = {
         name: {
@@ -108,6 +117,7 @@ def measure(
         "tensors": len(tensors),
         "parameters": sum(math.prod(shape) for _, shape in tensors),
         "what": "exchange" if exchange_alone else "step",
+        "compute_ms": compute,
         "arms": arms_ | {name: {"error": text} for name, text in errors.items()},
     }
 
@@ -180,7 +190,7 @@ class _Arm:
 def _make(name: str, model: str) -> _Arm:
     network = _Model(model)
     named = list(network.named_parameters())
-    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    optimizer = _optimizer(network)
     if name in DDP_ARMS:
         return _make_ddp(name, network, optimizer)
     compression: Any = hvd.Compression.fp16 if name == FP16 else hvd.Compression.none
@@ -190,6 +200,10 @@ def _make(name: str, model: str) -> _Arm:
         optimizer, named_parameters=named, compression=compression
     )  # fmt: skip
     return _Arm(name, network, named, optimizer, compression, 2 if name == FP16 else 4)
+
+
+def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=1e-3)
 
 
 def _make_ddp(name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> _Arm:
@@ -343,6 +357,8 @@ def _show(result: dict[str, Any]) -> None:
         if "error" in arm:
             print(f"{name}: {arm['error']}")
     ran = [arm for arm in result["arms"].values() if "error" not in arm]
+    if result["compute_ms"]:
+        print(f"a step without any exchange: {result['compute_ms']:.1f} ms")
     print(
         f"rounds discarded, as others took the cores: {sum(arm['discarded'] for arm in ran)}; "
         f"most that others took in those that count: {max(max(a['load']) for a in ran):.2f} cores"
