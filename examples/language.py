@@ -23,9 +23,10 @@ from typing import Any
 import horovod.torch as hvd
 import numpy as np
 import torch
-from common import Run, add_compression_arguments, add_run_arguments, make_compression
+from common import add_compression_arguments, make_compression
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import Run, add_run_arguments
 
 
 def parse_args() -> argparse.Namespace:
@@ -74,6 +75,7 @@ class Layer(nn.Module):
         distances = places[:, None] - places
         slopes = 2.0 ** (-8 * torch.arange(1, self.heads + 1) / self.heads)
         bias = (-slopes[:, None, None] * distances).masked_fill(distances < 0, -math.inf)
+        self.bias: Tensor
         self.register_buffer("bias", bias, persistent=False)
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)

@@ -26,10 +26,11 @@ import horovod.torch as hvd
 import numpy as np
 import pandas as pd
 import torch
-from common import Order, Run, add_compression_arguments, add_run_arguments, make_compression
+from common import add_compression_arguments, make_compression
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import Order, Run, add_run_arguments
 
 LATE = 15  # minutes
 

@@ -17,10 +17,11 @@ import argparse
 
 import horovod.torch as hvd
 import torch
-from common import Order, Run, add_compression_arguments, add_run_arguments, make_compression
+from common import add_compression_arguments, make_compression
 from digits import accuracy, distorted, load_data
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training import Order, Run, add_run_arguments
 
 
 def parse_args() -> argparse.Namespace:
