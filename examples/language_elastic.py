@@ -64,8 +64,8 @@ def main() -> None:
         """Called anew, with the committed state of rank 0, whenever workers have come or gone."""
         schedule.load_state_dict(state.schedule)
         compression.load_state_dict(state.compression)
-        print(f"rank {hvd.rank()} of {hvd.size()}, process {os.getpid()}: "
-              f"from step {state.step} on", flush=True)  # fmt: skip
+        place = f"rank {hvd.rank()} of {hvd.size()}, {os.environ['HOROVOD_HOSTNAME']}"
+        print(f"{place}, {os.getpid()}: from step {state.step} on", flush=True)
         model.train()
         while state.step < args.steps:
             seed_step(args.seed, state.step)
@@ -83,12 +83,13 @@ def main() -> None:
                 state.compression = compression.state_dict()
                 state.commit()  # where workers that have come or gone are noticed, too
 
-    train(
-        hvd.elastic.TorchState(
-            model, optimizer, step=0,
-            schedule=schedule.state_dict(), compression=compression.state_dict(),
-        )
+    # Under another name than ``optimizer`` it is brought to a newcomer before the model is: there
+    # Horovod makes the optimizer take a step, which decays the weights.
+    state = hvd.elastic.TorchState(
+        model, adam=optimizer, step=0,
+        schedule=schedule.state_dict(), compression=compression.state_dict(),
     )  # fmt: skip
+    train(state)
     value = perplexity(model, validation_data, args.validate, args.context)
     print(f"rank {hvd.rank()} of {hvd.size()}: perplexity {value:.3f}, "
           f"replica difference {replica_difference(model):g}, "
