@@ -66,7 +66,12 @@ class Domain:
 
 DOMAINS = (
     Domain("vision", "accuracy", ".2%", ("--epochs", "4")),
-    Domain("language", "perplexity", ".3f", ("--steps", "30", "--width", "64", "--layers", "2")),
+    Domain(
+        "language",
+        "perplexity",
+        ".3f",
+        ("--steps", "60", "--width", "64", "--layers", "2", "--lr", "5e-3"),
+    ),
     Domain("recommender", "AUC", ".4f", ("--epochs", "1", "--batch-size", "16384", "--lr", "0.01")),
 )
 QUICK = {

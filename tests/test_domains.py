@@ -1,4 +1,4 @@
-"""The three domains, on real ranks: that each learns, goes on from a checkpoint, and is compared."""
+"""The three domains, on real ranks: each learns, goes on from a checkpoint, and is compared."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
     assert len(results) == QUICK_RUNS
     of: dict[str, dict[str, Any]] = {}
     for result in results.values():
-        key = " ".join(map(str, (result["compression"], result["dither"], result["bits"])))
-        of.setdefault(result["domain"], {})[
-            key.strip() + " sparse" * bool(result["sparse_bytes"])
-        ] = result
+        words = [str(result[key]) for key in ("compression", "dither", "bits") if result[key]]
+        words += ["sparse"] * bool(result["sparse_bytes"])
+        of.setdefault(result["domain"], {})[" ".join(words)] = result
     assert {domain: sorted(settings) for domain, settings in of.items()} == {
         "vision": ["gqsgd linear 8", "gqsgd linear dynamic", "none"],
         "language": ["authors", "gqsgd exponential 8", "none"],
@@ -108,10 +107,8 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
 RESUMED = [
     ("vision.py", ["--epochs", "1", "--channels", "16", "--bits", "4"], 20),
     ("language.py", ["--steps", "16", "--width", "64", "--layers", "2", "--bits", "dynamic"], 7),
-    ("recommender.py", ["--batch-size", "16384", "--sparse"], 6),
-    ("language.py", ["--steps", "16", "--width", "64", "--layers", "2",
-                     "--compression", "authors"], 9),
-]  # fmt: skip
+    ("recommender.py", ["--batch-size", "16384", "--sparse", "--compression", "authors"], 6),
+]
 
 
 @pytest.mark.slow
