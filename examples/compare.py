@@ -282,6 +282,7 @@ def markdown(rows: Sequence[Row], ranks: int) -> str:
 def draw(rows: Sequence[Row], path: Path) -> None:
     """For each domain, the metric against bytes and against time, with deviations over seeds."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     domains = [domain for domain in DOMAINS if any(row.domain == domain for row in rows)]
     settings = [*SETTINGS, *SPARSE]
@@ -300,6 +301,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         left.set(xscale="log", xlabel="kB on the wire a step",
                  ylabel=f"{domain.name}: {domain.metric}\n({better} is better)")  # fmt: skip
         right.set(xscale="log", xlabel=f"exchange of a step at {LINK}, modelled, ms")
+        left.ticklabel_format(axis="y", useOffset=False)
+        for axes in (left, right):  # plain numbers, and few enough to be read
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
 
