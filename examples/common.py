@@ -56,6 +56,8 @@ class Counted(Compressor):
         return compressed, ctx
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
+        if ctx is None:  # a sparse gradient, on which Horovod's fp16 fails
+            return tensor
         return self._compressor.decompress(tensor, ctx)
 
     def stats(self) -> Stats:
@@ -94,7 +96,9 @@ class Authors(Compressor):
         self._stats.tensors += 1
         return tensor.new_zeros(1), len(self._gradients) - 1
 
-    def decompress(self, tensor: Tensor, ctx: int) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: int | None) -> Tensor:
+        if ctx is None:  # a sparse gradient, which Horovod has gathered itself
+            return tensor
         if not self._means:
             self._exchange()
         return self._means[ctx]
