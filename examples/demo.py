@@ -9,19 +9,15 @@ than a point of accuracy, saved too few bytes, or left the ranks with different 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from launch import RunFailed, launch_command, run_ranks
 from rich.console import Console
 from rich.table import Table
 
@@ -50,64 +46,17 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def find_program(name: str) -> str:
-    """The program beside this Python or on the PATH."""
-    beside = str(Path(sys.executable).parent)
-    found = shutil.which(name, path=os.pathsep.join([beside, os.environ.get("PATH", os.defpath)]))
-    if found is None:
-        sys.exit(f"{name} was found neither in {beside} nor on the PATH")
-    return found
-
-
-def launch_command(launcher: str, ranks: int) -> list[str]:
-    if launcher == "gloo":
-        return [find_program("horovodrun"), "--gloo", "-np", str(ranks)]
-    return [find_program("mpirun"), "-n", str(ranks)]
-
-
-def launch_environment() -> dict[str, str]:
-    env = dict(os.environ)
-    # More ranks than cores, for Open MPI 5 and 4. Other MPIs allow it anyway.
-    env.setdefault("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe")
-    env.setdefault("OMPI_MCA_rmaps_base_oversubscribe", "1")
-    if os.geteuid() == 0:  # as in a container, where Open MPI would refuse
-        env["OMPI_ALLOW_RUN_AS_ROOT"] = env["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] = "1"
-    if not sys.stderr.isatty():
-        env.setdefault("TQDM_MININTERVAL", "5")  # a log needs no more
-    return env
-
-
-@contextlib.contextmanager
-def ended(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Ends the launcher, and with it its ranks, if it still runs when the block is left."""
-    try:
-        yield
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
 def train(args: argparse.Namespace, compression: str, result: Path) -> Result:
     command = [
-        *launch_command(args.launcher, args.ranks),
         *(sys.executable, str(SCRIPT), "--json", str(result), "--compression", compression),
         *("--bits", args.bits, "--dither", args.dither),
         *("--epochs", str(args.epochs), "--seed", str(args.seed)),
     ]
-    print(f"$ {shlex.join(command)}", flush=True)
-    process = subprocess.Popen(command, env=launch_environment(), stdin=subprocess.DEVNULL)
-    with ended(process):
-        try:
-            status = process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            sys.exit(f"the run did not end within {TIMEOUT} s")
-    if status != 0:
-        sys.exit(f"the run failed with exit status {status}")
+    print(f"$ {shlex.join(launch_command(args.launcher, args.ranks) + command)}", flush=True)
+    try:
+        run_ranks(command, ranks=args.ranks, timeout=TIMEOUT, launcher=args.launcher)
+    except RunFailed as error:
+        sys.exit(str(error))
     return json.loads(result.read_text())
 
 

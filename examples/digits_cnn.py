@@ -22,15 +22,19 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
+from common import (
+    add_compression_arguments,
+    make_compression,
+    replica_difference,
+    report_bytes,
+)
 from digits import accuracy, distorted, load_data, make_model
-from horovod.torch.compression import Compressor
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from hvd_gqsgd import DynamicBits, GlobalQSGD, Stats
 from hvd_gqsgd.schedule import wire_bits
 
 
@@ -38,14 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--compression", choices=("none", "fp16", "gqsgd"), default="gqsgd")
-    parser.add_argument(
-        "--bits", type=width, default=8, help="lane width of gqsgd, 2 to 16, or 'dynamic' (DQ-SGD)"
-    )
-    parser.add_argument("--budget", type=float, default=5, help="mean bits if they are dynamic")
-    parser.add_argument("--dither", choices=("linear", "exponential"), default="linear")
-    parser.add_argument("--exchange", choices=("auto", "allreduce", "two_phase"), default="auto")
-    parser.add_argument("--norm", choices=("max", "l2"), default="max")
+    add_compression_arguments(parser)
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=32, help="images a step, over all ranks")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate at the start")
@@ -56,51 +53,6 @@ def parse_args() -> argparse.Namespace:
         help="plot bits and gradient norm of each step to this file (default: %(const)s)",
     )  # fmt: skip
     return parser.parse_args()
-
-
-def width(text: str) -> int | str:
-    return text if text == "dynamic" else int(text)
-
-
-class Counted(Compressor):
-    """One of Horovod's own compressors, which counts bytes by the rules of GlobalQSGD's stats()."""
-
-    def __init__(self, compressor: type[Compressor]) -> None:
-        self._compressor = compressor
-        self._stats = Stats()
-
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        compressed, ctx = self._compressor.compress(tensor)
-        self._stats.tensors += 1
-        if compressed is tensor:
-            self._stats.tensors_bypassed += 1
-            self._stats.bypassed_bytes += tensor.nbytes
-        else:
-            self._stats.compressed_bytes_before += tensor.nbytes
-            self._stats.compressed_bytes_on_wire += compressed.nbytes
-        return compressed, ctx
-
-    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
-        return self._compressor.decompress(tensor, ctx)
-
-    def stats(self) -> Stats:
-        return self._stats
-
-
-def make_compression(
-    args: argparse.Namespace, model: nn.Module, steps: int
-) -> Counted | GlobalQSGD:
-    if args.compression == "gqsgd":
-        dynamic = args.bits == "dynamic"
-        return GlobalQSGD(
-            bits=DynamicBits(args.budget, total_steps=steps) if dynamic else args.bits,
-            dither=args.dither,
-            exchange=args.exchange,
-            norm=args.norm,
-            seed=args.seed,
-            named_parameters=model.named_parameters(),
-        )
-    return Counted(getattr(hvd.Compression, args.compression))
 
 
 def make_loader(data: TensorDataset, args: argparse.Namespace) -> DataLoader[Any]:
@@ -150,14 +102,6 @@ def train(
     return log
 
 
-def replica_difference(model: nn.Module) -> float:
-    """The largest difference between ranks in any parameter; not a number if there is a NaN."""
-    parameters = nn.utils.parameters_to_vector(model.parameters()).detach()
-    largest = hvd.allreduce(parameters, op=hvd.Max, name="largest")
-    smallest = hvd.allreduce(parameters, op=hvd.Min, name="smallest")
-    return (largest - smallest).abs().max().item()
-
-
 def plot(log: Log, path: Path) -> None:
     """Bits of each step and their mean so far, above the norm of the gradient."""
     from matplotlib.figure import Figure
@@ -185,13 +129,7 @@ def report(result: dict[str, Any]) -> None:
         bits += f": {low} to {high} a step, {on_wire:.2f} an element on the wire with all overhead"
     print(f"compression         {result['compression']}{bits}; {result['ranks']} rank(s)")
     print(f"test accuracy       {result['accuracy']:.2%}")
-    for text, of in (("gradient bytes", ""), ("  if compressed", "compressed_")):
-        before, on_wire = result[f"{of}bytes_before"], result[f"{of}bytes_on_wire"]
-        if before:
-            print(
-                f"{text:<20}{before:,} before, {on_wire:,} on the wire: "
-                f"{before / on_wire:.2f} times fewer"
-            )
+    report_bytes(result)
     if result["ranks"] == 1:
         print(
             "gradient bytes      none: a single rank exchanges nothing, so nothing was compressed"
