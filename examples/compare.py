@@ -251,6 +251,12 @@ def modelled_seconds(result: dict[str, Any]) -> float:
     return gathered + exchange_seconds(setting, gradients, ranks, link)
 
 
+def mean_and_deviation(numbers: Sequence[float], style: str) -> str:
+    """The deviation is that of the sample: there is none for a single seed."""
+    mean = format(statistics.fmean(numbers), style)
+    return f"{mean} ± {statistics.stdev(numbers):{style[-3:]}}" if len(numbers) > 1 else mean
+
+
 def markdown(rows: Sequence[Row], ranks: int) -> str:
     """A table for each domain."""
     lines = []
@@ -263,15 +269,17 @@ def markdown(rows: Sequence[Row], ranks: int) -> str:
         lines += [
             f"**{domain.name.capitalize()}**, {ranks} ranks, {seeds} seed{'s' * (seeds > 1)}",
             "",
-            f"| | {domain.metric} | to {reference.setting} | kB a step | times fewer "
+            f"| | {domain.metric} | to {reference.setting}, seed by seed | kB a step | times fewer "
             f"| exchange at {LINK}, ms | times faster |",
             "|---|---|---|---|---|---|---|",
         ]
         for row in here:
-            deviation = "" if math.isnan(row.deviation) else f" ± {row.deviation:{domain.format}}"
+            pairs = zip(row.metrics, reference.metrics, strict=True)
+            differences = [metric - plain for metric, plain in pairs]
             lines.append(
-                f"| {row.setting} | {row.mean:{domain.format}}{deviation} "
-                f"| {row.mean - reference.mean:+{domain.format}} | {row.step_bytes / 1e3:.1f} "
+                f"| {row.setting} | {mean_and_deviation(row.metrics, domain.format)} "
+                f"| {mean_and_deviation(differences, '+' + domain.format)} "
+                f"| {row.step_bytes / 1e3:.1f} "
                 f"| {reference.step_bytes / row.step_bytes:.2f} | {row.seconds * 1e3:.1f} "
                 f"| {reference.seconds / row.seconds:.2f} |"
             )
