@@ -26,11 +26,10 @@ fail() { echo "hvd_gqsgd: $*" >&2 && exit 1; }
 
 make_key() { # whoever makes the folder makes the key; it appears in one step
     local new=$keys/.new
-    if mkdir "$new" 2>/dev/null; then
-        ssh-keygen -q -t ed25519 -N '' -C cluster -f "$new/id_ed25519"
-        cp "$new/id_ed25519.pub" "$keys/authorized_keys"
-        mv "$new/id_ed25519" "$keys/id_ed25519"
-    fi
+    mkdir "$new" 2>/dev/null || { [ -d "$new" ] && return; }
+    ssh-keygen -q -t ed25519 -N '' -C cluster -f "$new/id_ed25519"
+    cp "$new/id_ed25519.pub" "$keys/authorized_keys"
+    mv "$new/id_ed25519" "$keys/id_ed25519"
 }
 
 find_key() {
