@@ -4,6 +4,7 @@
 #
 #   hosts.sh up N [RATE]     make hosts h0 ... h<N-1>; RATE as tc writes it: 1gbit, 200mbit
 #   hosts.sh rate RATE       limit all links anew; none: no limit
+#   hosts.sh limit DEV RATE  limit what leaves this machine by DEV, as in a container; none: no limit
 #   hosts.sh on HOST CMD...  run a command on a host
 #   hosts.sh mpirun ARGS...  run Open MPI's mpirun on h0, one rank a host unless ARGS say otherwise
 #   hosts.sh down            end all that runs on the hosts and remove them
@@ -32,14 +33,14 @@ on() { # on HOST CMD...
 
 # Token buckets hold 250 microseconds of line rate: deeper ones would let short messages pass
 # unlimited, shallower ones lose rate to the timer. Packets must be smaller than the bucket.
-limit() { # limit NAMESPACE DEVICE RATE
-    tc -n "$1" qdisc del dev "$2" root 2>/dev/null || true
+limit() { # limit NAMESPACE DEVICE RATE; no NAMESPACE: this one
+    tc ${1:+-n "$1"} qdisc del dev "$2" root 2>/dev/null || true
     [ "$3" != none ] || return 0
     local bits burst
     bits=$(numfmt --from=si "$(tr 'kmg' 'KMG' <<<"${3%bit}")") || fail "bad rate $3"
     burst=$((bits / 8 / 4000 > 6400 ? bits / 8 / 4000 : 6400))
-    ip -n "$1" link set "$2" gso_max_size $((burst / 2 > 65536 ? 65536 : burst / 2))
-    tc -n "$1" qdisc add dev "$2" root tbf rate "$3" burst "$burst" latency 50ms
+    ip ${1:+-n "$1"} link set "$2" gso_max_size $((burst / 2 > 65536 ? 65536 : burst / 2))
+    tc ${1:+-n "$1"} qdisc add dev "$2" root tbf rate "$3" burst "$burst" latency 50ms
 }
 
 rate() {
@@ -114,6 +115,7 @@ run() {
 case ${1-} in
 up) [ $# -ge 2 ] || usage; up "$2" "${3-none}" ;;
 rate) [ $# = 2 ] || usage; rate "$2" ;;
+limit) [ $# = 3 ] || usage; limit "" "$2" "$3" ;;
 on) [ $# -ge 3 ] || usage; shift; on "$@" ;;
 shell) host=$2; shift 2; on "$host" sh -c "$*" ;; # words for a shell, as ssh takes them
 mpirun) shift; run "$@" ;;
