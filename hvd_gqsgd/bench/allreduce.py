@@ -19,17 +19,12 @@ import torch
 
 from hvd_gqsgd import GlobalQSGD
 from hvd_gqsgd.bench.launch import add_arguments, is_rank, launch
+from hvd_gqsgd.bench.operators import OPERATORS
 from hvd_gqsgd.bench.rounds import interleaved, progress_bar
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["main", "measure"]
 
-OPERATORS: dict[str, dict[str, Any]] = {
-    "8 bits": {"bits": 8},
-    "4 bits": {"bits": 4},
-    "8 bits, two phases": {"bits": 8, "exchange": "two_phase"},
-    "exponential": {"dither": "exponential"},
-}
 FP32, FP16 = "fp32", "fp16"
 
 

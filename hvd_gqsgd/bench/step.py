@@ -28,20 +28,16 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from hvd_gqsgd import GlobalQSGD, ddp_hook
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.launch import INTERFACE, add_arguments, is_rank, launch
+from hvd_gqsgd.bench.operators import OPERATORS
 from hvd_gqsgd.bench.rounds import interleaved, progress_bar
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["ARMS", "FP32", "chosen", "main", "measure"]
 
-OPERATORS: dict[str, dict[str, Any]] = {
-    "GlobalQSGD 8 bits": {"bits": 8},
-    "GlobalQSGD 4 bits": {"bits": 4},
-    "GlobalQSGD 8 bits two-phase": {"bits": 8, "exchange": "two_phase"},
-    "GlobalQSGD exponential": {"dither": "exponential"},
-}
+OURS = {f"GlobalQSGD {name}": options for name, options in OPERATORS.items()}
 FP32, FP16 = "Horovod fp32", "Horovod fp16"
 DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits")
-ARMS = (FP32, FP16, *OPERATORS, *DDP_ARMS)
+ARMS = (FP32, FP16, *OURS, *DDP_ARMS)
 """What can be measured."""
 
 COMPUTE = "compute"
@@ -194,8 +190,8 @@ def _make(name: str, model: str) -> _Arm:
     if name in DDP_ARMS:
         return _make_ddp(name, network, optimizer)
     compression: Any = hvd.Compression.fp16 if name == FP16 else hvd.Compression.none
-    if name in OPERATORS:
-        compression = GlobalQSGD(named_parameters=reversed(named), **OPERATORS[name])
+    if name in OURS:
+        compression = GlobalQSGD(named_parameters=reversed(named), **OURS[name])
     optimizer = hvd.DistributedOptimizer(
         optimizer, named_parameters=named, compression=compression
     )  # fmt: skip
