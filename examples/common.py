@@ -13,7 +13,7 @@ from horovod.torch.compression import Compressor
 from torch import Tensor, nn
 
 from hvd_gqsgd import DynamicBits, GlobalQSGD, Stats, allreduce
-from hvd_gqsgd.bench.error import wire_bytes
+from hvd_gqsgd.bench.error import AUTHORS, wire_bytes
 
 AUTHORS_BUCKET = 25 * 2**20  # bytes, as in DistributedDataParallel
 
@@ -106,10 +106,7 @@ class Authors(Compressor):
     def _exchange(self) -> None:
         for bucket in _buckets(self._gradients):
             flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-            allreduce(
-                flat, None, out=flat, step=self._next, seed=self._seed,
-                bits=8, block_size=None, correlated=False,
-            )  # fmt: skip
+            allreduce(flat, None, out=flat, step=self._next, seed=self._seed, bits=8, **AUTHORS)
             self._next += 1
             parts = flat.split([gradient.numel() for gradient in bucket])
             self._means += [part.view(g.shape) for part, g in zip(parts, bucket, strict=True)]

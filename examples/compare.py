@@ -29,13 +29,12 @@ from launch import RunFailed, run_ranks
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hvd_gqsgd.model import PRESETS, Gradients, Setting, exchange_seconds
+from hvd_gqsgd.model import FP16, FP32, PRESETS, Gradients, Setting, exchange_seconds
 from hvd_gqsgd.options import Options
 
 HERE = Path(__file__).parent
 TIMEOUT = 600  # seconds a run; on an idle machine it takes less than one minute
 LINK = "200mbit"
-MIN_NUMEL = Options().min_numel
 
 SETTINGS: dict[str, list[str]] = {
     "fp32": ["--compression", "none"],
@@ -238,8 +237,7 @@ def modelled_seconds(result: dict[str, Any]) -> float:
     if result["sparse_bytes"]:  # an Allgather of the tables, and the rest as ever
         each = result["sparse_bytes"] / result["steps"]
         gathered = link.operation + (ranks - 1) * (link.alpha + each / link.beta)
-    small = [numel for numel in numels if numel < MIN_NUMEL]
-    gradients = Gradients(sum(numels), len(numels), sum(small), len(small))
+    gradients = Gradients.of(numels, Options().min_numel)
     if result["compression"] == "authors":  # all in one bucket
         setting = Setting("authors", 8, block_size=sum(numels))
         gradients = Gradients(sum(numels), 1)
@@ -247,7 +245,7 @@ def modelled_seconds(result: dict[str, Any]) -> float:
         bits = 32 * result["compressed_bytes_on_wire"] / result["compressed_bytes_before"]
         setting = Setting("gqsgd", bits, two_phase=result["exchange"] == "two_phase")
     else:
-        setting = Setting("", 16 if result["compression"] == "fp16" else 32, quantized=False)
+        setting = FP16 if result["compression"] == "fp16" else FP32
     return gathered + exchange_seconds(setting, gradients, ranks, link)
 
 

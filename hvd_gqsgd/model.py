@@ -16,7 +16,7 @@ an operation that is ready on all ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hvd_gqsgd.codecs import levels_for
@@ -96,6 +96,12 @@ class Gradients:
     """Of tensors that are too small to be compressed..."""
     small_tensors: int = 0
     """... and how many there are."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], min_numel: int = 4096) -> Gradients:
+        """Of tensors with so many elements each."""
+        small = [size for size in sizes if size < min_numel]
+        return cls(sum(sizes), len(sizes), sum(small), len(small))
 
 
 @dataclass(frozen=True)

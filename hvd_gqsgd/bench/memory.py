@@ -15,6 +15,7 @@ from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS
 from hvd_gqsgd.bench.launch import add_arguments, launch
+from hvd_gqsgd.bench.predict import gradients_of
 from hvd_gqsgd.bench.step import FP32, chosen
 from hvd_gqsgd.bench.table import show_table
 
@@ -35,7 +36,7 @@ def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> di
         RuntimeError: a job failed.
     """
     peaks: dict[str, float] = {}
-    gradients = 0.0
+    gradients = 4 * gradients_of(model).elements / 1e6
     for name in (FP32, *(arm for arm in arms if arm != FP32)):
         with tempfile.TemporaryFile() as output:
             given = ["--model", model, "--arms", name, "--repeats", str(STEPS), "--json"]
@@ -48,7 +49,6 @@ def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> di
         if "error" in result["arms"][name]:
             raise RuntimeError(f"{name} does not run: {result['arms'][name]['error']}")
         peaks[name] = result["peak_megabytes"]
-        gradients = result["parameters"] * 4 / 1e6
     return {
         "model": model,
         "ranks": ranks,

@@ -92,11 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(result["advice"])
 
 
-def gradients_of(model: str, min_numel: int = 4096) -> Gradients:
+def gradients_of(model: str) -> Gradients:
     """Of one of ``gradients.MODELS``."""
-    sizes = [math.prod(shape) for _, shape in shapes_of(model)]
-    small = [size for size in sizes if size < min_numel]
-    return Gradients(sum(sizes), len(sizes), sum(small), len(small))
+    return Gradients.of([math.prod(shape) for _, shape in shapes_of(model)])
 
 
 def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) -> dict[str, Any]:
