@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 
@@ -125,11 +126,13 @@ def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 @functools.cache
 def process_group() -> dist.ProcessGroup:
     """PyTorch's, of all ranks."""
-    store = None
+    host, store = "127.0.0.1", None
+    if hvd.local_size() != hvd.size():
+        host = hvd.broadcast_object(socket.gethostname(), name="host")
     if hvd.rank() == 0:
-        store = dist.TCPStore("127.0.0.1", 0, hvd.size(), is_master=True, wait_for_workers=False)
+        store = dist.TCPStore(host, 0, hvd.size(), is_master=True, wait_for_workers=False)
     port = hvd.broadcast_object(store.port if store is not None else None, name="port")
-    store = store or dist.TCPStore("127.0.0.1", port, hvd.size(), is_master=False)
+    store = store or dist.TCPStore(host, port, hvd.size(), is_master=False)
     dist.init_process_group("gloo", store=store, rank=hvd.rank(), world_size=hvd.size())
     return dist.group.WORLD
 
