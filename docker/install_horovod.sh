@@ -23,8 +23,10 @@ fail() {
 say() { printf 'hvd_gqsgd: %s\n' "$@"; }
 
 # The file that `libmpi` resolves to when PROGRAM is loaded. (libmpich: Debian's name for MPICH's.)
+# All is read: a pipe that was closed early would be an error of ldd's.
 libmpi_of() {
-    ldd "$1" | awk '$1 ~ /^libmpi(ch)?\.so/ && $3 ~ /^\// { print $3; exit }' | xargs -r realpath
+    ldd "$1" | awk '!found && $1 ~ /^libmpi(ch)?\.so/ && $3 ~ /^\// { print $3; found = 1 }' |
+        xargs -r realpath
 }
 
 # --- the environment ---------------------------------------------------------------------------
