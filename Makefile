@@ -38,7 +38,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench bench-mpi sanitize gpu setup clean distclean FORCE
+.PHONY: help demo test check format bench bench-mpi sanitize soak faults gpu setup clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -88,6 +88,13 @@ bench-mpi: setup ## measure the allreduce over MPI; as root also over an emulate
 
 sanitize: setup ## run the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer
 	@$(RUN) $(FOR_MPI) docker/sanitize.sh $(VENV)/sanitized
+
+soak: setup ## train for 20,000 steps on 4 ranks, and look for what grows
+	@$(RUN) OMP_NUM_THREADS=1 mpirun -n 4 --map-by :OVERSUBSCRIBE --bind-to none \
+	    --mca mpi_yield_when_idle 1 $(PY) tests/soak.py $(ARGS)
+
+faults: setup ## as root: pull the cable of an emulated host for good, which takes minutes
+	@$(RUN) $(PY) -m pytest -m long -s tests/test_faults.py $(ARGS)
 
 gpu: ## on a machine with a GPU: build with the PyTorch of PYTHON, test, check memory, measure
 	@docker/gpu.sh $(PYTHON) .gpu

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +66,66 @@ def run(command: list[str], limit: int = LIMIT) -> subprocess.CompletedProcess[s
         output, _ = process.communicate(timeout=30)
         pytest.fail(f"{' '.join(command)} took more than {limit} s:\n{output[-20000:]}")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+class Job:
+    """A job that something is done to while it runs, and what it has said so far."""
+
+    def __init__(self, command: list[str], limit: int, env: dict[str, str] | None = None) -> None:
+        self.process = subprocess.Popen(
+            command, cwd=HERE.parent, env=env or environment(), text=True, start_new_session=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.said = ""
+        self._deadline = time.monotonic() + limit
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said += line
+
+    def wait_for(
+        self, pattern: str | re.Pattern[str], count: int = 1, after: int = 0
+    ) -> list[re.Match[str]]:
+        """The matches in what was said from there on, when there are so many."""
+        pattern = re.compile(pattern)
+        while time.monotonic() < self._deadline:
+            ended = self.process.poll() is not None
+            if ended:
+                self._reader.join(10)
+            matches = list(pattern.finditer(self.said, after))
+            if len(matches) >= count:
+                return matches
+            assert not ended, f"ended before {count} of {pattern.pattern}:\n{self.said[-6000:]}"
+            time.sleep(0.05)
+        raise AssertionError(f"waited for {pattern.pattern} in vain:\n{self.said[-6000:]}")
+
+    def wait(self) -> int:
+        """Its exit status, when it has ended and all that it said has been read."""
+        try:
+            status = self.process.wait(max(self._deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it does not end:\n{self.said[-6000:]}") from None
+        self._reader.join(10)
+        return status
+
+    def end(self) -> None:
+        """Ends it if it still runs."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def started(command: list[str], limit: int, env: dict[str, str] | None = None) -> Iterator[Job]:
+    """A job that has ``limit`` seconds, and is ended if it still runs when the block is left."""
+    job = Job(command, limit, env)
+    try:
+        yield job
+    finally:
+        job.end()

@@ -5,18 +5,21 @@
 #   hosts.sh up N [RATE]     make hosts h0 ... h<N-1>; RATE as tc writes it: 1gbit, 200mbit
 #   hosts.sh rate RATE       limit all links anew; none: no limit
 #   hosts.sh limit DEV RATE  limit what leaves this machine by DEV, as in a container; none: no limit
+#   hosts.sh link HOST down  pull a host's cable; up: plug it in again
 #   hosts.sh on HOST CMD...  run a command on a host
 #   hosts.sh mpirun ARGS...  run Open MPI's mpirun on h0, one rank a host unless ARGS say otherwise
+#   hosts.sh gloo ARGS...    the same with horovodrun --gloo
 #   hosts.sh down            end all that runs on the hosts and remove them
 #
 # A host is a process with network, host name, IPC and mount namespaces, and a /dev/shm, of its own.
-# mpirun enters the others by `hosts.sh shell` in the place of ssh. Needs iproute2, util-linux, and
-# root.
+# Launchers enter the others by `hosts.sh shell` in the place of ssh. Needs iproute2, util-linux, and
+# root. HVD_GQSGD_HOSTS names the set of hosts, if there is to be more than one on this machine.
 set -euo pipefail
 
 self=$(realpath "$0")
-state=/run/hvd_gqsgd-hosts
-prefix=gqsgd- # of network namespaces
+name=${HVD_GQSGD_HOSTS:-gqsgd}
+state=/run/hvd_$name-hosts
+prefix=$name- # of network namespaces
 switch=${prefix}switch
 net=10.77.0
 
@@ -112,6 +115,24 @@ run() {
         --mca btl_tcp_flags send,inplace --mca mpi_yield_when_idle 1 -x PATH "$@"
 }
 
+# horovodrun calls ssh by no other name: `ssh OPTIONS HOST OPTIONS COMMAND`, each option with a value.
+gloo() {
+    export TMPDIR=/dev/shm
+    mkdir -p "$state/bin"
+    cat >"$state/bin/ssh" <<END
+#!/bin/sh
+while [ "\${1#-}" != "\$1" ]; do shift 2; done
+host=\$1 && shift
+while [ "\${1#-}" != "\$1" ]; do shift 2; done
+exec "$self" shell "\$host" "\$@"
+END
+    chmod +x "$state/bin/ssh"
+    local list
+    list=$(hosts | sed 's/$/:1/')
+    on h0 env PATH="$state/bin:$PATH" horovodrun --gloo -np "$(wc -l <<<"$list")" \
+        -H "$(paste -sd, <<<"$list")" --network-interfaces eth0 "$@"
+}
+
 case ${1-} in
 up) [ $# -ge 2 ] || usage; up "$2" "${3-none}" ;;
 rate) [ $# = 2 ] || usage; rate "$2" ;;
@@ -119,6 +140,8 @@ limit) [ $# = 3 ] || usage; limit "" "$2" "$3" ;;
 on) [ $# -ge 3 ] || usage; shift; on "$@" ;;
 shell) host=$2; shift 2; on "$host" sh -c "$*" ;; # words for a shell, as ssh takes them
 mpirun) shift; run "$@" ;;
+gloo) shift; gloo "$@" ;;
+link) [ $# = 3 ] || usage; ip -n "$switch" link set "$2" "$3" ;;
 down) down ;;
 *) usage ;;
 esac

@@ -1,0 +1,23 @@
+"""A short soak, and that the soak finds what leaks. The long one is ``make soak``."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+from launch import HERE, mpirun, run
+
+SOAK = [sys.executable, str(HERE / "soak.py")]
+
+
+def test_nothing_grows() -> None:
+    job = run([*mpirun(2), *SOAK, "--steps", "600"], 60)
+    assert job.returncode == 0, job.stdout
+    assert len(re.findall(r"rank \d: ", job.stdout)) == 6  # two ranks, three settings
+
+
+def test_leaks_are_found() -> None:
+    job = run([*mpirun(2), *SOAK, "--steps", "300", "--leak"], 60)
+    assert job.returncode == 1, job.stdout
+    for kind in ("memory", "objects", "threads", "files", "in flight"):
+        assert len(re.findall(rf"WRONG: .*{kind} grow", job.stdout)) == 6
