@@ -93,7 +93,7 @@ soak: setup ## train for 20,000 steps on 4 ranks, and look for what grows
 	@$(RUN) OMP_NUM_THREADS=1 mpirun -n 4 --map-by :OVERSUBSCRIBE --bind-to none \
 	    --mca mpi_yield_when_idle 1 $(PY) tests/soak.py $(ARGS)
 
-faults: setup ## as root: pull the cable of an emulated host for good, which takes minutes
+faults: setup ## commit faults with plain Horovod too; as root also a cable that is pulled for good
 	@$(RUN) $(PY) -m pytest -m long -s tests/test_faults.py $(ARGS)
 
 gpu: ## on a machine with a GPU: build with the PyTorch of PYTHON, test, check memory, measure

@@ -31,7 +31,6 @@ class Checked(GlobalQSGD):
 
     def __init__(self, bits: DynamicBits) -> None:
         super().__init__(bits)
-        self._bits = bits
         self._first: Any = None  # context of the step's first tensor, which `simulate` knows
         self._steps_seen = 0
 
@@ -46,7 +45,10 @@ class Checked(GlobalQSGD):
         if ctx is not None and ctx is self._first:
             agreement = ctx.ticket.bucket.agreement
             gradients = hvd.allgather(ctx.like.view(1, -1), name="gradients")
-            expected = simulate(gradients, bits=agreement.bits, step=agreement.step)
+            exchange = self.options.exchange_for(hvd.size())  # it follows the budget, not the width
+            expected = simulate(
+                gradients, bits=agreement.bits, exchange=exchange, step=agreement.step
+            )
             verdict = "right" if torch.equal(mean.view(-1), expected) else "wrong"
             place = f"rank {hvd.rank()} of {hvd.size()}"
             print(f"{place}: number {agreement.step}, {agreement.bits} bits, {verdict}", flush=True)

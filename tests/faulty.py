@@ -36,7 +36,7 @@ def fail() -> None:
 
 
 def sleep() -> None:
-    time.sleep(1.5)
+    time.sleep(0.7)
 
 
 # What a rank does, and at how many steps. Of what is done to it from outside it knows nothing.

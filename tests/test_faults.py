@@ -1,7 +1,7 @@
 """Ranks that die, raise or are slow, and links that are cut: no worse than with plain Horovod.
 
-What GlobalQSGD does is held against what plain Horovod (fp32) does in the same job: it ends, with
-an error that names the cause; and what only delays leaves the result as it is, to the bit.
+GlobalQSGD and plain Horovod (fp32) have to pass the same tests: a job ends, with an error that
+names the cause, and what only delays leaves the result as it is, to the bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ HOSTS = HERE.parent / "hvd_gqsgd" / "bench" / "hosts.sh"
 LIMIT = 60  # seconds; measured: 3 to 10
 
 launchers = pytest.mark.parametrize("launcher", [mpirun, gloo])
-compressions = pytest.mark.parametrize("compression", ["fp32", "gqsgd"])
+# Plain Horovod is what GlobalQSGD is held against; there is no need to do that each time.
+compressions = pytest.mark.parametrize(
+    "compression", [pytest.param("fp32", marks=pytest.mark.long), "gqsgd"]
+)
 
 
 def faulty(fault: str, *arguments: str) -> list[str]:
@@ -32,25 +35,25 @@ def faulty(fault: str, *arguments: str) -> list[str]:
 @launchers
 def test_a_rank_is_killed(launcher: Callable[[int], list[str]], compression: str) -> None:
     """Over MPI the launcher ends the others, over Gloo they have an error themselves."""
-    job = run(launcher(3) + faulty("killed", compression), LIMIT)
+    job = run(launcher(2) + faulty("killed", compression), LIMIT)
     assert job.returncode != 0
-    assert "rank 2 is at fault in step 6" in job.stdout
+    assert "rank 1 is at fault in step 6" in job.stdout
     assert f"{compression}: step 6" not in job.stdout
     if launcher is mpirun:
-        assert re.search(r"rank 2 .*\s+signal 9 \(Killed\)", job.stdout)
+        assert re.search(r"rank 1 .*\s+signal 9 \(Killed\)", job.stdout)
     else:
-        assert re.search(r"Process 2 exit with status code 137", job.stdout)
-        assert survivors(job.stdout) == {"0", "1"}
+        assert re.search(r"Process 1 exit with status code 137", job.stdout)
+        assert survivors(job.stdout) == {"0"}
 
 
 @compressions
 @launchers
 def test_a_rank_raises_in_backward(launcher: Callable[[int], list[str]], compression: str) -> None:
-    job = run(launcher(3) + faulty("raises", compression), LIMIT)
+    job = run(launcher(2) + faulty("raises", compression), LIMIT)
     assert job.returncode != 0
     assert f"{compression}: step 6" not in job.stdout
     assert "ArithmeticError: on purpose" in job.stdout
-    assert survivors(job.stdout) == {"0", "1"}
+    assert survivors(job.stdout) == {"0"}
 
 
 def survivors(output: str) -> set[str]:
