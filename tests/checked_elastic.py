@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 import language_elastic
 
-PAUSE = 0.1  # seconds, a step of two ranks: the third one must find them still at work
+PAUSE = 0.25  # seconds, a step of two ranks: the third one must find them still at work
 
 
 class Checked(GlobalQSGD):

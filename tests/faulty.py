@@ -94,8 +94,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--pause", type=float, default=0, help="seconds after each step")
     args = parser.parse_args()
-    # A launcher ends the others when one rank is gone. Let them say first what Horovod tells them.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     hvd.init()
     torch.set_num_threads(1)
     function, times = FAULTS[args.fault]
@@ -110,6 +108,8 @@ def main() -> None:
 
     for compression in args.compressions:
         if args.fault in ("killed", "raises"):
+            # The launcher ends the others then. Let them say first what Horovod tells them.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
             try:
                 train(compression, args.steps, args.pause, midway)
             except HorovodInternalError as error:

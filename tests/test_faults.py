@@ -149,5 +149,9 @@ def test_a_link_is_cut_for_good(
         print(
             f"{launcher}, {compression}: ended with {status} after {time.monotonic() - began:.1f} s"
         )
-    assert status != 0
-    assert re.search(r"lost communication|HorovodInternalError", job.said), job.said[-5000:]
+    if launcher == "gloo":
+        assert status != 0
+        assert "HorovodInternalError" in job.said, job.said[-5000:]
+    else:  # Open MPI 5.0 ends with 0 then, whatever it runs: what tells is what a job leaves
+        assert "lost communication with a remote daemon" in job.said, job.said[-5000:]
+    assert not re.search(r"rank \d, \w+: ", job.said)
