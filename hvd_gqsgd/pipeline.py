@@ -277,6 +277,8 @@ class Pipeline:
             TypeError, ValueError: it is not what ``state_dict`` gives.
             RuntimeError: tensors are in flight.
         """
+        if self._transport.session is not self._session:
+            self.forget()  # whoever holds a ticket of another session, as in an exception's frames
         if self.active:
             raise RuntimeError("a state cannot be loaded while gradients are in flight")
         self._steps.load_state_dict(state)

@@ -18,7 +18,7 @@ def test_nothing_grows() -> None:
 
 
 def test_leaks_are_found() -> None:
-    job = run([*mpirun(2), *SOAK, "--steps", "300", "--leak"], 60)
+    job = run([*mpirun(2), *SOAK, "--steps", "150", "--leak"], 60)
     assert job.returncode == 1, job.stdout
     for kind in ("memory", "objects", "threads", "files", "in flight"):
         assert len(re.findall(rf"WRONG on rank \d: {kind}: .* a step", job.stdout)) == 6
