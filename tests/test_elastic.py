@@ -41,7 +41,7 @@ def test_a_worker_is_lost_and_one_is_gained(tmp_path: Path) -> None:
     hosts.chmod(0o755)
     command = [
         *gloo(3), "--min-np", "2", "--max-np", "3", "--host-discovery-script", str(hosts),
-        "--blacklist-cooldown-range", "1", "1",
+        "--network-interfaces", "lo", "--blacklist-cooldown-range", "1", "1",
         sys.executable, str(SCRIPT), "--bits", "dynamic", "--budget", "6", "--steps", f"{STEPS}",
         "--width", "64", "--layers", "1", "--context", "32", "--validate", "24",
         "--batch-size", "24",
