@@ -11,8 +11,28 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from hvd_gqsgd import ops
+
+# Of Hypothesis: the same examples in each run and on all ranks, unless `--hypothesis-profile long`
+# asks for more and others.
+settings.register_profile(
+    "repeatable",
+    max_examples=60,
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+settings.register_profile(
+    "long",
+    settings.get_profile("repeatable"),
+    max_examples=1500,
+    derandomize=False,
+    print_blob=True,
+)
+settings.load_profile("repeatable")
 
 LAUNCHED = bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hvd_gqsgd.buckets import CODE_HEADER, Bucket, Item, everyone
 from hvd_gqsgd.codecs import LinearCodec
+from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.base import Exchange, Stage
 from hvd_gqsgd.transports import Handle
 
@@ -56,4 +57,7 @@ class AllreduceExchange(Exchange):
 
     def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
         bucket.words = result
-        bucket.contribution = bucket.read_code_header() if self.code_header else everyone(self.size)
+        contribution = bucket.read_code_header() if self.code_header else everyone(self.size)
+        if not 1 <= contribution.count <= self.size:
+            raise AgreementError(f"{bucket.name}: a rank sent what no ranks add up to")
+        bucket.contribution = contribution

@@ -239,7 +239,9 @@ class Exchange(ABC):
                 f"{bucket.name}: the ranks handed in different tensors, or in another order; "
                 f"{self._advice}"
             )
-        if max(agreement.step, *agreement.schedule, 0) >= 2**31 or min(agreement.schedule) < 0:
+        # The number of the next step travels in 32 bits too.
+        numbers = (agreement.step, agreement.step + 1, *agreement.schedule)
+        if min(numbers) < 0 or max(numbers) >= 2**31:
             raise AgreementError(
                 f"{bucket.name}: a rank sent numbers that no rank has: {agreement}"
             )
@@ -251,7 +253,8 @@ class Exchange(ABC):
         assert bucket.codec is not None
         if agreement.bits != bucket.codec.bits:
             least, most = self.options.least_bits, self.options.most_bits
-            if not least <= agreement.bits <= most:
+            # The largest of all ranks' is no less than this one's, which is enough for all of them.
+            if not bucket.codec.bits < agreement.bits <= most:
                 raise AgreementError(
                     f"{bucket.name}: a rank asked for lanes of {agreement.bits} bits; the options "
                     f"say from {least} to {most}"

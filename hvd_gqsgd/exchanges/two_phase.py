@@ -64,12 +64,18 @@ class TwoPhaseExchange(Exchange):
 
     def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
         # Of all ranks, for the tiles that this rank owns. Horovod lets ranks send what they like.
-        _check(bucket, result, self.size * self._segments(bucket).words[self.rank])
-        bucket.words = result
+        numel = self.size * self._segments(bucket).words[self.rank]
+        if self._ahead:
+            _check(bucket, result, numel)
+        # Another rank may have been sent what it should: all come to know by this one's flag.
+        bucket.words = result if result.numel() == numel else None
 
     def _fill_means(self, bucket: Bucket) -> None:
-        assert bucket.codec is not None and bucket.norms is not None and bucket.words is not None
+        assert bucket.codec is not None and bucket.norms is not None
         assert bucket.agreement is not None
+        if bucket.words is None:
+            self._own_means(bucket)
+            return
         received = bucket.words.view(self.size, -1) if bucket.words.numel() else bucket.words
         segments, own = self._segments(bucket), self._own_means(bucket)
         own[:FLAG] = 1
