@@ -29,7 +29,7 @@ DEMO ?= examples/demo.py
 ARGS ?=
 
 NATIVE := $(shell find native -name '*.h' -o -name '*.cc' -o -name '*.cu')
-STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc)
+STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc tests/fuzz/*.cc)
 NVCC := $(shell command -v nvcc)
 
 # --- commands ------------------------------------------------------------------------------------
@@ -38,7 +38,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench bench-mpi sanitize soak faults gpu setup clean distclean FORCE
+.PHONY: help demo test check format bench bench-mpi sanitize soak faults fuzz gpu setup clean distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -96,13 +96,16 @@ soak: setup ## train for 20,000 steps on 4 ranks, and look for what grows
 faults: setup ## commit faults with plain Horovod too; as root also a cable that is pulled for good
 	@$(RUN) $(PY) -m pytest -m long -s tests/test_faults.py $(ARGS)
 
+fuzz: setup ## give kernels and parsers what lying peers could send; ARGS: seconds (60)
+	@$(RUN) docker/fuzz.sh $(VENV)/fuzz $(ARGS)
+
 gpu: ## on a machine with a GPU: build with the PyTorch of PYTHON, test, check memory, measure
 	@docker/gpu.sh $(PYTHON) .gpu
 
 setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
 
 clean: ## remove what was built, but keep .venv
-	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package $(VENV)/sanitized $(VENV)/cuda .gpu
+	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package $(VENV)/sanitized $(VENV)/fuzz $(VENV)/cuda .gpu
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +
 

@@ -33,7 +33,7 @@ assert hvd_gqsgd.__file__.startswith("$work"), f"this is not the build to test: 
 print("hvd_gqsgd: testing", *hvd_gqsgd.build_info()["parts"])
 END
 sanitized python -m pytest -q -p no:cacheprovider "$tests"/test_{combine,kernels,norms,dither}.py \
-    "$tests"/test_{exponential,two_phase,untrusted}.py
+    "$tests"/test_{exponential,fuzz,two_phase,untrusted}.py
 if ls hvd_gqsgd/_mpi.*.so >/dev/null 2>&1; then
     export -f sanitized
     export compiler

@@ -9,17 +9,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, as_numpy, bits_of, gradient_like, random_floats
+from helpers import bits_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, DynamicBits, exchanges, ops, reference, simulate
+from hvd_gqsgd import AgreementError, DynamicBits, exchanges, ops, simulate
 from hvd_gqsgd.buckets import AGREEMENT
 from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.options import Options
 from hvd_gqsgd.pipeline import Pipeline
-from hvd_gqsgd.reference_two_phase import two_phase_mean
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
 RNG = np.random.default_rng
@@ -37,80 +36,6 @@ OPERATORS = [
 def same(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> bool:
     """Bit for bit."""
     return bool((a.view(f"i{a.itemsize}") == b.view(f"i{b.itemsize}")).all())
-
-
-@st.composite
-def worlds(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
-    """Gradients of some ranks, and options."""
-    n = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 9]))
-    numel = draw(st.sampled_from([0, 1, 2, 63, 1023, 1024, 1025, 2000, 5000]))
-    dtype = draw(st.sampled_from(DTYPES))
-    rng = RNG(draw(st.integers(0, 2**32)))
-    if draw(st.booleans()):
-        rows = random_floats(rng, (n, numel), dtype)
-    else:
-        magnitude = 10.0 ** draw(st.integers(-45, 38))
-        rows = torch.from_numpy(rng.uniform(-1, 1, (n, numel)) * magnitude).to(dtype)
-    operator = draw(
-        st.sampled_from(EXPONENTIAL)
-        | st.builds(lambda bits: {"exchange": "two_phase", "bits": bits}, st.integers(2, 16))
-    )
-    return rows, operator | {
-        "norm": draw(st.sampled_from(["max", "l2"])),
-        "block_size": draw(st.sampled_from(BLOCKS)),
-        "correlated": draw(st.booleans()),
-        "seed": draw(st.integers(-(2**63), 2**63 - 1)),
-        "step": draw(st.integers(0, 2**31 - 1)),
-    }
-
-
-@given(worlds())
-@settings(max_examples=300, suppress_health_check=TOO_SLOW, **WIDE)
-def test_two_phases_have_the_bits_of_the_reference(world: tuple[Tensor, dict[str, Any]]) -> None:
-    rows, options = world
-    mean = as_numpy(simulate(rows, **options))
-    options.pop("exchange", None)
-    identity = digest((0, 0, rows.shape[1], str(rows.dtype)))
-    expected = two_phase_mean(as_numpy(rows), tensor_id=identity, **{"dither": "linear", **options})
-    assert same(mean, expected)
-
-
-@given(worlds())
-@settings(max_examples=100, suppress_health_check=TOO_SLOW, **WIDE)
-def test_l2_norm_has_the_bits_of_the_reference(world: tuple[Tensor, dict[str, Any]]) -> None:
-    rows, options = world
-    options = options | {"dither": "linear", "exchange": "allreduce", "norm": "l2"}
-    options["bits"] = max(options["bits"], 5)  # for nine ranks
-    mean = as_numpy(simulate(rows, **options))
-    del options["exchange"], options["dither"]
-    identity = digest((0, 0, rows.shape[1], str(rows.dtype)))
-    assert same(mean, reference.mean(as_numpy(rows), tensor_id=identity, **options))
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 8, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("options", [*EXPONENTIAL, {"exchange": "two_phase", "bits": 5}], ids=str)
-def test_tensors_share_a_bucket(n: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """Wherever the ranks' runs of tiles are cut: within a tensor, between, or not at all."""
-    sizes = (3000, 1, 0, 1024, 5001, 17)
-    tensors = [gradient_like(RNG(i), (n, size), dtype) for i, size in enumerate(sizes)]
-    world = SimulatedWorld(n)
-    ranks = [Pipeline(Options(**options), world.transport(r)) for r in range(n)]
-    tickets = [[p.submit(x[r].contiguous()) for x in tensors] for r, p in enumerate(ranks)]
-    for p in ranks:
-        p.flush()
-    for _ in range(3):
-        for p in ranks:
-            p.advance()
-    for i, x in enumerate(tensors):
-        expected = two_phase_mean(
-            x.numpy(), tensor_id=digest((i, 0, sizes[i], str(dtype))), seed=0, step=0,
-            block_size=1024, correlated=True,
-            bits=options["bits"], dither=options.get("dither", "linear"),
-        )  # fmt: skip
-        for r, p in enumerate(ranks):
-            p.wait(tickets[r][i])
-            assert same(p.decode(tickets[r][i], 1 / n).numpy(), expected)
 
 
 @given(

@@ -204,13 +204,6 @@ def test_bucket_boundaries(numels: list[int], sent_off: list[int]) -> None:
     check_unnamed(means, tensors)
 
 
-@pytest.mark.parametrize("bucket_bytes", [1, 400, 1000, 4000, 10**6])
-def test_bucket_size_does_not_change_the_bits(bucket_bytes: int) -> None:
-    tensors = gradients(3, [(None, 100 * i) for i in range(8)])
-    group = Group(3, bucket_mb=bucket_bytes / 2**20)
-    check_unnamed(group.exchange(tensors), tensors)
-
-
 @pytest.mark.parametrize("order", range(10))
 def test_operations_are_counted_alike(order: int) -> None:
     """However the ranks take turns, they have started equally many operations at each point.
