@@ -50,7 +50,8 @@ def digest(options: dict[str, Any], step: int = 3) -> str:
 def test_bits_are_pinned(
     options: dict[str, Any], pinned: str, thread_count: Callable[[int], None]
 ) -> None:
-    """With 1, 2 and 4 threads, and with the generic kernels and all that this processor runs."""
+    """With threads as far as there is work for them (``test_kernels.py`` has more), and with the
+    generic kernels and all others that this processor runs."""
     sets = ops.instruction_sets()
     for isa, threads in [*((isa, 1) for isa in sets), (sets[0], 2), (sets[-1], 4)]:
         thread_count(threads)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from strategies import DTYPES, LAYOUTS, layouts, magnitudes, operators, ranks
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, DynamicBits, reference, reference_two_phase, simulate
+from hvd_gqsgd import AgreementError, DynamicBits, ops, reference, reference_two_phase, simulate
 from hvd_gqsgd.buckets import Contribution, everyone
 from hvd_gqsgd.compressor import _problem
 from hvd_gqsgd.options import Options, digest
@@ -272,3 +272,57 @@ def test_schedules_go_on_from_any_state(
         assert width in schedule.usable(n)
         schedule.update(width, squared_norm)
         schedule.adopt(schedule.state())
+
+
+INTEGERS = st.one_of(
+    st.integers(-1, 17), st.sampled_from([-(2**63), 127, 1024, 2**31, 2**32 + 8, 2**63 - 1])
+)
+
+
+@given(
+    st.integers(0, 80), st.sampled_from(DTYPES),
+    # What goes well, or anything: block, bits, levels, contributors, tiles.
+    st.tuples(*(
+        st.one_of(st.integers(low, high), st.integers(low, high), INTEGERS)
+        for low, high in ((1, 30), (2, 16), (0, 3), (1, 2), (0, 1), (1, 3))
+    )),
+    st.lists(st.sampled_from([0] * 12 + [1, -1]), min_size=4, max_size=4),
+)  # fmt: skip
+def test_ops_take_or_refuse_any_arguments(
+    numel: int, dtype: torch.dtype, arguments: tuple[int, ...], wrong: list[int]
+) -> None:
+    """With buffers of the right length or of another one: ``make sanitize`` sees who leaves one."""
+    block, bits, levels, contributors, first, last = arguments
+    norm, word = ops.norm_dtype(dtype), torch.int32
+    lengths = [5, 5, 5, 5]
+    if block > 0 and 2 <= bits <= 16:
+        word = ops.word_dtype(bits)
+        tiles = ops.tiles_for(numel, block)
+        edges = [min(max(tile, 0), tiles) for tile in (first, last)]
+        words = [ops.words_before(tile, numel, block, bits) for tile in edges]
+        means = [ops.means_before(tile, numel, block, bits, norm) for tile in edges]
+        lengths = [-(-numel // block), ops.words_for(numel, block, bits)]
+        lengths += [words[1] - words[0], means[1] - means[0]]
+    shared, whole, part, mean = (
+        torch.full((max(length + off, 0),), -77, dtype=kind)
+        for length, off, kind in zip(
+            lengths,
+            wrong,
+            (norm, word, word, max(norm, word, key=lambda d: d.itemsize)),
+            strict=True,
+        )
+    )
+    x = torch.ones(numel, dtype=dtype)
+    for call in (
+        lambda: ops.quantize(x, shared, whole, block, bits, levels, 0, 0, 0, first, last, True),
+        lambda: ops.dequantize(whole, shared, x, block, bits, levels, contributors, 0.5),
+        lambda: ops.dequantize_means(mean, shared, x, block, bits, levels, first, last, 0.5),
+        lambda: ops.requantize(
+            part.expand(3, -1), shared, mean, numel, block, bits, levels, first, last, 0, 0, 0
+        ),
+    ):
+        try:
+            call()
+            event("taken")
+        except (TypeError, ValueError):
+            event("refused")

@@ -18,8 +18,8 @@ from hvd_gqsgd import GlobalQSGD, allreduce, ops, simulate
 pytestmark = pytest.mark.few
 
 OPERATORS = [{}, {"exchange": "two_phase"}, {"dither": "exponential"}, {"norm": "l2"}]
-# More than one thread takes 65536 elements each.
-NUMELS = (150_000, 9000, 5000)
+# The first one has work for two threads, which take about 65536 elements each.
+NUMELS = (70_001, 9000, 5000)
 SETS = ops.instruction_sets()
 
 
@@ -53,31 +53,31 @@ def train(rank, size, *, named=False, first_step=0, **options):
     return torch.cat([parameter.detach() for parameter in model])
 
 
-@pytest.mark.parametrize("options", OPERATORS, ids=str)
+@pytest.mark.parametrize("options", OPERATORS[:2], ids=str)
 def test_training(rank, size, options):
     expected = train(rank, size, **options)
     assert_same_on_all_ranks(expected)
     assert torch.equal(train(rank, size, **options), expected)
-    for bucket_mb in (0.01, 0.05, 0.7):
-        assert torch.equal(train(rank, size, bucket_mb=bucket_mb, **options), expected)
-    for number, threads in enumerate((1, 2, 4)):
-        with running_on(SETS[(number + rank) % len(SETS)], threads):
-            assert torch.equal(train(rank, size, **options), expected)
+    for threads, bucket_mb in ((1, 0.01), (2, 0.3)):
+        with running_on(SETS[(threads + rank) % len(SETS)], threads):
+            assert torch.equal(train(rank, size, bucket_mb=bucket_mb, **options), expected)
 
-    for other in ({"seed": 1}, {"first_step": 1}, {"named": True}):
-        different = train(rank, size, **other, **options)
-        assert_same_on_all_ranks(different)
-        # Of each tensor, and of all but elements that are zeros or maxima.
-        for one, two in zip(different.split(NUMELS), expected.split(NUMELS), strict=True):
-            assert (one != two).float().mean() > 0.3, other
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"first_step": 1}, {"named": True}], ids=str)
+def test_other_seeds_steps_and_names_give_other_bits(rank, size, other):
+    different = train(rank, size, **other)
+    assert_same_on_all_ranks(different)
+    # In each tensor, but for elements that are zeros or maxima.
+    for one, two in zip(different.split(NUMELS), train(rank, size).split(NUMELS), strict=True):
+        assert (one != two).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("options", OPERATORS, ids=str)
 def test_allreduce(rank, size, comm, options):
     everyone = gradients(size, NUMELS[0])
     expected = simulate(everyone, step=3, **options)
-    for number, threads in enumerate((1, 2, 4)):
-        with running_on(SETS[(number + rank) % len(SETS)], threads):
+    for threads in (1, 2):
+        with running_on(SETS[(threads + rank) % len(SETS)], threads):
             result = allreduce(everyone[rank], comm, step=3, **options)
         assert torch.equal(result, expected)
     for other in ({"seed": 1, "step": 3}, {"step": 4}):

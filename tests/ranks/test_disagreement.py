@@ -87,18 +87,21 @@ def test_a_rank_that_gave_up_a_step_spoils_none(rank, size, options, numels):
 
 @pytest.mark.core
 @pytest.mark.parametrize("exchange", ["allreduce", "two_phase"])
-def test_a_newcomer_that_gave_up_with_another_width(rank, size, exchange):
+# The second one is two tiles, so that in two phases most ranks are not sent anything.
+@pytest.mark.parametrize(("bucket_mb", "numel"), [(25, 7_200_000), (1e-3, 2048)])
+def test_a_newcomer_that_gave_up_with_another_width(rank, size, exchange, bucket_mb, numel):
     """What it sends has another length than the others'."""
-    compressor = GlobalQSGD(bits=DynamicBits(7, total_steps=9, min_bits=5), exchange=exchange)
+    options = {"exchange": exchange, "bucket_mb": bucket_mb, "min_numel": 0}
+    compressor = GlobalQSGD(bits=DynamicBits(7, total_steps=9, min_bits=5), **options)
     x = gradients(size, 9000)[rank]
     for step in range(4):  # norms that make the others' width another one than the newcomer's
         hvd.allreduce(x / 4**step, name="x", compression=compressor)
     if rank == size - 1:
-        compressor = GlobalQSGD(bits=compressor.options.bits, exchange=exchange)
+        compressor = GlobalQSGD(bits=compressor.options.bits, **options)
     pipeline = compressor._pipeline
     if pipeline is not None:
         compressor.load_state_dict(compressor.state_dict() | {"step": 4})
-    probe, context = compressor.compress(x.repeat(800))  # its bucket is full
+    probe, context = compressor.compress(x.repeat(800)[:numel])  # its bucket is full
     reduced = hvd.synchronize(hvd.allreduce_async_(probe, name="given up"))
     if rank == size - 1:
         del context
