@@ -132,10 +132,10 @@ struct CheckedOps {
   static void quantize(const Tensor& x, const Tensor& norms, Tensor words, int64_t block_size,
                        int64_t bits, int64_t levels, int64_t seed, int64_t step, int64_t tensor_id,
                        int64_t rank, int64_t world_size, bool correlated) {
+    TORCH_CHECK_VALUE(1 <= world_size && world_size <= INT32_MAX, "world_size must be from 1 to ",
+                      INT32_MAX, ", got ", world_size);
     TORCH_CHECK_VALUE(0 <= rank && rank < world_size, "rank must be from 0 to ", world_size - 1,
                       ", got ", rank);
-    TORCH_CHECK_VALUE(world_size <= INT32_MAX, "world_size must be at most ", INT32_MAX, ", got ",
-                      world_size);
     const Layout layout = layout_of(x.numel(), block_size, bits);
     const CodeArgs args = code_args(x, norms, words, layout, bits, levels);
     const RankDither dither = rank_dither(seed, step, tensor_id, static_cast<uint32_t>(rank),
