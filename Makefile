@@ -65,11 +65,12 @@ demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD,
 test: setup ## run the tests
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),tests)
 
-check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, types, and (with nvcc) that GPU kernels compile
+check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, types, known vulnerabilities, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 	@$(VENV)/bin/clang-format --dry-run -Werror $(STYLED)
+	@$(PY) tests/audit.py
 
 format: $(STAMPS)/requirements ## put the sources into the style that check asks for
 	@$(PY) -m ruff check --fix-only --quiet

@@ -131,6 +131,10 @@ mpi=(mpirun --map-by :OVERSUBSCRIBE --bind-to none --mca mpi_yield_when_idle 1 -
 tests=(python -m pytest -q --color no -p no:cacheprovider tests/ranks -m)
 digits=(python examples/digits_cnn.py --epochs 4)
 
+say "whoever it runs as, and keys in it"
+one sh -ec '[ "$(id -u)" = 10001 ]
+    ! find / -xdev \( -name "ssh_host_*_key" -o -path "*/.ssh/*" \) -type f 2>/dev/null | grep .' ||
+    fail "$image runs as root, or holds keys"
 say "doctor"
 one hvd-gqsgd doctor
 say "the tests, on 4 ranks of one container"

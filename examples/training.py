@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import sys
@@ -218,12 +219,18 @@ class Run:
     def _load(self) -> None:
         """On all ranks, from the file that rank 0 sees."""
         path = self._args.checkpoint
-        state = None
+        found = b""
         if hvd.rank() == 0 and path and path.exists():
-            state = torch.load(path, weights_only=True)
-        state = hvd.broadcast_object(state, root_rank=0, name="checkpoint")
-        if state is None:
+            found = path.read_bytes()
+        # As a tensor, since hvd.broadcast_object would unpickle whatever it gets.
+        size = hvd.broadcast(torch.tensor(len(found)), root_rank=0, name="checkpoint.size")
+        if not size:
             return
+        content = torch.empty(int(size), dtype=torch.uint8)
+        if hvd.rank() == 0:
+            content = torch.frombuffer(bytearray(found), dtype=torch.uint8)
+        content = hvd.broadcast(content, root_rank=0, name="checkpoint")
+        state = torch.load(io.BytesIO(content.numpy()), weights_only=True)
         if state["total"] != self._total:
             sys.exit(f"{path} is of a run of {state['total']} steps, this one has {self._total}")
         for name, part in self._parts.items():

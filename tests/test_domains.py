@@ -166,7 +166,7 @@ def test_the_authors_scheme_has_one_norm_for_all_tensors(tmp_path: Path) -> None
     job = run([*mpirun(3), sys.executable, "-c", program], limit=60)
     assert job.returncode == 0, job.stdout[-5000:]
     for step in range(2):
-        rows, means = torch.load(tmp_path / str(step))
+        rows, means = torch.load(tmp_path / str(step), weights_only=True)
         flat = torch.stack([torch.cat(gradients) for gradients in rows])
         expected = simulate(flat, step=step, bits=8, block_size=None, correlated=False, seed=3)
         assert torch.equal(torch.cat(means), expected)

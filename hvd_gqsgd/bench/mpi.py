@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from mpi4py import MPI
 
@@ -94,9 +95,10 @@ def measure(numel: int, repeats: int) -> dict[str, Any]:
             world.Barrier()
             start = time.perf_counter()
             call()
-            elapsed = time.perf_counter() - start
+            elapsed = np.array(time.perf_counter() - start)
+            world.Allreduce(MPI.IN_PLACE, elapsed, MPI.MAX)
             if repeat >= 0:
-                seconds[key].append(world.allreduce(elapsed, MPI.MAX))
+                seconds[key].append(float(elapsed))
     ms = {key: 1e3 * statistics.median(values) for key, values in seconds.items()}
     return {
         "numel": numel,

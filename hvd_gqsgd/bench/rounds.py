@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -130,5 +131,6 @@ def _busy() -> float:
 @functools.cache
 def _one_machine() -> bool:
     """Whether all ranks share their cores, emulated hosts included: then others' load is known."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    return len(set(hvd.allgather_object(boot, name="bench.boot"))) == 1
+    boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    boots = hvd.allgather(torch.tensor([list(boot.bytes)]), name="bench.boot")
+    return len(boots.unique(dim=0)) == 1

@@ -76,7 +76,8 @@ def measure(
             arm.step()
         except Exception as raised:  # a peer that does not run is a result too
             error = f"{type(raised).__name__}: {raised}"
-        if any(hvd.allgather_object(error, name="bench.error")):
+        failed = torch.tensor(int(error is not None))
+        if hvd.allreduce(failed, op=hvd.Max, name="bench.error"):
             errors[name] = error or "failed on another rank"
         elif arm is not None:
             made[name] = arm
@@ -293,14 +294,15 @@ def start_process_group(interface: str | None) -> None:
     """PyTorch's, over Gloo, of all ranks of Horovod."""
     if interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
-    store, address = None, None
+    store, address = None, torch.zeros(5, dtype=torch.int32)
     if hvd.rank() == 0:
         host = socket.gethostbyname(socket.gethostname()) if interface else "127.0.0.1"
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, 0, hvd.size(), is_master=True, wait_for_workers=False
         )
-        address = (host, store.port)
-    host, port = hvd.broadcast_object(address, name="bench.store")
+        address = torch.tensor([*socket.inet_aton(host), store.port], dtype=torch.int32)
+    *host_bytes, port = hvd.broadcast(address, root_rank=0, name="bench.store").tolist()
+    host = socket.inet_ntoa(bytes(host_bytes))
     store = store or dist.TCPStore(  # type: ignore[attr-defined]
         host, port, hvd.size(), is_master=False
     )

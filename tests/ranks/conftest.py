@@ -126,12 +126,14 @@ def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 @functools.cache
 def process_group() -> dist.ProcessGroup:
     """PyTorch's, of all ranks."""
-    host, store = "127.0.0.1", None
-    if hvd.local_size() != hvd.size():
-        host = hvd.broadcast_object(socket.gethostname(), name="host")
+    store, address = None, torch.zeros(5, dtype=torch.int32)
     if hvd.rank() == 0:
+        one_host = hvd.local_size() == hvd.size()
+        host = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
         store = dist.TCPStore(host, 0, hvd.size(), is_master=True, wait_for_workers=False)
-    port = hvd.broadcast_object(store.port if store is not None else None, name="port")
+        address = torch.tensor([*socket.inet_aton(host), store.port], dtype=torch.int32)
+    *host_bytes, port = hvd.broadcast(address, root_rank=0, name="store").tolist()
+    host = socket.inet_ntoa(bytes(host_bytes))
     store = store or dist.TCPStore(host, port, hvd.size(), is_master=False)
     dist.init_process_group("gloo", store=store, rank=hvd.rank(), world_size=hvd.size())
     return dist.group.WORLD
