@@ -38,7 +38,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench bench-mpi sanitize soak faults fuzz gpu setup clean distclean FORCE
+.PHONY: help demo test check format bench bench-mpi sanitize coverage mutate soak faults fuzz gpu setup clean \
+    distclean FORCE
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
@@ -88,7 +89,17 @@ bench-mpi: setup ## measure the allreduce over MPI; as root also over an emulate
 	    $(RUN) hvd_gqsgd/bench/hosts.sh mpirun $(CURDIR)/$(PY) -m hvd_gqsgd.bench.mpi --repeats 9 $(ARGS)
 
 sanitize: setup ## run the tests of native code under AddressSanitizer and UndefinedBehaviorSanitizer
-	@$(RUN) $(FOR_MPI) docker/sanitize.sh $(VENV)/sanitized
+	@$(RUN) $(FOR_MPI) docker/instrumented.sh sanitize $(VENV)/sanitized
+
+coverage: setup ## run the tests and report what they do not reach, in Python and then in native code
+	@$(PY) -m coverage erase
+	@$(RUN) $(PY) -m coverage run -m pytest $(or $(ARGS),tests)
+	@$(PY) -m coverage combine -q
+	@$(PY) -m coverage report
+	@$(RUN) $(FOR_MPI) docker/instrumented.sh coverage $(VENV)/covered
+
+mutate: setup ## change the rounding rule in many ways, and see that the tests notice each
+	@$(RUN) $(FOR_MPI) $(PY) tests/mutate.py
 
 soak: setup ## train for 20,000 steps on 4 ranks, and look for what grows
 	@$(RUN) OMP_NUM_THREADS=1 mpirun -n 4 --map-by :OVERSUBSCRIBE --bind-to none \
@@ -106,8 +117,9 @@ gpu: ## on a machine with a GPU: build with the PyTorch of PYTHON, test, check m
 setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
 
 clean: ## remove what was built, but keep .venv
-	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package $(VENV)/sanitized $(VENV)/fuzz $(VENV)/cuda .gpu
-	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package .gpu
+	rm -rf $(addprefix $(VENV)/,sanitized covered fuzz cuda)
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too (Horovod's wheel stays in the cache)

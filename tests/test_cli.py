@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from launch import run
 
-from hvd_gqsgd import cli, doctor
-from hvd_gqsgd.bench import predict
+from hvd_gqsgd import cli, doctor, nccl_ops, ops
+from hvd_gqsgd.bench import allreduce, memory, predict
+from hvd_gqsgd.bench.launch import launch
+from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.model import PRESETS, Machine
 
 COMMAND = [sys.executable, "-m", "hvd_gqsgd.cli"]
@@ -48,6 +54,95 @@ def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "LIMIT", 0.5)
     status, _ = doctor._run(["sleep", "60"])
     assert status is None
+    monkeypatch.setattr(doctor, "_program", lambda name: "bash")
+    monkeypatch.setattr(doctor, "_run", lambda command: (None, "it hangs"))
+    assert all("not done after 0.5 s: it hangs" in each.found for each in doctor._tests(horovod))
+
+
+def test_doctor_says_what_can_be_done_without(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No Horovod, no kernels for this processor, no part for MPI, and no mpi4py."""
+    findings = [
+        *doctor._horovod(None), *doctor._tests(None), *doctor._mpi(built=False),
+        doctor._instruction_set("generic", ["generic"]),
+    ]  # fmt: skip
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    findings += doctor._mpi(built=True)
+    found = {finding.what: finding for finding in findings}
+    assert found.pop("MPI").state == "ok"
+    assert set(found) == {"Horovod", "native part for MPI", "instruction set", "mpi4py"}
+    assert {finding.state for finding in found.values()} == {"missing"}
+    assert all(finding.fix for finding in found.values())
+
+    monkeypatch.setattr(doctor, "examine", lambda test: iter(findings))
+    with pytest.raises(SystemExit) as exit_:
+        doctor.main([])
+    assert exit_.value.code == 0  # nothing is broken
+    assert capsys.readouterr().out.count("--  ") == 4
+
+
+def test_doctor_where_mpi_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Python that cannot start MPI, and a native part that was built for another one."""
+    monkeypatch.setattr(sys, "executable", "false")
+    (finding,) = doctor._mpi(built=True)
+    assert (finding.what, finding.state) == ("MPI", "broken")
+    monkeypatch.setattr(doctor, "_run", lambda command: (0, "Open MPI v9|multiple|0"))
+    other = list(doctor._mpi(built=True))[-1]
+    assert (other.what, other.state) == ("native part for MPI", "broken")
+
+
+@pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cuda")])
+def test_doctor_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...]
+) -> None:
+    """Kernels that are not built are an error there; NCCL is not."""
+    for name, value in (("is_available", True), ("device_count", 2), ("get_device_name", "A GPU")):
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    monkeypatch.setattr(ops, "devices", lambda: devices)
+    for built in (False, True):
+        monkeypatch.setattr(nccl_ops, "built", lambda built=built: built)
+        gpu, kernels, *nccl = doctor._gpu()
+        assert gpu.found == "2: A GPU"
+        assert kernels.state == ("ok" if "cuda" in devices else "broken")
+        expected = ["ok" if built else "missing"] if "cuda" in devices else []
+        assert [finding.state for finding in nccl] == expected
+    horovod = {"version": "1", "mpi": True, "gloo": True, "nccl": False}
+    assert [finding.state for finding in doctor._horovod(horovod)] == ["ok", "missing"]
+
+
+def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rich, and as markdown, which is also what those get who have no rich."""
+    header, rows = ["what", "ms", ""], [["one", "1.0", ""], ["two", "20.0", "x"]]
+    show_table(header, rows, title="Times")
+    lines = capsys.readouterr().out.splitlines()
+    assert "Times" in lines[0]
+    places = {cell: line.index(cell) for cell in ("1.0", "20.0") for line in lines if cell in line}
+    assert places["1.0"] == places["20.0"] + 1  # numbers end at one place
+    expected = (
+        "Times:\n\n| what | ms |  |\n| --- | ---: | ---: |\n| one | 1.0 |  |\n| two | 20.0 | x |\n"
+    )
+    show_table(header, rows, title="Times", markdown=True)
+    assert capsys.readouterr().out == expected
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # importing it fails
+    show_table(header, rows, title="Times")
+    assert capsys.readouterr().out == expected
+
+
+def test_launching_where_that_is_not_possible(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without an mpirun, without root, and on more hosts than can be emulated."""
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert launch("hvd_gqsgd.bench.step", [], 1000, "1gbit") != 0
+    monkeypatch.setattr(os, "geteuid", lambda: 1)
+    monkeypatch.setattr(sys, "executable", "/nonexistent/python")
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert launch("hvd_gqsgd.bench.step", [], 2, "1gbit") == 1
+    said = capsys.readouterr().err
+    assert "--rate needs root" in said
+    assert "mpirun was not found" in said
 
 
 def result_of(*arguments: str) -> dict[str, Any]:
@@ -67,6 +162,8 @@ def test_bench_allreduce() -> None:
         assert row["bytes"] * bits / 32 <= row["wire_bytes"] <= row["bytes"] * bits / 32 + 1500
         assert 0 < row["ms"] <= row["ms_p99"]
     assert {row["bytes"] for row in result["rows"]} == {4096, 16384, 65536}
+    with pytest.raises(SystemExit, match="2"):
+        allreduce.main(["--smallest", "2000", "--largest", "1"])
 
 
 def test_bench_step(tmp_path: Path) -> None:
@@ -91,9 +188,12 @@ def test_bench_step(tmp_path: Path) -> None:
         assert row["predicted_ms"] > result["compute_ms"]
 
 
-def test_bench_memory() -> None:
+def test_bench_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """What the README promises: at most 1.5 times the gradients more than plain Horovod."""
     result = result_of("memory", "--arms", "GlobalQSGD 8 bits")
+    monkeypatch.setattr(memory, "measure", lambda *given: result)
+    memory.main([])
+    assert "resnet50: gradients of 102.2 MB" in capsys.readouterr().out
     assert result["gradient_megabytes"] == pytest.approx(102.2, rel=0.01)
     assert len(result["arms"]) == 2
     for name, arm in result["arms"].items():

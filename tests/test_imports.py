@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from hvd_gqsgd import mpi_ops, ops
 
 WITHOUT = """
 import sys
@@ -51,3 +54,25 @@ def test_without_horovod_and_mpi4py() -> None:
     compress, allreduce = python(WITHOUT).splitlines()
     assert compress == "GlobalQSGD.compress needs Horovod"
     assert allreduce == "comm is None, which stands for Horovod, which is missing"
+
+
+def test_native_parts_that_cannot_be_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All works without them, and it is said why."""
+    rubbish = tmp_path / "rubbish.so"
+    rubbish.write_bytes(b"not a library")
+    for file in (None, str(rubbish)):
+        monkeypatch.setattr(ops, "library_file", lambda name, file=file: file)
+        assert ops.devices.__wrapped__() == ("cpu",)
+        assert not mpi_ops.usable_with.__wrapped__("Open MPI")
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "the kernels for GPUs cannot be loaded; build hvd_gqsgd again" in warned[0]
+    assert "the native part for MPI cannot be loaded, and mpi4py is slower" in warned[1]
+
+
+@pytest.mark.skipif(not mpi_ops.built(), reason="there is no part for MPI")
+@pytest.mark.timeout(150)
+def test_a_part_for_another_mpi_is_not_used() -> None:
+    code = "from hvd_gqsgd import mpi_ops; print(mpi_ops.usable_with('MPICH 1'))"
+    assert python(code) == "False"

@@ -107,7 +107,43 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     predict.main(["--machine", str(machine), "--json", "--plot", str(figure)])
     assert json.loads(capsys.readouterr().out)["steps"]["fp32"]["times_faster"] == 1
     assert figure.read_bytes()[:4] == b"\x89PNG"
+    predict.main(["--machine", str(machine), "--ranks", "4"])
+    assert "resnet50 on 4 ranks" in capsys.readouterr().out
+    for wrong in (["--ranks", "0"], ["--compute", "-1"]):
+        with pytest.raises(SystemExit):
+            predict.main(wrong)
+        assert "must be at least 1" in capsys.readouterr().err
     machine.write_text('{"alpha": 1}')
     with pytest.raises(SystemExit):
         predict.main(["--machine", str(machine)])
     assert "beta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["step", "exchange"])
+def test_against_what_was_measured(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a table and as JSON; of arms that the model knows and that did run."""
+    measured = {
+        "model": "dlrm", "what": what, "ranks": 2, "compute_ms": 30.0,
+        "arms": {
+            "Horovod fp32": {"ms": 1000.0},
+            "GlobalQSGD 8 bits": {"error": "no"},
+            "DDP fp32": {"ms": 900.0},
+        },
+    }  # fmt: skip
+    file = tmp_path / "measured.json"
+    file.write_text(json.dumps(measured))
+    predict.main(["--measured", str(file), "--preset", "1gbe", "--json"])
+    ((name, row),) = json.loads(capsys.readouterr().out).items()
+    assert (name, row["measured_ms"]) == ("Horovod fp32", 1000)
+    gradients, machine = predict.gradients_of("dlrm"), PRESETS["1gbe"]
+    seconds = model.exchange_seconds(FP32, gradients, 2, machine)
+    if what == "step":
+        seconds = model.step_seconds(FP32, gradients, 2, machine, 0.01, 0.02)
+    assert row["predicted_ms"] == pytest.approx(1e3 * seconds)
+    assert row["off"] == pytest.approx(seconds - 1)
+    predict.main(["--measured", str(file), "--preset", "1gbe"])
+    printed = capsys.readouterr().out
+    assert f"dlrm, {what}, 2 ranks" in printed
+    assert f"{row['off']:+.0%}" in printed

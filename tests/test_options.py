@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from hvd_gqsgd import simulate
+from hvd_gqsgd.names import ParameterNames, check_device
 from hvd_gqsgd.options import Options, digest
 
 MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "
+WEIGHT = torch.ones(3)
 INT64 = "from -9223372036854775808 to 9223372036854775807"
 
 
@@ -73,6 +75,9 @@ def test_accepted(name: str, values: list[Any]) -> None:
             float("nan"),
             MEGABYTES + "nan",
         ),
+        ("dither", "cubic", "dither must be one of ('linear', 'exponential'), got 'cubic'"),
+        ("norm", "l1", "norm must be one of ('max', 'l2'), got 'l1'"),
+        ("exchange", "post", "exchange must be one of ("),
     ],
 )
 def test_out_of_range(name: str, value: Any, message: str) -> None:
@@ -102,12 +107,39 @@ def test_out_of_range(name: str, value: Any, message: str) -> None:
         ("bucket_mb", "25", "bucket_mb must be a number of megabytes, got '25'"),
         ("bucket_mb", None, "bucket_mb must be a number of megabytes, got None"),
         ("bucket_mb", True, "bucket_mb must be a number of megabytes, got True"),
+        ("dither", None, "dither must be one of ('linear', 'exponential'), got None"),
     ],
 )
 def test_wrong_type(name: str, value: Any, message: str) -> None:
     """The option, what it takes and the value are named."""
     with pytest.raises(TypeError, match=re.escape(message)):
         Options(**{name: value})
+
+
+def test_what_exponential_codes_cannot_do() -> None:
+    with pytest.raises(ValueError, match=r"bits must be 4 or 8 for dither='exponential', got 5"):
+        Options(dither="exponential", bits=5)
+    with pytest.raises(ValueError, match=r"whose codes cannot be added, got 'allreduce'"):
+        Options(dither="exponential", exchange="allreduce")
+
+
+@pytest.mark.parametrize(
+    ("pairs", "error", "message"),
+    [
+        ([WEIGHT], TypeError, "must be (name, parameter) pairs as from model.named_parameters()"),
+        ([("a", WEIGHT), ("b", "c")], TypeError, "got ('b', 'c')"),
+        ([("a", WEIGHT), ("a", WEIGHT + 1)], ValueError, "named_parameters has a name twice"),
+        ([("a", WEIGHT), ("b", WEIGHT)], ValueError, "named_parameters has a parameter twice"),
+    ],
+)
+def test_named_parameters(pairs: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        ParameterNames(pairs)
+
+
+def test_a_device_without_kernels() -> None:
+    with pytest.raises(NotImplementedError, match="got a tensor on meta; this build has kernels"):
+        check_device("GlobalQSGD got a tensor", torch.ones(3, device="meta"))
 
 
 def test_unknown_option() -> None:

@@ -1,0 +1,101 @@
+"""The benchmarks, with tensors so small that they take no time: what they report, not how fast."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import horovod.torch as hvd
+import pytest
+from conftest import process_group
+
+from hvd_gqsgd.bench import allreduce, gradients, step
+
+pytestmark = pytest.mark.few
+
+SHAPES = [("small", (10,)), ("large", (100, 90))]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(gradients.MODELS, "tiny", lambda: iter(SHAPES))
+
+
+def test_a_step_of_each_arm(several, capsys):
+    """Those of DDP need a process group, and it is said which arms do not run."""
+    process_group()
+    result = step.measure("tiny", step.ARMS, 1)
+    assert not any("error" in arm for arm in result["arms"].values())
+    megabytes = {name: arm["megabytes"] for name, arm in result["arms"].items()}
+    assert megabytes[step.FP32] == megabytes["DDP fp32"] == pytest.approx(4 * 9010 / 1e6)
+    assert megabytes[step.FP16] == megabytes["DDP fp16"] == pytest.approx(2 * 9010 / 1e6)
+    assert megabytes["GlobalQSGD 4 bits"] < megabytes["GlobalQSGD 8 bits"] < megabytes[step.FP16]
+    assert all(len(arm["rounds_ms"]) == 1 for arm in result["arms"].values())
+    assert (result["tensors"], result["parameters"], result["ranks"]) == (2, 9010, hvd.size())
+    result["arms"]["another"] = {"error": "it is made of wood"}
+    step._show(result)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in step.ARMS)
+    assert "another: it is made of wood" in printed
+
+
+def test_an_arm_that_fails_on_one_rank(rank, several, monkeypatch):
+    """It is left out on all of them."""
+    make = step._make
+
+    def fails_on_the_last(name, model):
+        if name == step.FP16 and rank == hvd.size() - 1:
+            raise RuntimeError("no")
+        return make(name, model)
+
+    monkeypatch.setattr(step, "_make", fails_on_the_last)
+    result = step.measure("tiny", [step.FP32, step.FP16], 1)
+    said = "RuntimeError: no" if rank == hvd.size() - 1 else "failed on another rank"
+    assert result["arms"][step.FP16] == {"error": said}
+    assert result["arms"][step.FP32]["ms"] > 0
+
+
+def test_the_exchange_alone(rank, capsys):
+    """As its command prints it."""
+    step.main(["--model", "tiny", "--exchange", "--repeats", "1", "--json"])
+    printed = capsys.readouterr().out
+    if rank:
+        assert not printed
+        return
+    result = json.loads(printed)
+    assert result["what"] == "exchange"
+    assert not result["compute_ms"]
+    assert set(result["arms"]) == {step.FP32, step.FP16, *step.OURS}
+    assert not any("error" in arm for arm in result["arms"].values())
+
+
+def test_allreduces(rank, several, capsys, tmp_path):
+    plot = tmp_path / "allreduce.png"
+    allreduce.main(["--largest", "0.00390625", "--repeats", "1", "--plot", str(plot)])
+    printed = capsys.readouterr().out
+    if rank:
+        assert not printed
+        return
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert f"{hvd.size()} ranks, 1 rounds" in printed
+    for said in (allreduce.FP32, allreduce.FP16, *allreduce.OPERATORS, "4 KiB", "busbw"):
+        assert said in printed
+
+
+def test_allreduces_over_mpi(rank, size, capsys):
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        pytest.skip("needs MPI")
+    from hvd_gqsgd.bench import mpi
+
+    for form in ([], ["--json"]):
+        mpi.main(["--megabytes", "0.01", "--repeats", "1", *form])
+        printed = capsys.readouterr().out
+        if rank:
+            assert not printed
+        elif form:
+            result = json.loads(printed)
+            assert (result["numel"], result["ranks"]) == (2621, size)
+            assert result["native"]
+            assert all(row["ms"] > 0 for row in result["rows"].values())
+        else:
+            assert all(name in printed for name in mpi.OPERATORS)
