@@ -51,5 +51,5 @@ if ls hvd_gqsgd/_mpi.*.so >/dev/null 2>&1; then
         "${pytest[@]}" "$tests/ranks/test_mpi.py"
 fi
 [ "$how" != coverage ] ||
-    python -m gcovr --root "$repository" --filter "$repository/native/" --object-directory "$work/build" \
+    python -m gcovr --merge-lines --root "$repository" --filter "$repository/native/" --object-directory "$work/build" \
         "$work/build"

@@ -44,6 +44,7 @@ CORRELATED = ("tests/test_simulate.py -k 'test_equal_inputs or test_correlated'"
 NOT_FINITE = ("tests/test_simulate.py -k test_not_finite", 0)
 TRIALS = ("tests/test_simulate.py -k test_error_falls", 0)
 DITHER = ("tests/test_dither.py -k 'test_codes'", 0)
+STREAMS = ("tests/test_dither.py -k test_each_of_them_counts", 0)
 CUT_OFF = ("tests/test_norms.py -k test_values_beyond", 0)
 EXPONENTIAL = ("tests/test_exponential.py -k 'unbiased or worst_variance'", 0)
 COMBINED = ("tests/test_combine.py -k test_right_on_average", 0)
@@ -99,13 +100,13 @@ MUTANTS = [
     Mutant("strata for n + 1 ranks", HASH, "<< 32) / world_size)", "<< 32) / (world_size + 1))",
            (CORRELATED,)),
     Mutant("independent ranks share dither", HASH, "1 + uint64_t{rank}", "uint64_t{1}",
-           (VARIANCE,)),
-    Mutant("dither without seed", HASH, "mix64(seed + odd)", "mix64(odd)", (DITHER,)),
-    Mutant("dither without step", HASH, "(step + odd)", "odd", (DITHER, TRIALS, UNBIASED, RANKS)),
-    Mutant("dither without tensor", HASH, "(tensor + 2 * odd)", "(2 * odd)", (DITHER,)),
-    Mutant("dither without tile", HASH, "mix64(key + tile)", "mix64(key)", (DITHER, TWO_PHASE)),
+           (STREAMS, VARIANCE)),
+    Mutant("dither without seed", HASH, "mix64(seed + odd)", "mix64(odd)", (STREAMS,)),
+    Mutant("dither without step", HASH, "(step + odd)", "odd", (STREAMS, TRIALS, UNBIASED, RANKS)),
+    Mutant("dither without tensor", HASH, "(tensor + 2 * odd)", "(2 * odd)", (STREAMS,)),
+    Mutant("dither without tile", HASH, "mix64(key + tile)", "mix64(key)", (STREAMS, TWO_PHASE)),
     Mutant("dither without element", HASH, "uint32_t x = index + ", "uint32_t x = 0 * index + ",
-           (DITHER,)),
+           (STREAMS, DITHER)),
     Mutant("NaN dropped", NORMS, "most = bits > most ? bits : most;",
            "most = bits > most && load(in[i]) == load(in[i]) ? bits : most;", (NOT_FINITE,)),
     Mutant("infinity decoded", "native/cpu/codes_inl.h",
@@ -142,6 +143,7 @@ class Tree:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir()
         for name in COPIED:
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, folder / name)

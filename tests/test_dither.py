@@ -148,6 +148,29 @@ def test_codes_go_up_as_often_as_they_should(fraction: float, bits: int, correla
     assert abs(up.mean() - fraction) < LIMIT * spread
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"seed": 1}, {"step": 1}, {"tensor_id": 1}, {"rank": 1}, {"lag": 1}, {"lag": 1024}],
+    ids=str,
+)
+def test_each_of_them_counts_in_the_native_kernel(other: dict[str, int]) -> None:
+    """Half way between levels, codes of two streams are the same as often as two coins."""
+    numel, s = 2**14, reference.levels(8, 3)
+    x = torch.full((numel,), 0.5 / s, dtype=torch.float64)
+    x[::1024] = 1
+    place = {"seed": 0, "step": 0, "tensor_id": 0, "rank": 0}
+
+    def codes(**at: int) -> Array:
+        words = encode(x, norms(x, 1024), 1024, 8, s, world_size=3, correlated=False, **at)
+        return reference.unpack(words.numpy(), numel, 1024, 8, s, 1)
+
+    lag = other.get("lag", 0)
+    one, two = codes(**place), np.roll(codes(**(place | ({} if lag else other))), lag)
+    inner = (x.numpy() < 1) & (np.roll(x.numpy(), lag) < 1)
+    same = (one == two)[inner]
+    assert abs(same.mean() - 0.5) < LIMIT * 0.5 / np.sqrt(same.size)
+
+
 # --- the statistics above do reject what is not random -------------------------------------------
 
 COUNTER = np.arange(ELEMENTS, dtype=np.uint32)
