@@ -184,7 +184,9 @@ class Tree:
         pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
         command = [*(mpirun(ranks) if ranks else []), *pytest, *shlex.split(tests)]
         status, output = self._run(command, {"PYTHONPATH": str(self.folder)})
-        failed = re.search(r"^FAILED (\S+)|^rank \d+ of \d+: (\S+) failed$", output, re.MULTILINE)
+        failed = re.search(
+            r"^FAILED (.+?)(?: - |$)|^rank \d+ of \d+: (.+) failed$", output, re.MULTILINE
+        )
         if status and failed:
             return (failed[1] or failed[2]).removeprefix("tests/")
         if status or not re.search(r"\d+ passed", output):
@@ -199,14 +201,6 @@ class Tree:
         return done.returncode, done.stdout
 
 
-def check_baseline(tree: Tree, mutants: Sequence[Mutant]) -> None:
-    """What fails without a change proves nothing."""
-    for tests, ranks in dict.fromkeys(killer for mutant in mutants for killer in mutant.killers):
-        failed = tree.test(tests, ranks)
-        if failed is not None:
-            raise Failure(f"{failed} fails without a change")
-
-
 def kill(tree: Tree, mutant: Mutant) -> list[str]:
     """What each set of tests says of it: the first failing test, or that there is none."""
     assert mutant.killers
@@ -219,21 +213,32 @@ def main(names: Sequence[str]) -> None:
     mutants = [one for one in MUTANTS if not names or any(name in one.name for name in names)]
     began = time.monotonic()
     trees: SimpleQueue[Tree] = SimpleQueue()  # those that nobody works with
+
+    @contextmanager
+    def a_tree() -> Iterator[Tree]:
+        tree = trees.get()
+        try:
+            yield tree
+        finally:
+            trees.put(tree)
+
+    def check(killer: tuple[str, int]) -> None:
+        with a_tree() as tree:
+            failed = tree.test(*killer)
+        if failed is not None:  # then it would prove nothing
+            raise Failure(f"{failed} fails without a change")
+
+    def work(mutant: Mutant) -> tuple[Mutant, list[str], float]:
+        with a_tree() as tree:
+            start = time.monotonic()
+            return mutant, kill(tree, mutant), time.monotonic() - start
+
     with TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
-
-        def work(mutant: Mutant) -> tuple[Mutant, list[str], float]:
-            tree, start = trees.get(), time.monotonic()
-            try:
-                return mutant, kill(tree, mutant), time.monotonic() - start
-            finally:
-                trees.put(tree)
-
         try:
             for tree in pool.map(lambda i: Tree(Path(folder) / str(i)), range(WORKERS)):
                 trees.put(tree)
-            first = trees.get()
-            check_baseline(first, mutants)
-            trees.put(first)
+            killers = dict.fromkeys(killer for mutant in mutants for killer in mutant.killers)
+            list(pool.map(check, killers))
             print(f"without a change all tests pass (after {time.monotonic() - began:.0f} s)")
             survived = 0
             for mutant, found, seconds in pool.map(work, mutants):

@@ -41,14 +41,14 @@ def test_a_step_of_each_arm(several, capsys):
 
 def test_an_arm_that_fails_on_one_rank(rank, several, monkeypatch):
     """It is left out on all of them."""
-    make = step._make
+    step_of = step._Arm.step
 
-    def fails_on_the_last(name, model):
-        if name == step.FP16 and rank == hvd.size() - 1:
+    def fails_on_the_last(arm):
+        step_of(arm)
+        if arm.label == step.FP16 and rank == hvd.size() - 1:
             raise RuntimeError("no")
-        return make(name, model)
 
-    monkeypatch.setattr(step, "_make", fails_on_the_last)
+    monkeypatch.setattr(step._Arm, "step", fails_on_the_last)
     result = step.measure("tiny", [step.FP32, step.FP16], 1)
     said = "RuntimeError: no" if rank == hvd.size() - 1 else "failed on another rank"
     assert result["arms"][step.FP16] == {"error": said}
