@@ -27,7 +27,7 @@ from launch import environment, mpirun
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "native", "hvd_gqsgd", "tests")
-LIMIT = 200  # seconds for a build, or a set of tests
+LIMIT = 600  # seconds for a build, or a set of tests
 WORKERS = min(4, os.cpu_count() or 1)
 
 # Sets of tests, as pytest's arguments, and on how many ranks (0: without MPI).
