@@ -29,6 +29,7 @@ from torch import Tensor
 
 import hvd_gqsgd
 from hvd_gqsgd import reference, simulate
+from hvd_gqsgd.codecs import LinearCodec
 
 LIMIT = threshold(1e-9)
 WORLDS = [1, 2, 3, 4, 5, 7, 8, 16]
@@ -291,6 +292,17 @@ def test_bad_options() -> None:
         simulate(torch.zeros(2, 5), bits=1)
     with pytest.raises(TypeError, match="colour"):
         simulate(torch.zeros(2, 5), colour="blue")
+
+
+def test_what_goes_wrong_in_the_exchange_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is kept until a rank waits, which must not be for ever."""
+
+    def encode(*given: object) -> None:
+        raise MemoryError("no room for codes")
+
+    monkeypatch.setattr(LinearCodec, "encode", encode)
+    with pytest.raises(MemoryError, match="no room for codes"):
+        simulate(torch.ones(3, 10))
 
 
 def test_seed_and_step_decide() -> None:
