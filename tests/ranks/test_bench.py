@@ -18,6 +18,7 @@ SHAPES = [("small", (10,)), ("large", (100, 90))]
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # for tables
     monkeypatch.setitem(gradients.MODELS, "tiny", lambda: iter(SHAPES))
 
 
