@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from helpers import instruction_set
+from helpers import instruction_set, threshold
 
 from hvd_gqsgd import ops
 from hvd_gqsgd.reference import dither_bits
@@ -55,6 +57,20 @@ def test_right_on_average(bits: int) -> None:
         total += count * exponential_levels(codes, bits).astype(np.float64)
     expected = exponential_levels(a, bits).astype(float) + exponential_levels(b, bits)
     assert np.array_equal(total / 2**16, expected)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_native_sums_are_right_on_average(bits: int) -> None:
+    """Each of the 20 comparisons would reject right sums once in 10^9 cases."""
+    top, count = 2 ** (bits - 1) - 1, 2**15
+    for apart, sign in itertools.product(range(5), (0, top + 1)):
+        a, b = np.full(count, top - 1), np.full(count, top - 1 - apart | sign)
+        to = torch.from_numpy(lanes(b, bits))
+        ops.combine(torch.from_numpy(lanes(a, bits)), to, bits, 7 + apart)
+        got = to.numpy()[:, None] >> np.arange(0, 8, bits) & 2**bits - 1
+        sums = exponential_levels(got.ravel().astype(np.int64), bits).astype(float)
+        expected = sum(exponential_levels(x[:1], bits).astype(float)[0] for x in (a, b))
+        assert abs(sums.mean() - expected) <= threshold(1e-9) * sums.std() / np.sqrt(count)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
