@@ -153,7 +153,8 @@ def train(options: dict[str, Any], steps: int, leak: Leak | None) -> tuple[list[
         wrong.append(f"in flight after the last step: {last['in flight']:g} operations")
     wrong += wrong_counts(compressor, model, steps, wire)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters()))
-    if len(set(hvd.allgather_object(digest.hexdigest()))) > 1:
+    digests = hvd.allgather(torch.tensor([list(digest.digest())]), name="digests")
+    if len(digests.unique(dim=0)) > 1:
         wrong.append("the replicas differ")
     numbers = [steps, 1e3 * took / steps, last["memory"] / 2**20, slopes["memory"]]
     numbers += [last[kind] for kind in ("objects", "threads", "files", "in flight")]
@@ -195,13 +196,14 @@ def main() -> None:
     if hvd.rank() == 0:
         print(f"{'':12}{''.join(f'{name:>10}' for name in COLUMNS)}", flush=True)
     for name, options in settings(each).items():
-        results = hvd.allgather_object(train(options, each, leak))
-        for rank, (numbers, wrong) in enumerate(results if hvd.rank() == 0 else []):
+        own, wrong = train(options, each, leak)
+        rows = hvd.allgather(torch.tensor([own], dtype=torch.float64), name="rows")
+        for rank, numbers in enumerate(rows.tolist() if hvd.rank() == 0 else []):
             cells = "".join(f"{number:>10.6g}" for number in numbers)
             print(f"{name if rank == 0 else '':20}{rank:>2}{cells}", flush=True)
-            for what in wrong:
-                print(f"  WRONG on rank {rank}: {what}", flush=True)
-        broken = broken or any(wrong for _, wrong in results)
+        for what in wrong:
+            print(f"  WRONG on rank {hvd.rank()}: {what}", flush=True)
+        broken |= bool(hvd.allreduce(torch.tensor(len(wrong)), op=hvd.Max, name="wrong"))
     sys.exit(1 if broken else 0)
 
 
