@@ -54,7 +54,7 @@ def train(rank, size, *, named=False, first_step=0, **options):
 
 
 @pytest.mark.parametrize("options", OPERATORS[:2], ids=str)
-def test_training(rank, size, options):
+def test_training(rank, size, several, options):
     expected = train(rank, size, **options)
     assert_same_on_all_ranks(expected)
     assert torch.equal(train(rank, size, **options), expected)
@@ -64,7 +64,7 @@ def test_training(rank, size, options):
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"first_step": 1}, {"named": True}], ids=str)
-def test_other_seeds_steps_and_names_give_other_bits(rank, size, other):
+def test_other_seeds_steps_and_names_give_other_bits(rank, size, several, other):
     different = train(rank, size, **other)
     assert_same_on_all_ranks(different)
     # In each tensor, but for elements that are zeros or maxima.
