@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 
 import torch
@@ -18,9 +19,12 @@ __all__ = ["ParameterNames", "check_device", "is_compressible"]
 class ParameterNames:
     """Finds the name of the parameter whose ``.grad`` a tensor is.
 
+    A parameter may have several names, as tied weights do in ``remove_duplicate=False``; as in
+    Horovod one of them is enough.
+
     Raises:
         TypeError: not (name, parameter) pairs.
-        ValueError: a name or a parameter comes twice.
+        ValueError: a name comes twice.
     """
 
     def __init__(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -36,10 +40,15 @@ class ParameterNames:
                     "named_parameters must be (name, parameter) pairs as from "
                     f"model.named_parameters(), got {pair!r}"
                 )
-        if len({name for name, _ in self._pairs}) < len(self._pairs):
-            raise ValueError("named_parameters has a name twice")
-        if len({id(parameter) for _, parameter in self._pairs}) < len(self._pairs):
-            raise ValueError("named_parameters has a parameter twice")
+        names = Counter(name for name, _ in self._pairs)
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise ValueError(
+                "Parameter names in named_parameters must be unique. Found duplicates: "
+                + ", ".join(repeated)
+            )
+        self._pairs = list(
+            {id(parameter): (name, parameter) for name, parameter in self._pairs}.values()
+        )
         # Gradients come about in reverse order, and in the same order as in the step before: the
         # one after the last one found is the first guess.
         self._pairs.reverse()
