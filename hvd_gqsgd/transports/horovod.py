@@ -70,8 +70,8 @@ class HorovodTransport:
 
     @property
     def included(self) -> bool:
-        """Whether this process belongs to the process set."""
-        return bool(self.process_set.included())
+        """Whether this process belongs to the process set, which may have been removed."""
+        return self.process_set.process_set_id is not None and bool(self.process_set.included())
 
     @property
     def takes_gpu_tensors(self) -> bool:
