@@ -24,7 +24,7 @@ from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges import ORDER
 from hvd_gqsgd.names import ParameterNames, check_device, is_compressible
 from hvd_gqsgd.namespace import Namespace
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.pipeline import Pipeline, Ticket
 from hvd_gqsgd.probe import PROBE_BYTES, Reading, make_probe
 from hvd_gqsgd.schedule import DynamicBits
@@ -189,7 +189,8 @@ class GlobalQSGD(Compressor):
         name = self._names.find(tensor) if self._names is not None else None
         flat = tensor.detach().contiguous().view(-1)
         ticket = self._pipeline.submit(flat, name)
-        probe = make_probe(self._transport.rank, ticket.item.identity)
+        identity = digest((ticket.item.identity, *tensor.shape))
+        probe = make_probe(self._transport.rank, identity)
         self._stats.compressed_bytes_on_wire += PROBE_BYTES
         return probe, _Context(ticket, tensor.detach(), self._transport.size)
 
@@ -329,7 +330,7 @@ def _problem(
             "or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
         )
     if not reading.same_tensor():
-        return f"the ranks compress their tensors in another order; {ORDER}"
+        return f"the ranks compress tensors of other shapes or types, or in another order; {ORDER}"
     return None
 
 
