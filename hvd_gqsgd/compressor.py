@@ -109,7 +109,8 @@ class GlobalQSGD(Compressor):
         correlated: draw the dither of the ranks from strata of one shared number, so that their
             rounding errors cancel; False for independent dither.
         seed: of the dither. The same seed and gradients give the same bits.
-        min_numel: tensors with fewer elements go to Horovod as they are.
+        min_numel: tensors with fewer elements go to Horovod as they are, if it can reduce them:
+            not if they are of bfloat16 or not contiguous.
         bucket_mb: megabytes of gradients that are exchanged in one message.
         named_parameters: ``model.named_parameters()``; lets gradients come in another order on
             another rank. Without it they are told apart by their order of arrival, and a difference
@@ -293,12 +294,17 @@ class GlobalQSGD(Compressor):
     def _compresses(self, tensor: Tensor) -> bool:
         return (
             tensor.layout == torch.strided
-            and is_compressible(tensor.dtype)
-            and tensor.numel() >= self.options.min_numel
+            and self._is_large(tensor)
             # A result of hvd.allreduce() that is differentiated needs Horovod's autograd function.
             and not (tensor.requires_grad and torch.is_grad_enabled())
             # Horovod has its own error for a tensor from a process outside of the process set.
             and self._transport.included
+        )
+
+    def _is_large(self, tensor: Tensor) -> bool:
+        """Whether a gradient is worth it, or has no other way; the same for its parameter."""
+        return is_compressible(tensor.dtype) and (
+            tensor.numel() >= self.options.min_numel or not self._transport.takes(tensor)
         )
 
     def _start(self) -> Pipeline:
@@ -309,7 +315,7 @@ class GlobalQSGD(Compressor):
             self.options,
             transport if transport.takes_gpu_tensors else StagedTransport(transport),
             namespace=_namespaces.setdefault(key, Namespace(key[1])),
-            plan=self._names.plan(self.options) if self._names is not None else None,
+            plan=self._names.plan(self.options, self._is_large) if self._names else None,
             stats=self._stats,
         )
         if self._state is not None:

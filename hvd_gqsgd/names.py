@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -68,13 +68,13 @@ class ParameterNames:
                 return name
         return None
 
-    def plan(self, options: Options) -> BucketPlan:
+    def plan(self, options: Options, compresses: Callable[[Tensor], bool]) -> BucketPlan:
         """Buckets of the parameters whose gradients will be compressed."""
         return BucketPlan.of(
             (
                 (name, kind_of(p.dtype, p.device), p.numel() * p.dtype.itemsize)
                 for name, p in self._pairs
-                if p.requires_grad and is_compressible(p.dtype) and p.numel() >= options.min_numel
+                if p.requires_grad and compresses(p)
             ),
             options.bucket_bytes,
         )

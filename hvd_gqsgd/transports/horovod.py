@@ -78,6 +78,12 @@ class HorovodTransport:
         """Whether Horovod was built to reduce tensors of a GPU where they are."""
         return bool(hvd.nccl_built())
 
+    def takes(self, tensor: Tensor) -> bool:
+        """Whether Horovod itself could reduce a tensor of floating point."""
+        return tensor.is_contiguous() and hasattr(
+            mpi_ops.mpi_lib, mpi_ops._allreduce_function_factory(tensor)
+        )
+
     def max_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.Transport`."""
         return self._allreduce(tensor, name, hvd.Max)
