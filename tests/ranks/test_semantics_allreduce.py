@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.few,
     pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
 ]
-way = Ways()
+way = Ways()  # filled below
 
 
 @pytest.mark.parametrize(("program", "refuses"), way)

@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.few,
     pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
 ]
-way = Ways()
+way = Ways()  # filled below
 
 
 @pytest.mark.parametrize(("program", "refuses"), way)
@@ -290,8 +290,8 @@ def state_is_broadcast(run):
     model = Model()
     with torch.no_grad():
         model.wide.fill_(run.rank)
-    adam = torch.optim.SGD(model.parameters(), lr=1.0 + run.rank, momentum=0.5)
-    optimizer = run.optimizer(model, adam)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0 + run.rank, momentum=0.5)
+    optimizer = run.optimizer(model, sgd)
     for step in range(2):
         hvd.broadcast_parameters(dict(run.named(model)), root_rank=0)
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
