@@ -15,6 +15,7 @@ levels away.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -201,6 +202,9 @@ def outcome(program: Program, make: Callable[..., Any], rank: int, size: int) ->
         error.__context__ = error.__cause__ = None
         return Outcome(error.with_traceback(None), run)
     finally:
+        # An optimizer with gradients in flight is in a cycle with its hooks: all ranks let go of it
+        # now, or their next exchanges would have different names.
+        gc.collect()
         hvd.barrier()
 
 
