@@ -200,11 +200,12 @@ def outcome(program: Program, make: Callable[..., Any], rank: int, size: int) ->
         # Without the frames: they would hold on to whatever is in flight, until the garbage
         # collector comes, at another time on another rank.
         error.__context__ = error.__cause__ = None
-        return Outcome(error.with_traceback(None), run)
-    finally:
+        error = error.with_traceback(None)
         # An optimizer with gradients in flight is in a cycle with its hooks: all ranks let go of it
         # now, or their next exchanges would have different names.
         gc.collect()
+        return Outcome(error, run)
+    finally:
         hvd.barrier()
 
 
