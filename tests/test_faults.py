@@ -13,11 +13,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from launch import HERE, gloo, mpirun, run, started
 
-HOSTS = HERE.parent / "hvd_gqsgd" / "bench" / "hosts.sh"
+import hvd_gqsgd
+
+HOSTS = Path(hvd_gqsgd.__file__).parent / "bench" / "hosts.sh"
 LIMIT = 60  # seconds; measured: 3 to 10
 
 launchers = pytest.mark.parametrize("launcher", [mpirun, gloo])
