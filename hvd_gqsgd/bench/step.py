@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(launch("hvd_gqsgd.bench.step", given, options.ranks, options.rate))
     hvd.init()
     torch.set_num_threads(1)
-    if any(name in DDP_ARMS for name in arms):
+    if with_ddp := any(name in DDP_ARMS for name in arms):
         start_process_group(os.environ.get(INTERFACE))
     with progress_bar(options.repeats) as progress:
         result = measure(
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(result))
         else:
             _show(result)
-    if dist.is_initialized():
+    if with_ddp:
         dist.destroy_process_group()
 
 
