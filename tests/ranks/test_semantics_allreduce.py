@@ -12,7 +12,7 @@ from semantics import Ways, check
 from hvd_gqsgd import AgreementError, GlobalQSGD
 
 pytestmark = [
-    pytest.mark.few,
+    pytest.mark.semantics,
     pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
 ]
 way = Ways()  # filled below

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from hvd_gqsgd import GlobalQSGD
 
 pytestmark = [
-    pytest.mark.few,
+    pytest.mark.semantics,
     pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
 ]
 way = Ways()  # filled below

@@ -9,7 +9,7 @@ from semantics import Model, Ways, check, grads, weights
 from torch import nn
 
 pytestmark = [
-    pytest.mark.few,
+    pytest.mark.semantics,
     pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
 ]
 way = Ways()  # filled below
