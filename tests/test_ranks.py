@@ -20,7 +20,6 @@ JOBS = [
     (gloo, 2, "not semantics"),
     (gloo, 3, "core"),
     *((mpirun, n, "semantics") for n in (2, 3)),
-    (gloo, 2, "semantics"),
 ]
 
 
