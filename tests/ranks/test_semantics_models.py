@@ -25,6 +25,13 @@ def test_as_plain_horovod(rank, size, program, refuses):
     check(program, refuses, rank, size)
 
 
+def fill(run, model, magnitude):
+    """The same random numbers on all ranks."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(run.random(*parameter.shape, same=True) * magnitude)
+
+
 # Which parameters
 
 
@@ -97,9 +104,7 @@ def used_on_one_rank_only(run):
 def tied_weights(run):
     model = nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 40))
     model[1].weight = model[0].weight
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(run.random(*parameter.shape, same=True) / 40)
+    fill(run, model, 1 / 40)
     optimizer = run.optimizer(model)
     model(run.random(4, 40)).mean().backward()
     optimizer.step()
@@ -121,9 +126,7 @@ def tied_weights_named_twice(run):
 @way(reentrant=False)
 def checkpointed_activations(run, reentrant):
     model = nn.Sequential(nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 40))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(run.random(*parameter.shape, same=True) / 40)
+    fill(run, model, 1 / 40)
     optimizer = run.optimizer(model)
     x = run.random(4, 40).requires_grad_()
     checkpoint(model, x, use_reentrant=reentrant).mean().backward()
@@ -164,9 +167,7 @@ def types_of_parameters(run, dtype):
 @way(as_dense=False, groups=1)
 def sparse_embeddings(run, as_dense, **options):
     model = nn.Sequential(nn.Embedding(40, 30, sparse=True), nn.Linear(30, 30))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(run.random(*parameter.shape, same=True) / 30)
+    fill(run, model, 1 / 30)
     optimizer = run.optimizer(model, sparse_as_dense=as_dense, **options)
     run.magnitude = 2 * run.size
     for step in range(options.get("backward_passes_per_step", 1)):

@@ -198,14 +198,7 @@ def synchronize_twice(run):
     return grads(model)
 
 
-@way(reduced=True)
-@way(reduced=False)
-def a_closure(run, reduced):
-    """Horovod reduces before it calls the closure, which therefore must do so itself; otherwise
-    step() takes gradients that are in flight."""
-    model = Model()
-    optimizer = run.optimizer(model)
-
+def closure_of(run, model, optimizer, reduced):
     def closure():
         optimizer.zero_grad()
         loss = run.loss(model)
@@ -214,6 +207,18 @@ def a_closure(run, reduced):
             optimizer.synchronize()
         return loss
 
+    return closure
+
+
+@way(reduced=True)
+@way(reduced=False)
+def a_closure(run, reduced):
+    """Horovod reduces before it calls the closure, which therefore must do so itself; otherwise
+    step() takes gradients that are in flight."""
+    model = Model()
+    optimizer = run.optimizer(model)
+
+    closure = closure_of(run, model, optimizer, reduced)
     if reduced:
         with optimizer.skip_synchronize():
             optimizer.step(closure)
@@ -230,14 +235,7 @@ def a_closure_that_is_called_often(run, reduced):
     lbfgs = torch.optim.LBFGS(model.parameters(), lr=1.0, max_iter=2, history_size=1)
     optimizer = run.optimizer(model, lbfgs)
 
-    def closure():
-        optimizer.zero_grad()
-        loss = run.loss(model)
-        loss.backward()
-        if reduced:
-            optimizer.synchronize()
-        return loss
-
+    closure = closure_of(run, model, optimizer, reduced)
     if reduced:
         with optimizer.skip_synchronize():
             optimizer.step(closure)
