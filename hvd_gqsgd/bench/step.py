@@ -296,7 +296,8 @@ def start_process_group(interface: str | None) -> None:
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     store, address = None, torch.zeros(5, dtype=torch.int32)
     if hvd.rank() == 0:
-        host = socket.gethostbyname(socket.gethostname()) if interface else "127.0.0.1"
+        one_host = interface is None and hvd.local_size() == hvd.size()
+        host = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
         store = dist.TCPStore(  # type: ignore[attr-defined]
             host, 0, hvd.size(), is_master=True, wait_for_workers=False
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import socket
 import sys
 from collections.abc import Callable, Iterator
 
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hvd_gqsgd import mpi_ops
+from hvd_gqsgd.bench.step import start_process_group
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ:
     # MPI must outlive Horovod for Horovod to be started anew, and the two must get along anyway.
@@ -126,16 +126,7 @@ def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 @functools.cache
 def process_group() -> dist.ProcessGroup:
     """PyTorch's, of all ranks."""
-    store, address = None, torch.zeros(5, dtype=torch.int32)
-    if hvd.rank() == 0:
-        one_host = hvd.local_size() == hvd.size()
-        host = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
-        store = dist.TCPStore(host, 0, hvd.size(), is_master=True, wait_for_workers=False)
-        address = torch.tensor([*socket.inet_aton(host), store.port], dtype=torch.int32)
-    *host_bytes, port = hvd.broadcast(address, root_rank=0, name="store").tolist()
-    host = socket.inet_ntoa(bytes(host_bytes))
-    store = store or dist.TCPStore(host, port, hvd.size(), is_master=False)
-    dist.init_process_group("gloo", store=store, rank=hvd.rank(), world_size=hvd.size())
+    start_process_group(None)
     return dist.group.WORLD
 
 
