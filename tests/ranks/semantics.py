@@ -31,6 +31,10 @@ from hvd_gqsgd import AgreementError, GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
 
 BITS = 16
+MARKS = [
+    pytest.mark.semantics,
+    pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused on purpose
+]
 _labels = itertools.count()
 
 

@@ -7,14 +7,11 @@ import horovod.torch as hvd
 import pytest
 import torch
 from horovod.common.exceptions import HorovodInternalError
-from semantics import Ways, check
+from semantics import MARKS, Ways, check
 
 from hvd_gqsgd import AgreementError, GlobalQSGD
 
-pytestmark = [
-    pytest.mark.semantics,
-    pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
-]
+pytestmark = MARKS
 way = Ways()  # filled below
 
 

@@ -7,16 +7,13 @@ import itertools
 import horovod.torch as hvd
 import pytest
 import torch
-from semantics import Model, Ways, check, grads, weights
+from semantics import MARKS, Model, Ways, check, grads, weights
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from hvd_gqsgd import GlobalQSGD
 
-pytestmark = [
-    pytest.mark.semantics,
-    pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
-]
+pytestmark = MARKS
 way = Ways()  # filled below
 
 

@@ -5,13 +5,10 @@ from __future__ import annotations
 import horovod.torch as hvd
 import pytest
 import torch
-from semantics import Model, Ways, check, grads, weights
+from semantics import MARKS, Model, Ways, check, grads, weights
 from torch import nn
 
-pytestmark = [
-    pytest.mark.semantics,
-    pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused here on purpose
-]
+pytestmark = MARKS
 way = Ways()  # filled below
 
 
