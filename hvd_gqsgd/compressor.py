@@ -308,14 +308,17 @@ class GlobalQSGD(Compressor):
         )
 
     def _start(self) -> Pipeline:
-        label = f"gqsgd-{self._names.digest():08x}" if self._names is not None else "gqsgd"
+        label, plan = "gqsgd", None
+        if self._names is not None:
+            label = f"gqsgd-{self._names.digest():08x}"
+            plan = self._names.plan(self.options, self._is_large)
         key = (self._transport.process_set, label)
         transport = self._transport
         pipeline = Pipeline(
             self.options,
             transport if transport.takes_gpu_tensors else StagedTransport(transport),
             namespace=_namespaces.setdefault(key, Namespace(key[1])),
-            plan=self._names.plan(self.options, self._is_large) if self._names else None,
+            plan=plan,
             stats=self._stats,
         )
         if self._state is not None:
