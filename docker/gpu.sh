@@ -13,7 +13,7 @@ unset PYTHONPATH
 step() { printf '\nhvd_gqsgd: %s (after %d s)\n' "$1" "$SECONDS"; }
 
 step "building with $("$python" -c 'import torch; print("PyTorch", torch.__version__)')"
-rm -rf "$work/lib"
+rm -rf "${work:?}/lib"
 if ! MPICXX=${MPICXX-} "$python" -m pip install -v --no-build-isolation --no-deps --no-index \
     --target "$work/lib" . >"$work/build.log" 2>&1; then
     tail -n 40 "$work/build.log" >&2

@@ -369,14 +369,10 @@ class Pipeline:
             self._steps.learn()
 
     def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
-        if self._ahead:  # the same name whatever tensors another rank has
-            label = str(self._opened[""])
-            self._opened[""] += 1
-        else:
-            # Whatever the device is: if another rank has its tensor elsewhere, let the two meet.
-            group = f"planned{key}" if isinstance(key, int) else str(kind[0])[6:]
-            label = f"{group}.{self._opened[group]}"
-            self._opened[group] += 1
+        # The same whatever tensors another rank has: the two meet, and it is told what differs.
+        group = f"planned{key}." if isinstance(key, int) else ""
+        label = f"{group}{self._opened[group]}"
+        self._opened[group] += 1
         stream = self._streams.take(kind[1], self._opened.total() - 1)
         bucket = Bucket(f"{self._prefix()}.{label}", kind, stream)
         self._open[key] = bucket

@@ -16,8 +16,9 @@ import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import horovod.torch as hvd
 import torch
@@ -33,6 +34,8 @@ from hvd_gqsgd.bench.rounds import interleaved, progress_bar
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["ARMS", "FP32", "chosen", "main", "measure"]
+
+_T = TypeVar("_T")
 
 OURS = {f"GlobalQSGD {name}": options for name, options in OPERATORS.items()}
 FP32, FP16 = "Horovod fp32", "Horovod fp16"
@@ -70,17 +73,12 @@ def measure(
     """
     made, errors = {}, {}
     for name in arms:
-        arm, error = None, None
         try:
-            arm = _make(name, model)
-            arm.step()
-        except Exception as raised:  # a peer that does not run is a result too
-            error = f"{type(raised).__name__}: {raised}"
-        failed = torch.tensor(int(error is not None))
-        if hvd.allreduce(failed, op=hvd.Max, name="bench.error"):
-            errors[name] = error or "failed on another rank"
-        elif arm is not None:
+            arm = _together(partial(_make, name, model))
+            _together(arm.step)
             made[name] = arm
+        except Exception as error:  # a peer that does not run is a result too
+            errors[name] = f"{type(error).__name__}: {error}"
     timed = dict(made)
     if not exchange_alone:
         alone = _Model(model)
@@ -117,6 +115,19 @@ def measure(
         "compute_ms": compute,
         "arms": arms_ | {name: {"error": text} for name, text in errors.items()},
     }
+
+
+def _together(call: Callable[[], _T]) -> _T:
+    """What a call returns; raises on all ranks if it does on one."""
+    raised = None
+    try:
+        result = call()
+    except Exception as error:
+        raised = error
+    failed = torch.tensor(int(raised is not None))
+    if hvd.allreduce(failed, op=hvd.Max, name="bench.error"):
+        raise raised or RuntimeError("failed on another rank")
+    return result
 
 
 class _Model(nn.Module):

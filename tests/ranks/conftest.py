@@ -50,9 +50,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What disturbs later tests goes last: after join() ranks have counted different numbers of
-    unnamed operations, and disagreements leave some behind that no other rank will ever answer."""
-    last = ("_join", "test_disagreement")
+    """What disturbs later tests goes last: after join() and after errors ranks have counted
+    different numbers of unnamed operations, and errors leave some behind that no other rank will
+    answer."""
+    last = ("test_semantics", "_join", "test_disagreement")
     items.sort(key=lambda item: next((i for i, n in enumerate(last, 1) if n in item.nodeid), 0))
 
 

@@ -32,7 +32,7 @@ from hvd_gqsgd.codecs.linear import levels_for
 
 BITS = 16
 MARKS = [
-    pytest.mark.semantics,
+    pytest.mark.few,
     pytest.mark.filterwarnings("ignore"),  # Horovod's, of what is misused on purpose
 ]
 _labels = itertools.count()

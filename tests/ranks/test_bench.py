@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import os
 
 import horovod.torch as hvd
@@ -40,18 +41,21 @@ def test_a_step_of_each_arm(several, capsys):
     assert "another: it is made of wood" in printed
 
 
-def test_an_arm_that_fails_on_one_rank(rank, several, monkeypatch):
+@pytest.mark.parametrize("part", ["_make", "_Arm.step"])
+def test_an_arm_that_fails_on_one_rank(rank, several, monkeypatch, part):
     """It is left out on all of them."""
-    step_of = step._Arm.step
+    call = operator.attrgetter(part)(step)
 
-    def fails_on_the_last(arm):
-        step_of(arm)
-        if arm.label == step.FP16 and rank == hvd.size() - 1:
-            raise RuntimeError("no")
+    def fails_on_the_last(arm, *more):
+        result = call(arm, *more)
+        if step.FP16 in (arm, getattr(arm, "label", None)) and rank == hvd.size() - 1:
+            raise TypeError("no")
+        return result
 
-    monkeypatch.setattr(step._Arm, "step", fails_on_the_last)
+    monkeypatch.setattr(f"{step.__name__}.{part}", fails_on_the_last)
     result = step.measure("tiny", [step.FP32, step.FP16], 1)
-    said = "RuntimeError: no" if rank == hvd.size() - 1 else "failed on another rank"
+    last = rank == hvd.size() - 1
+    said = "TypeError: no" if last else "RuntimeError: failed on another rank"
     assert result["arms"][step.FP16] == {"error": said}
     assert result["arms"][step.FP32]["ms"] > 0
 

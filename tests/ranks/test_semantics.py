@@ -10,7 +10,7 @@ from semantics import BITS, Doubled, Model, differs, grads, outcome, plain, quan
 from hvd_gqsgd import GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
 
-pytestmark = [pytest.mark.semantics, pytest.mark.usefixtures("several")]
+pytestmark = [pytest.mark.few, pytest.mark.usefixtures("several")]
 
 
 class Codes:

@@ -8,7 +8,7 @@ import horovod.torch as hvd
 import pytest
 from semantics import Model, Ways, check, weights
 
-pytestmark = pytest.mark.semantics
+pytestmark = pytest.mark.few
 way, dynamic_way, join_way = Ways(), Ways(), Ways()
 
 
