@@ -75,7 +75,7 @@ DOMAINS = (
 )
 QUICK = {
     "vision": ("fp32", "linear, 8 bits", "DQ-SGD, 5 bits"),
-    "language": ("fp32", "exponential, 8 bits", "authors' scheme, 8 bits"),
+    "language": ("exponential, 8 bits", "authors' scheme, 8 bits"),
     "recommender": ("linear, 8 bits", "linear, 8 bits, sparse tables"),
 }
 

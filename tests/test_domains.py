@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hvd_gqsgd import simulate
 
 EXAMPLES = HERE.parent / "examples"
-QUICK_RUNS = 8
+QUICK_RUNS = 7
 
 
 def train(script: str, folder: Path, *arguments: str, ranks: int = 2) -> str:
@@ -52,7 +52,7 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
         of.setdefault(result["domain"], {})[" ".join(words)] = result
     assert {domain: sorted(settings) for domain, settings in of.items()} == {
         "vision": ["gqsgd linear 8", "gqsgd linear dynamic", "none"],
-        "language": ["authors", "gqsgd exponential 8", "none"],
+        "language": ["authors", "gqsgd exponential 8"],
         "recommender": ["gqsgd linear 8", "gqsgd linear 8 sparse"],
     }
 
@@ -91,17 +91,14 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
     assert figure.startswith(b"\x89PNG")
     assert len(figure) < 200_000
 
-    written = {path: path.stat().st_mtime_ns for path in results}
-    again = compare(tmp_path)
-    assert "s of training" not in again.stdout  # nothing was run
-    assert {path: path.stat().st_mtime_ns for path in results} == written
-    assert (tmp_path / "comparison.md").read_text() == table
-
     # Other arguments would be another run; one file fewer, one run.
-    (lost,) = tmp_path.glob("recommender_*sparse*.json")
+    lost, *kept = sorted(results)
     lost.unlink()
+    written = {path: path.stat().st_mtime_ns for path in kept}
     assert compare(tmp_path).stdout.count("s of training") == 1
     assert lost.exists()
+    assert {path: path.stat().st_mtime_ns for path in kept} == written
+    assert (tmp_path / "comparison.md").read_text() == table
 
 
 RESUMED = [

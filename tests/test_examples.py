@@ -30,8 +30,9 @@ def train(folder: Path, *arguments: str) -> dict[str, Any]:
 def test_dynamic_bits_reach_the_accuracy_of_eight(tmp_path: Path) -> None:
     """A budget of 5 mean bits costs less than a point, is held, and really moves the width."""
     plot = tmp_path / "bits.png"
-    fixed = train(tmp_path, "--bits", "8")
-    dynamic = train(tmp_path, "--bits", "dynamic", "--budget", "5", "--plot", str(plot))
+    epochs = ["--epochs", "8"]
+    fixed = train(tmp_path, *epochs, "--bits", "8")
+    dynamic = train(tmp_path, *epochs, *"--bits dynamic --budget 5 --plot".split(), str(plot))
     assert dynamic["accuracy"] > max(fixed["accuracy"] - 0.01, 0.95)
     bits = [wire_bits(width) for width in dynamic["bits_per_step"]]
     assert sum(bits) / len(bits) == pytest.approx(5, rel=0.03)
@@ -44,7 +45,10 @@ def test_dynamic_bits_reach_the_accuracy_of_eight(tmp_path: Path) -> None:
 @pytest.mark.timeout(300)
 def test_training_with_ddp() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    job = run([*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "digits_ddp.py")], limit=240)
+    job = run(
+        [*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "digits_ddp.py"), "--epochs", "8"],
+        limit=240,
+    )
     assert job.returncode == 0, job.stdout[-5000:]
     accuracy = re.search(r"test accuracy +([0-9.]+)%", job.stdout)
     ratio = re.search(r"on the wire: ([0-9.]+) times fewer", job.stdout)
