@@ -32,7 +32,7 @@ def test_dynamic_bits_reach_the_accuracy_of_eight(tmp_path: Path) -> None:
     plot = tmp_path / "bits.png"
     epochs = ["--epochs", "8"]
     fixed = train(tmp_path, *epochs, "--bits", "8")
-    dynamic = train(tmp_path, *epochs, *"--bits dynamic --budget 5 --plot".split(), str(plot))
+    dynamic = train(tmp_path, *epochs, "--bits", "dynamic", "--budget", "5", "--plot", str(plot))
     assert dynamic["accuracy"] > max(fixed["accuracy"] - 0.01, 0.95)
     bits = [wire_bits(width) for width in dynamic["bits_per_step"]]
     assert sum(bits) / len(bits) == pytest.approx(5, rel=0.03)
