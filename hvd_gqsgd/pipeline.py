@@ -23,22 +23,20 @@ code runs, all ranks have started the same number of operations.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 import weakref
-from collections import Counter
-from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
 
-from hvd_gqsgd.buckets import Bucket, Contribution, Item, Kind, kind_of
+from hvd_gqsgd.buckets import Bucket, Contribution, Item
 from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.errors import AgreementError, RankLeftError
 from hvd_gqsgd.exchanges import Exchange, make_exchange
+from hvd_gqsgd.filling import Filling
 from hvd_gqsgd.namespace import Namespace
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.options import Options
 from hvd_gqsgd.plan import BucketPlan
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.steps import Steps
@@ -89,26 +87,21 @@ class Pipeline:
         self.stats = stats or Stats()
         self._transport = transport
         self._namespace = namespace or Namespace()
-        self._plan = plan
         self._ahead = ahead
         self._open_ended = False  # the step lasts until the next one is begun
         self._pool = BufferPool()
         # NCCL takes the operations of a communicator one after the other anyway.
-        self._streams = Streams(4 if transport.nccl is None else 1)
+        streams = Streams(4 if transport.nccl is None else 1)
+        self._filling = Filling(options.bucket_bytes, plan, streams)
         self._session: object = None
         self._steps = Steps(options.bits, step)
         self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()
-        self._open: dict[Hashable, Bucket] = {}
         self._in_flight: list[Bucket] = []
         self._orphans: list[Handle] = []
         self._sent = 0  # tensors whose norms were sent off and that are not decoded
         self.number = 0  # of the step, from the namespace
         self._exchange: Exchange | None = None
         self._done_its_part = False
-        self._arrivals = itertools.count()
-        self._positions = itertools.count()
-        self._repeats: Counter[Hashable] = Counter()
-        self._opened: Counter[str] = Counter()
         self._turns = Turns(transport, self.stats)
 
     @property
@@ -154,30 +147,11 @@ class Pipeline:
         self._exchange.check(x.numel())
         self._done_its_part = False
 
-        label = name if name is not None else next(self._arrivals)
-        repeat = self._repeats[label]
-        self._repeats[label] += 1
-        kind = kind_of(x.dtype, x.device)
-        planned = self._plan.places.get(name) if self._plan and name is not None else None
-        if planned is not None:
-            number, position = planned
-            key: Hashable = number
-        else:
-            key, position = kind, next(self._positions)
-
-        bucket = self._open.get(key) or self._open_bucket(key, kind)
-        identity = digest((label, repeat, x.numel(), str(x.dtype)))
-        item = Item(x, x.numel(), x.dtype, x.device, position, identity, scale, out)
-        bucket.add(item)
+        bucket, item, full = self._filling.add(x, name, scale, out, self._prefix())
         ticket = Ticket(bucket, item)
         self._live.add(ticket)
-
-        if planned is not None and self._plan is not None:
-            full = len(bucket.items) == self._plan.sizes[number]
-        else:
-            full = bucket.nbytes >= self.options.bucket_bytes
         if full:
-            self._launch(key)
+            self._launch(bucket)
             # With just as many turns as there are collectives to start, one that was late once
             # would hold up all later ones.
             for _ in range(0 if self._ahead else len(self._exchange.stages)):
@@ -186,8 +160,8 @@ class Pipeline:
 
     def flush(self) -> None:
         """Starts the buckets that are not full."""
-        for key in list(self._open):
-            self._launch(key)
+        for bucket in self._filling.take_all():
+            self._launch(bucket)
 
     def advance(self) -> bool:
         """Starts the collectives that can be; whether there are none left to start."""
@@ -326,12 +300,11 @@ class Pipeline:
 
     def forget(self) -> None:
         """Ends the step for all its tickets and sends nothing."""
-        for bucket in (*self._open.values(), *self._in_flight):
+        for bucket in (*self._filling.take_all(), *self._in_flight):
             if bucket.handle is not None:
                 self._orphans.append(bucket.handle)
             bucket.abandon()
         self._orphans += self._turns.begin_step()
-        self._open.clear()
         self._in_flight.clear()
         self._live.clear()
         self._sent = 0
@@ -350,9 +323,7 @@ class Pipeline:
             self._exchange = None
         self.give_up()
         self._orphans = [handle for handle in self._orphans if not reaped(handle)]
-        self._arrivals, self._positions = itertools.count(), itertools.count()
-        self._repeats.clear()
-        self._opened.clear()
+        self._filling.begin_step()
         self._pool.next_step()
         rank, size = self._transport.rank, self._transport.size
         if self._exchange is None or (self._exchange.rank, self._exchange.size) != (rank, size):
@@ -365,23 +336,12 @@ class Pipeline:
 
     def _learn(self) -> None:
         """Tells the schedule of the bit width how the step before was, if it was completed."""
-        if not (self._sent or self._open):
+        if not (self._sent or self._filling):
             self._steps.learn()
 
-    def _open_bucket(self, key: Hashable, kind: Kind) -> Bucket:
-        # The same whatever tensors another rank has: the two meet, and it is told what differs.
-        group = f"planned{key}." if isinstance(key, int) else ""
-        label = f"{group}{self._opened[group]}"
-        self._opened[group] += 1
-        stream = self._streams.take(kind[1], self._opened.total() - 1)
-        bucket = Bucket(f"{self._prefix()}.{label}", kind, stream)
-        self._open[key] = bucket
-        return bucket
-
-    def _launch(self, key: Hashable) -> None:
+    def _launch(self, bucket: Bucket) -> None:
         """Takes this rank's norms of a bucket and starts their maximum."""
         assert self._exchange is not None
-        bucket = self._open.pop(key)
         self.stats.compressed_bytes_before += bucket.nbytes
         self.stats.elements += sum(item.numel for item in bucket.items)
         self._in_flight.append(bucket)

@@ -76,7 +76,7 @@ def sample(compressor: GlobalQSGD) -> dict[str, float]:
     pipeline = compressor._pipeline
     assert pipeline is not None
     in_flight = (
-        pipeline._live, pipeline._open, pipeline._in_flight, pipeline._orphans,
+        pipeline._live, pipeline._filling, pipeline._in_flight, pipeline._orphans,
         pipeline._turns._in_flight, pipeline._namespace.unfinished, mpi_ops._handle_map,
     )  # fmt: skip
     return {
