@@ -229,7 +229,8 @@ def test_threads_do_not_matter(
 
 
 def test_threads_are_used(thread_count: Callable[[int], None]) -> None:
-    """With two, the calling thread does half of the work: or the test above would say little."""
+    """Two share the work: or the test above would say little. In seconds of processors, each taken
+    by itself: a thread that waits for the other one, on a busy machine, may spin."""
     x = torch.ones(2**23)
     maxima = norms(x, 1024)
     words = encode(x, maxima, 1024, 8, 127)
@@ -238,15 +239,19 @@ def test_threads_are_used(thread_count: Callable[[int], None]) -> None:
         lambda: ops.quantize(x, maxima, words, 1024, 8, 127, 0, 0, 0, 0, 1, True),
         lambda: ops.dequantize(words, maxima, x, 1024, 8, 127, 1, 1.0),
     ):
-        for threads, low, high in ((1, 0.9, 1.1), (2, 0.3, 0.7)):
+        taken = []
+        for threads in (1, 2):
             thread_count(threads)
             call()
             time.sleep(0.05)  # PyTorch's threads may look out for more work for a while
             everyone, own = time.process_time(), time.thread_time()
             for _ in range(10):
                 call()
-            everyone, own = time.process_time() - everyone, time.thread_time() - own
-            assert low < own / everyone < high
+            own = time.thread_time() - own
+            taken.append((own, time.process_time() - everyone - own))
+        (alone, others), shared = taken
+        assert others < 0.1 * alone
+        assert min(shared) > 0.3 * alone
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

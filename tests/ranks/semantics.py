@@ -15,6 +15,7 @@ levels away.
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from hvd_gqsgd import AgreementError, GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
+from hvd_gqsgd.compressor import _namespaces
 
 BITS = 16
 MARKS = [
@@ -206,7 +208,20 @@ def outcome(program: Program, make: Callable[..., Any], rank: int, size: int) ->
         error.__context__ = error.__cause__ = None
         return Outcome(error.with_traceback(None), run)
     finally:
+        complete_what_was_dropped()
         hvd.barrier()
+
+
+def complete_what_was_dropped() -> None:
+    """As the next step would with the names of the program, if there were one: ranks that drop a
+    step have started different operations of it, and Horovod 0.28.1 does not survive ``join()`` on
+    a rank that has one in flight which another rank has not."""
+    unfinished = [p for namespace in _namespaces.values() for p in namespace.unfinished]
+    if unfinished:
+        gc.collect()  # optimizers are in cycles with their hooks
+    for pipeline in unfinished:
+        if not pipeline.active:
+            pipeline.give_up()
 
 
 def differs(ours: Outcome, theirs: Outcome) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import horovod.torch as hvd
@@ -313,9 +314,9 @@ def state_is_saved_and_loaded(run, in_flight):
     if in_flight:
         run.backward(model, step=1)
         hvd.barrier()
-    else:
-        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
-        optimizer = run.optimizer(model, sgd)
+    else:  # of a new model: the hooks of the old one's optimizer live until that is collected
+        model = copy.deepcopy(model)
+        optimizer = run.optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
     optimizer.load_state_dict(state)
     optimizer.zero_grad()
     run.backward(model, step=2)
