@@ -35,6 +35,8 @@ BOUNDS = {"objects": 0.01, "threads": 0.001, "files": 0.001, "in flight": 0.001}
 # And the memory, in bytes over all of the second half: it comes in pages, of which the allocator
 # keeps some for later. With 20,000 steps that is 157 bytes a step.
 MOST_MEMORY = 2**19
+# And in few steps the objects: some come and go with what is late.
+MOST_OBJECTS = 10
 SAMPLES = 50  # for each setting
 
 COLUMNS = (
@@ -143,7 +145,9 @@ def train(options: dict[str, Any], steps: int, leak: Leak | None) -> tuple[list[
     last = samples[max(samples)]
     at = [float(step) for step in samples]
     slopes = {kind: slope(at, [each[kind] for each in samples.values()]) for kind in last}
-    bounds = BOUNDS | {"memory": MOST_MEMORY / (steps - steps // 2)}
+    half = steps - steps // 2
+    objects = max(BOUNDS["objects"], MOST_OBJECTS / half)
+    bounds = BOUNDS | {"memory": MOST_MEMORY / half, "objects": objects}
     wrong = [
         f"{kind}: {slopes[kind]:.3g} more a step, where {bound:.3g} may be"
         for kind, bound in bounds.items()
