@@ -28,7 +28,7 @@ class Filling:
 
     def __init__(self, bucket_bytes: int, plan: BucketPlan | None, streams: Streams) -> None:
         self._bucket_bytes = bucket_bytes
-        self._plan = plan
+        self._plan = plan or BucketPlan({}, [])
         self._streams = streams
         self._open: dict[Hashable, Bucket] = {}
         self.begin_step()
@@ -56,7 +56,7 @@ class Filling:
         self._repeats[label] += 1
         identity = digest((label, repeat, x.numel(), str(x.dtype)))
         kind = kind_of(x.dtype, x.device)
-        planned = self._plan.places.get(name) if self._plan and name is not None else None
+        planned = self._plan.places.get(name)
         key: Hashable
         if planned is not None:
             key, position = planned
@@ -74,7 +74,7 @@ class Filling:
         item = Item(x, x.numel(), x.dtype, x.device, position, identity, scale, out)
         bucket.add(item)
 
-        if planned is not None and self._plan is not None:
+        if planned is not None:
             full = len(bucket.items) == self._plan.sizes[planned[0]]
         else:
             full = bucket.nbytes >= self._bucket_bytes

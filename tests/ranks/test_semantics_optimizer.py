@@ -195,7 +195,7 @@ def synchronize_twice(run):
     return grads(model)
 
 
-def closure_of(run, model, optimizer, reduced):
+def step_with_a_closure(run, model, optimizer, reduced):
     def closure():
         optimizer.zero_grad()
         loss = run.loss(model)
@@ -204,7 +204,11 @@ def closure_of(run, model, optimizer, reduced):
             optimizer.synchronize()
         return loss
 
-    return closure
+    if reduced:
+        with optimizer.skip_synchronize():
+            optimizer.step(closure)
+    else:
+        optimizer.step(closure)
 
 
 @way(reduced=True)
@@ -214,13 +218,9 @@ def a_closure(run, reduced):
     step() takes gradients that are in flight."""
     model = Model()
     optimizer = run.optimizer(model)
-
-    closure = closure_of(run, model, optimizer, reduced)
+    step_with_a_closure(run, model, optimizer, reduced)
     if reduced:
-        with optimizer.skip_synchronize():
-            optimizer.step(closure)
         return weights(model)
-    optimizer.step(closure)
     optimizer.synchronize()
     return grads(model)
 
@@ -231,13 +231,7 @@ def a_closure_that_is_called_often(run, reduced):
     model = Model()
     lbfgs = torch.optim.LBFGS(model.parameters(), lr=1.0, max_iter=2, history_size=1)
     optimizer = run.optimizer(model, lbfgs)
-
-    closure = closure_of(run, model, optimizer, reduced)
-    if reduced:
-        with optimizer.skip_synchronize():
-            optimizer.step(closure)
-    else:
-        optimizer.step(closure)
+    step_with_a_closure(run, model, optimizer, reduced)
     return grads(model)
 
 
