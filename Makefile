@@ -117,7 +117,7 @@ gpu: ## on a machine with a GPU: build with the PyTorch of PYTHON, test, check m
 setup: $(STAMPS)/horovod $(STAMPS)/package ## set up .venv and do no more
 
 clean: ## remove what was built, but keep .venv
-	rm -rf build dist *.egg-info hvd_gqsgd/*.so $(STAMPS)/package .gpu
+	rm -rf build dist *.egg-info hvd_gqsgd/_native/*.so $(STAMPS)/package .gpu
 	rm -rf $(addprefix $(VENV)/,sanitized covered fuzz cuda)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +

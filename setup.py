@@ -152,7 +152,7 @@ CXXFLAGS = [
 def library(name: str, sources: list[str], flags: list[str] | None = None) -> CppExtension:
     """Not a Python module: a library of PyTorch operators, for torch.ops.load_library."""
     return CppExtension(
-        f"hvd_gqsgd.{name}",
+        f"hvd_gqsgd._native.{name}",
         sources=sources,
         include_dirs=INCLUDE,
         depends=HEADERS,
@@ -169,7 +169,7 @@ def cuda_library() -> CUDAExtension:
         include, link = NCCL
         sources += ["native/nccl_bindings.cc", *sorted(glob("native/nccl/*.cc"))]
     return CUDAExtension(
-        "hvd_gqsgd._cuda",
+        "hvd_gqsgd._native._cuda",
         sources=sources,
         include_dirs=[*INCLUDE, *include],
         depends=HEADERS,

@@ -8,7 +8,7 @@ Each run is ``vision.py``, ``language.py`` or ``recommender.py`` on 4 ranks of t
 result a JSON file in ``--folder``. What is there already is not run again, so that a comparison can
 be interrupted. It ends with a table in Markdown, ``comparison.md``, and a figure,
 ``comparison.png``: the metric against the bytes of a step, and against the time that
-``hvd_gqsgd.model`` predicts for the exchange of a step on a link of 200 Mbit/s.
+``hvd_gqsgd.tools.cost_model`` predicts for the exchange of a step on a link of 200 Mbit/s.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from launch import RunFailed, run_ranks
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hvd_gqsgd.model import FP16, FP32, PRESETS, Gradients, Setting, exchange_seconds
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.tools.cost_model import FP16, FP32, PRESETS, Gradients, Setting, exchange_seconds
 
 HERE = Path(__file__).parent
 TIMEOUT = 600  # seconds a run; on an idle machine it takes less than one minute
@@ -231,7 +231,7 @@ def make_rows(results: dict[Job, dict[str, Any]]) -> list[Row]:
 
 
 def modelled_seconds(result: dict[str, Any]) -> float:
-    """What the exchange of a step takes on ``LINK``, by ``hvd_gqsgd.model``."""
+    """What the exchange of a step takes on ``LINK``, by ``hvd_gqsgd.tools.cost_model``."""
     ranks, link, numels = result["ranks"], PRESETS[LINK], result["dense_numels"]
     gathered = 0.0
     if result["sparse_bytes"]:  # an Allgather of the tables, and the rest as ever

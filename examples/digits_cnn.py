@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
 
-from hvd_gqsgd.schedule import wire_bits
+from hvd_gqsgd.codecs.bit_schedule import wire_bits
 
 
 def parse_args() -> argparse.Namespace:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hvd_gqsgd.collective import allreduce
-from hvd_gqsgd.ddp import ddp_hook
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.info import build_info
-from hvd_gqsgd.schedule import DynamicBits
-from hvd_gqsgd.simulate import simulate
+from hvd_gqsgd.frontends.allreduce import allreduce
+from hvd_gqsgd.frontends.ddp import ddp_hook
+from hvd_gqsgd.simulation import simulate
 from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.tools.build_info import build_info
 
 if TYPE_CHECKING:
-    from hvd_gqsgd.compressor import GlobalQSGD
+    from hvd_gqsgd.frontends.horovod import GlobalQSGD
 
 __all__ = [
     "AgreementError",
@@ -35,7 +35,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     # The one thing here that imports Horovod, which takes a second.
     if name == "GlobalQSGD":
-        from hvd_gqsgd.compressor import GlobalQSGD
+        from hvd_gqsgd.frontends.horovod import GlobalQSGD
 
         return GlobalQSGD
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -7,7 +7,7 @@ import hashlib
 from dataclasses import dataclass
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number
-from hvd_gqsgd.schedule import MAX_BITS, MIN_BITS, DynamicBits
+from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits
 
 __all__ = ["Options", "digest"]
 

@@ -1,5 +1,5 @@
 // The kernels as torch ops, for any device that has them: arguments are checked in full, so that no
-// kernel can leave its tensors. Schemas and fake kernels stand in hvd_gqsgd/ops.py. The dispatcher
+// kernel can leave its tensors. Schemas and fake kernels stand in hvd_gqsgd/_native/ops.py. The dispatcher
 // calls these without the GIL.
 //
 // A device is a class with these, where `on` is a tensor on it and `kernels` has the functions of

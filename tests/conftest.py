@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from hvd_gqsgd import ops
+from hvd_gqsgd._native import ops
 
 # Of Hypothesis: the same examples in each run and on all ranks, unless `--hypothesis-profile long`
 # asks for more and others.

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from reference import linear as reference
+from reference import two_phase as reference_two_phase
 from torch import Tensor
 
-from hvd_gqsgd import ops, reference, reference_two_phase
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 
 Array = NDArray[Any]
 
@@ -131,7 +134,7 @@ def instruction_set(name: str) -> Iterator[None]:
 def norms(x: Tensor, block_size: int | None) -> Tensor:
     """Native block norms."""
     block = block_size or max(x.numel(), 1)
-    out = torch.full((-(-x.numel() // block),), -1, dtype=ops.norm_dtype(x.dtype))
+    out = torch.full((-(-x.numel() // block),), -1, dtype=layout.norm_dtype(x.dtype))
     ops.block_max(x, block, out)
     return out
 
@@ -142,7 +145,9 @@ def encode(
 ) -> Tensor:  # fmt: skip
     """Native words, written over rubbish."""
     block = block_size or max(x.numel(), 1)
-    words = torch.full((ops.words_for(x.numel(), block, bits),), -77, dtype=ops.word_dtype(bits))
+    words = torch.full(
+        (layout.words_for(x.numel(), block, bits),), -77, dtype=layout.word_dtype(bits)
+    )
     ops.quantize(
         x, norms, words, block, bits, levels, seed, step, tensor_id, rank, world_size, correlated
     )
@@ -201,10 +206,11 @@ def decode_means(
     """Native gradient from means, written over rubbish; in parts that end at the tiles ``cuts``."""
     out = torch.full_like(like, -77)
     block = block_size or max(like.numel(), 1)
-    edges = [0, *cuts, ops.tiles_for(like.numel(), block)]
+    edges = [0, *cuts, layout.tiles_for(like.numel(), block)]
     for first, last in pairwise(edges):
         begin, end = (
-            ops.means_before(tile, like.numel(), block, bits, norms.dtype) for tile in (first, last)
+            layout.means_before(tile, like.numel(), block, bits, norms.dtype)
+            for tile in (first, last)
         )
         ops.dequantize_means(means[begin:end], norms, out, block, bits, levels, first, last, scale)
     return out

@@ -37,6 +37,7 @@ OPERATORS = ("tests/test_theory.py -k test_unbiased", 0)
 BOUNDS = ("tests/test_theory.py -k 'test_no_error_exceeds_its_sure_bound'", 0)
 EXPECTED = ("tests/test_theory.py -k 'errors_are_below_their_bounds'", 0)
 VARIANCE = ("tests/test_simulate.py -k variance", 0)
+PROBE = "hvd_gqsgd/frontends/horovod_probe.py"
 LEVEL = ("tests/test_simulate.py -k test_error_is_less_than_a_level", 0)
 OVERFLOW = ("tests/test_simulate.py -k test_equal_maxima_never_overflow", 0)
 MAXIMA = ("tests/test_kernels.py -k test_maxima_are_never_moved", 0)
@@ -118,11 +119,11 @@ MUTANTS = [
            (OPERATORS, EXPONENTIAL)),
     Mutant("exponential: wrong probability of a sum", EXPONENTIAL_H,
            "same_sign ? apart : apart - 1", "apart", (COMBINED,)),
-    Mutant("Average is not divided", "hvd_gqsgd/probe.py", "self.slots[0] / contributors",
+    Mutant("Average is not divided", PROBE, "self.slots[0] / contributors",
            "self.slots[0]", (SUMS, RANKS)),
-    Mutant("Sum is divided", "hvd_gqsgd/probe.py", "return exact", "return 1 / world_size",
+    Mutant("Sum is divided", PROBE, "return exact", "return 1 / world_size",
            (SUMS,)),
-    Mutant("scale of n + 1 ranks", "hvd_gqsgd/simulate.py", "1 / world.size)",
+    Mutant("scale of n + 1 ranks", "hvd_gqsgd/simulation.py", "1 / world.size)",
            "1 / (world.size + 1))", (LEVEL, UNBIASED)),
     Mutant("contributors that have left are counted", "hvd_gqsgd/exchanges/allreduce.py",
            "bucket.contribution.count, scale,\n", "self.size, scale,\n", (JOIN,)),

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import AgreementError, simulate
-from hvd_gqsgd.agreement import check, refuse
+from hvd_gqsgd.engine.agreement import check, refuse
+from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.pipeline import Pipeline, Ticket
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
 ROWS = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))

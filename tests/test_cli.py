@@ -16,13 +16,15 @@ import pytest
 import torch
 from launch import run
 
-from hvd_gqsgd import cli, doctor, nccl_ops, ops
+from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import allreduce, memory, predict
-from hvd_gqsgd.bench.launch import launch
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.model import PRESETS, Machine
+from hvd_gqsgd.tools import cli, doctor
+from hvd_gqsgd.tools.cost_model import PRESETS, Machine
+from hvd_gqsgd.tools.launch import launch
 
-COMMAND = [sys.executable, "-m", "hvd_gqsgd.cli"]
+COMMAND = [sys.executable, "-m", "hvd_gqsgd.tools.cli"]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +103,7 @@ def test_doctor_where_there_is_a_gpu(
         monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
     monkeypatch.setattr(ops, "devices", lambda: devices)
     for built in (False, True):
-        monkeypatch.setattr(nccl_ops, "built", lambda built=built: built)
+        monkeypatch.setattr(native_nccl, "built", lambda built=built: built)
         gpu, kernels, *nccl = doctor._gpu()
         assert gpu.found == "2: A GPU"
         assert kernels.state == ("ok" if "cuda" in devices else "broken")

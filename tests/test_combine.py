@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import instruction_set, threshold
+from reference.combine import exponential_sum
+from reference.linear import dither_bits
+from reference.two_phase import exponential_levels
 
-from hvd_gqsgd import ops
-from hvd_gqsgd.reference import dither_bits
-from hvd_gqsgd.reference_combine import exponential_sum
-from hvd_gqsgd.reference_two_phase import exponential_levels
+from hvd_gqsgd._native import ops
 
 WIDTHS = [4, 8]
 

@@ -12,9 +12,11 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor, nn
 
-from hvd_gqsgd import GlobalQSGD, allreduce, build_info, ddp_hook, nccl_ops, ops, simulate
+from hvd_gqsgd import GlobalQSGD, allreduce, build_info, ddp_hook, layout, simulate
+from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import gpu
-from hvd_gqsgd.pipeline import Pipeline
+from hvd_gqsgd.engine.pipeline import Pipeline
 
 pytestmark = pytest.mark.cuda
 
@@ -55,7 +57,7 @@ def late(x: Tensor) -> Tensor:
 
 def test_what_is_built() -> None:
     assert {"cuda", "nccl"} <= set(build_info()["parts"])
-    assert nccl_ops.built()
+    assert native_nccl.built()
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -110,10 +112,10 @@ def test_other_streams(group: dist.ProcessGroup) -> None:
 def test_graphs() -> None:
     """Kernels and the exchange over NCCL can be captured, and give the same when replayed."""
     numel, device = 100_001, torch.device("cuda", torch.cuda.current_device())
-    communicator = nccl_ops.communicator(nccl_ops.unique_id(), 0, 1, device)
+    communicator = native_nccl.communicator(native_nccl.unique_id(), 0, 1, device)
     x, out = (torch.zeros(numel, device=device) for _ in range(2))
     norms = torch.zeros(-(-numel // 1024), dtype=torch.int32, device=device)
-    words = torch.zeros(ops.words_for(numel, 1024, 8), dtype=torch.int32, device=device)
+    words = torch.zeros(layout.words_for(numel, 1024, 8), dtype=torch.int32, device=device)
     place = (1024, 8, 127, 1, 2, 3, True, 1.0)
     communicator.allreduce(x, out, norms, None, words, *place)  # NCCL allocates at first
     torch.cuda.synchronize()

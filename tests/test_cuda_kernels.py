@@ -14,7 +14,8 @@ import torch
 from helpers import DTYPES, TWO_PHASE_CODES, WIDTHS, name, random_place, several, special_values
 from torch import Tensor
 
-from hvd_gqsgd import ops
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs import levels_for
 
 BLOCKS = [256, 1000, 1024, 1500, 2048, None]
@@ -82,7 +83,7 @@ def test_norms(gpu: Gpu, dtype: torch.dtype) -> None:
         x = several(rng, kind, (1, numel), dtype)[0]
         block, offset = block_size or max(numel, 1), int(rng.integers(0, 3))
         what = (block_size, numel, kind, offset)
-        norms = torch.empty(-(-numel // block), dtype=ops.norm_dtype(dtype))
+        norms = torch.empty(-(-numel // block), dtype=layout.norm_dtype(dtype))
         squares = torch.empty(norms.numel(), dtype=torch.int64)
         l2_norms = norms.clone()
         ops.block_max(x, block, norms)
@@ -114,11 +115,11 @@ def test_codes(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
         kind, offset = next(kinds), int(rng.integers(0, 3))
         rows = several(rng, kind, (ranks, numel), dtype)
         block, what = block_size or max(numel, 1), (block_size, numel, ranks, kind, offset)
-        norms = torch.empty(ranks, -(-numel // block), dtype=ops.norm_dtype(dtype))
+        norms = torch.empty(ranks, -(-numel // block), dtype=layout.norm_dtype(dtype))
         for row, norm in zip(rows, norms, strict=True):
             ops.block_max(row, block, norm)
         norms = norms.amax(0)
-        total = torch.zeros(ops.words_for(numel, block, bits), dtype=ops.word_dtype(bits))
+        total = torch.zeros(layout.words_for(numel, block, bits), dtype=layout.word_dtype(bits))
         for rank, x in enumerate(rows):
             place = random_place(rng, rank, ranks, kind % 2 == 0).values()
             words = torch.empty_like(total)
@@ -145,23 +146,23 @@ def test_two_phase(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
     dither, bits = code
     levels = 2 ** (bits - 1) - 1 if dither == "linear" else 0
     rng = np.random.default_rng(bits)
-    norm_dtype, word_dtype = ops.norm_dtype(dtype), ops.word_dtype(bits)
+    norm_dtype, word_dtype = layout.norm_dtype(dtype), layout.word_dtype(bits)
     for block_size, numel in SHAPES:
         ranks = int(rng.integers(1, 4))
         block = block_size or max(numel, 1)
-        tiles = ops.tiles_for(numel, block)
+        tiles = layout.tiles_for(numel, block)
         first, last = sorted(int(t) for t in rng.integers(0, tiles + 1, 2))
         what, offset = (block_size, numel, ranks, first, last), int(rng.integers(0, 3))
         # From a peer anything may come.
         low, high = torch.iinfo(word_dtype).min, torch.iinfo(word_dtype).max
-        before, after = (ops.words_before(t, numel, block, bits) for t in (first, last))
+        before, after = (layout.words_before(t, numel, block, bits) for t in (first, last))
         received = torch.from_numpy(
             rng.integers(low, high, (ranks, after - before), dtype=str(word_dtype)[6:])
         )
         norms = torch.empty(-(-numel // block), dtype=norm_dtype)
         ops.block_max(several(rng, 4, (1, numel), dtype)[0], block, norms)
-        begin, end = (ops.means_before(t, numel, block, bits, norm_dtype) for t in (first, last))
-        means = torch.empty(end - begin, dtype=ops.means_dtype(bits, norm_dtype))
+        begin, end = (layout.means_before(t, numel, block, bits, norm_dtype) for t in (first, last))
+        means = torch.empty(end - begin, dtype=layout.means_dtype(bits, norm_dtype))
         at = list(random_place(rng, 0, 1, True).values())[:3]
         ops.requantize(received, norms, means, numel, block, bits, levels, first, last, *at)
         found = Buffer(gpu, means.numel(), means.dtype)
@@ -207,9 +208,9 @@ def test_special_values(gpu: Gpu) -> None:
     """All halves there are, and the edges of the other types."""
     for dtype in DTYPES:
         x = special_values(dtype)
-        norms = torch.empty(-(-x.numel() // 256), dtype=ops.norm_dtype(dtype))
+        norms = torch.empty(-(-x.numel() // 256), dtype=layout.norm_dtype(dtype))
         ops.block_max(x, 256, norms)
-        words = torch.empty(ops.words_for(x.numel(), 256, 8), dtype=torch.int32)
+        words = torch.empty(layout.words_for(x.numel(), 256, 8), dtype=torch.int32)
         mean = torch.empty_like(x)
         place = (5, 6, 7, 0, 1, True)
         ops.quantize(x, norms, words, 256, 8, 127, *place)

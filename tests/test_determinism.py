@@ -16,7 +16,8 @@ import torch
 from helpers import DTYPES, bits_of, from_bits, instruction_set
 from torch import Tensor
 
-from hvd_gqsgd import ops, simulate
+from hvd_gqsgd import simulate
+from hvd_gqsgd._native import ops
 
 OPERATORS: list[tuple[dict[str, Any], str]] = [
     ({}, "ee7c4d8fd2404124"),

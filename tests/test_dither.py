@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Array, chi_square_z, encode, norms, threshold
-
-from hvd_gqsgd import reference
+from reference import linear as reference
 
 LIMIT = threshold(1e-9)
 ELEMENTS = 2**19

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from launch import HERE, mpirun, run
 
-from hvd_gqsgd.schedule import wire_bits
+from hvd_gqsgd.codecs.bit_schedule import wire_bits
 
 EXAMPLES = HERE.parent / "examples"
 DIGITS = EXAMPLES / "digits_cnn.py"

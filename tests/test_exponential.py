@@ -33,10 +33,11 @@ from helpers import (
     special_values,
     threshold,
 )
+from reference import linear as reference
+from reference.two_phase import exponential_codes, exponential_levels
 from torch import Tensor
 
-from hvd_gqsgd import ops, reference
-from hvd_gqsgd.reference_two_phase import exponential_codes, exponential_levels
+from hvd_gqsgd._native import ops
 
 LIMIT = threshold(1e-9)
 WIDTHS = [4, 8]

@@ -18,17 +18,20 @@ import torch
 from helpers import as_numpy
 from hypothesis import event, example, given
 from hypothesis import strategies as st
+from reference import linear as reference
+from reference import two_phase as reference_two_phase
 from strategies import DTYPES, LAYOUTS, layouts, magnitudes, operators, ranks
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, DynamicBits, ops, reference, reference_two_phase, simulate
-from hvd_gqsgd.buckets import Contribution, everyone
-from hvd_gqsgd.compressor import _problem
+from hvd_gqsgd import AgreementError, DynamicBits, layout, simulate
+from hvd_gqsgd._native import ops
+from hvd_gqsgd.codecs.bit_schedule import WORD_MAX, Schedule
+from hvd_gqsgd.engine.buckets import Contribution, everyone
+from hvd_gqsgd.engine.pipeline import Pipeline
+from hvd_gqsgd.frontends.horovod import _problem
+from hvd_gqsgd.frontends.horovod_probe import Reading
 from hvd_gqsgd.options import Options, digest
-from hvd_gqsgd.pipeline import Pipeline
-from hvd_gqsgd.probe import Reading
-from hvd_gqsgd.schedule import WORD_MAX, Schedule
-from hvd_gqsgd.transports import Handle
+from hvd_gqsgd.transports.base import Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
 STEPS = st.integers(0, 2**31 - 2)
@@ -293,15 +296,15 @@ def test_ops_take_or_refuse_any_arguments(
 ) -> None:
     """With buffers of the right length or of another one: ``make sanitize`` sees who leaves one."""
     block, bits, levels, contributors, first, last = arguments
-    norm, word = ops.norm_dtype(dtype), torch.int32
+    norm, word = layout.norm_dtype(dtype), torch.int32
     lengths = [5, 5, 5, 5]
     if block > 0 and 2 <= bits <= 16:
-        word = ops.word_dtype(bits)
-        tiles = ops.tiles_for(numel, block)
+        word = layout.word_dtype(bits)
+        tiles = layout.tiles_for(numel, block)
         edges = [min(max(tile, 0), tiles) for tile in (first, last)]
-        words = [ops.words_before(tile, numel, block, bits) for tile in edges]
-        means = [ops.means_before(tile, numel, block, bits, norm) for tile in edges]
-        lengths = [-(-numel // block), ops.words_for(numel, block, bits)]
+        words = [layout.words_before(tile, numel, block, bits) for tile in edges]
+        means = [layout.means_before(tile, numel, block, bits, norm) for tile in edges]
+        lengths = [-(-numel // block), layout.words_for(numel, block, bits)]
         lengths += [words[1] - words[0], means[1] - means[0]]
     shared, whole, part, mean = (
         torch.full((max(length + off, 0),), -77, dtype=kind)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hvd_gqsgd import mpi_ops, ops
+from hvd_gqsgd._native import loader, ops
+from hvd_gqsgd._native import mpi as native_mpi
 
 WITHOUT = """
 import sys
@@ -63,16 +64,16 @@ def test_native_parts_that_cannot_be_loaded(
     rubbish = tmp_path / "rubbish.so"
     rubbish.write_bytes(b"not a library")
     for file in (None, str(rubbish)):
-        monkeypatch.setattr(ops, "library_file", lambda name, file=file: file)
+        monkeypatch.setattr(loader, "library_file", lambda name, file=file: file)
         assert ops.devices.__wrapped__() == ("cpu",)
-        assert not mpi_ops.usable_with.__wrapped__("Open MPI")
+        assert not native_mpi.usable_with.__wrapped__("Open MPI")
     warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "the kernels for GPUs cannot be loaded; build hvd_gqsgd again" in warned[0]
-    assert "the native part for MPI cannot be loaded, and mpi4py is slower" in warned[1]
+    assert "the kernels for GPUs cannot be used: the native library" in warned[0]
+    assert "the native part for MPI cannot be used, and mpi4py is slower" in warned[1]
 
 
-@pytest.mark.skipif(not mpi_ops.built(), reason="there is no part for MPI")
+@pytest.mark.skipif(not native_mpi.built(), reason="there is no part for MPI")
 @pytest.mark.timeout(150)
 def test_a_part_for_another_mpi_is_not_used() -> None:
-    code = "from hvd_gqsgd import mpi_ops; print(mpi_ops.usable_with('MPICH 1'))"
+    code = "from hvd_gqsgd._native import mpi; print(mpi.usable_with('MPICH 1'))"
     assert python(code) == "False"

@@ -30,9 +30,11 @@ from helpers import (
     random_place,
     special_values,
 )
+from reference import linear as reference
 from torch import Tensor
 
-from hvd_gqsgd import ops, reference
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import gpu
 from hvd_gqsgd.bench import kernels as bench
 
@@ -259,7 +261,7 @@ def test_extreme_codes_never_overflow(bits: int) -> None:
     """All codes s, or all -s, or both by turns, from as many ranks as lanes of this width take."""
     most = (2**bits - 1) // 2
     worlds = range(1, most + 1) if bits <= 8 else [1, 2, 3, 5, 8, 100, most // 2, most - 1, most]
-    dtype = ops.word_dtype(bits)
+    dtype = layout.word_dtype(bits)
     lanes = torch.iinfo(dtype).bits // bits
     numel = 3 * lanes + 1  # full words, and one that is not
     signs = torch.ones(numel)
@@ -289,13 +291,13 @@ def test_number_of_words(bits: int) -> None:
     """The op takes buffers of just the length that ``words_for`` says."""
     sizes = [1, 2, 11, 12, 13, 63, 64, 1023, 1024, 1025, 3000, 4096]
     for numel, block in itertools.product(sizes, [1, 5, 12, 1023, 1024, 1025, 2048, 2**63 - 1]):
-        words = ops.words_for(numel, block, bits)
+        words = layout.words_for(numel, block, bits)
         expected = reference.pack(np.zeros(numel, np.int64), block, bits, 1)
         assert words == len(expected)
-        assert ops.word_dtype(bits) == torch.from_numpy(expected).dtype
+        assert layout.word_dtype(bits) == torch.from_numpy(expected).dtype
         x, maxima = torch.zeros(numel), torch.zeros(-(-numel // block), dtype=torch.int32)
         for wrong in (words - 1, words + 1):
-            buffer = torch.empty(wrong, dtype=ops.word_dtype(bits))
+            buffer = torch.empty(wrong, dtype=layout.word_dtype(bits))
             message = f"words must have {words} elements, got {wrong}"
             with pytest.raises(ValueError, match=message):
                 ops.quantize(x, maxima, buffer, block, bits, 1, 0, 0, 0, 0, 1, True)

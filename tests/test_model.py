@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hvd_gqsgd import model
 from hvd_gqsgd.bench import predict
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
-from hvd_gqsgd.model import FP32, PRESETS, SETTINGS, Machine
+from hvd_gqsgd.tools import cost_model as model
+from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
 
 LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9)
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, DynamicBits, exchanges, ops, simulate
-from hvd_gqsgd.buckets import AGREEMENT
+from hvd_gqsgd import AgreementError, DynamicBits, exchanges, layout, simulate
+from hvd_gqsgd.engine.buckets import AGREEMENT
+from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.pipeline import Pipeline
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
 RNG = np.random.default_rng
@@ -57,7 +57,7 @@ def test_segments(
         for parts in segments.of_rank
     ]
     assert list(itertools.chain(*tiles)) == [
-        (i, t) for i, tensor in enumerate(tensors) for t in range(ops.tiles_for(*tensor))
+        (i, t) for i, tensor in enumerate(tensors) for t in range(layout.tiles_for(*tensor))
     ]
     assert max(map(len, tiles)) - min(map(len, tiles)) <= 1
     for rank, parts in enumerate(segments.of_rank):
@@ -70,9 +70,9 @@ def test_segments(
     words = means = 0
     for i, (numel, block) in enumerate(tensors):
         assert [part.tensor for part in segments.of_tensor[i]] == [i] * len(segments.of_tensor[i])
-        count = ops.tiles_for(numel, block)
-        words += ops.words_before(count, numel, block, bits)
-        means += ops.means_before(count, numel, block, bits, norm_dtype)
+        count = layout.tiles_for(numel, block)
+        words += layout.words_before(count, numel, block, bits)
+        means += layout.means_before(count, numel, block, bits, norm_dtype)
     assert sum(segments.words) == words
     assert segments.means[-1] == means + ranks * FLAG
     assert sorted(itertools.chain(*segments.of_tensor)) == sorted(

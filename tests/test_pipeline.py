@@ -10,16 +10,17 @@ import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, as_numpy, bits_of, from_bits, gradient_like
+from reference import linear as reference
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, reference
-from hvd_gqsgd.buckets import AGREEMENT, CODE_HEADER, kind_of, rank_weight
-from hvd_gqsgd.buffers import KEEP_STEPS, BufferPool
-from hvd_gqsgd.namespace import Namespace
+from hvd_gqsgd import AgreementError
+from hvd_gqsgd.engine.buckets import AGREEMENT, CODE_HEADER, kind_of, rank_weight
+from hvd_gqsgd.engine.buffer_pool import KEEP_STEPS, BufferPool
+from hvd_gqsgd.engine.operation_names import Namespace
+from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
+from hvd_gqsgd.engine.plan import BucketPlan
 from hvd_gqsgd.options import Options, digest
-from hvd_gqsgd.pipeline import Pipeline, Ticket
-from hvd_gqsgd.plan import BucketPlan
-from hvd_gqsgd.transports import Handle
+from hvd_gqsgd.transports.base import Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
 CPU = torch.device("cpu")
@@ -657,7 +658,7 @@ def test_no_memory_is_taken_in_later_steps(monkeypatch: pytest.MonkeyPatch) -> N
     made = []
     empty = torch.empty
     monkeypatch.setattr(
-        "hvd_gqsgd.buffers.torch.empty", lambda *a, **k: made.append(a) or empty(*a, **k)
+        "hvd_gqsgd.engine.buffer_pool.torch.empty", lambda *a, **k: made.append(a) or empty(*a, **k)
     )
     group.exchange(tensors)
     assert not made

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 # The real thing, without a job: only the arithmetic of the reduction is done here.
-from hvd_gqsgd.buckets import Contribution, everyone, rank_weight
-from hvd_gqsgd.probe import Reading, make_probe
+from hvd_gqsgd.engine.buckets import Contribution, everyone, rank_weight
+from hvd_gqsgd.frontends.horovod_probe import Reading, make_probe
 
 
 def reduce_(ranks, identities=None, prescale=1.0, postscale=1.0, average_over=None):

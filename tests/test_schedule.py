@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvd_gqsgd import ops
-from hvd_gqsgd.schedule import WIDTHS, DynamicBits, Schedule, wire_bits
+from hvd_gqsgd import layout
+from hvd_gqsgd.codecs.bit_schedule import WIDTHS, DynamicBits, Schedule, wire_bits
 
 WORD_MAX = 2**31 - 1
 BUDGETS = [3, 5, 6.5, 8]
@@ -91,8 +91,8 @@ def test_worlds() -> None:
 def test_wire_bits(bits: int) -> None:
     """What ``ops`` allocates, but for padding: less than a word in 1024 elements."""
     numel = 1024 * 7
-    word = ops.word_dtype(bits).itemsize
-    actual = ops.words_for(numel, 1024, bits) * word * 8 / numel
+    word = layout.word_dtype(bits).itemsize
+    actual = layout.words_for(numel, 1024, bits) * word * 8 / numel
     assert 0 <= actual - wire_bits(bits) < word * 8 / 1024
 
 

@@ -33,7 +33,7 @@ PICKLING = {
     "allgather", "allreduce", "alltoall", "bcast", "bsend", "exscan", "gather", "ibsend", "irecv",
     "isend", "issend", "mrecv", "recv", "reduce", "scan", "scatter", "send", "sendrecv", "ssend",
 }  # fmt: skip
-NOT_MPI4PY = {"dist", "functools", "group", "hvd", "hvd_gqsgd", "mpi_ops", "ops"}
+NOT_MPI4PY = {"dist", "functools", "group", "hvd", "hvd_gqsgd", "native_mpi", "ops"}
 
 
 def unsafe(source: str) -> Iterator[str]:

@@ -25,10 +25,11 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import linear as reference
 from torch import Tensor
 
 import hvd_gqsgd
-from hvd_gqsgd import reference, simulate
+from hvd_gqsgd import simulate
 from hvd_gqsgd.codecs import LinearCodec
 
 LIMIT = threshold(1e-9)

@@ -20,12 +20,14 @@ import torch
 from helpers import DTYPES, Array, gradient_like, random_floats, threshold
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from reference import linear as reference
+from reference import two_phase as reference_two_phase
 from torch import Tensor
 
-from hvd_gqsgd import reference, reference_two_phase, simulate
+from hvd_gqsgd import simulate
 from hvd_gqsgd.bench import error
+from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.pipeline import Pipeline
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 

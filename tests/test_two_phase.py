@@ -27,9 +27,11 @@ from helpers import (
     threshold,
     tiles_of,
 )
+from reference import two_phase as reference_two_phase
 from torch import Tensor
 
-from hvd_gqsgd import ops, reference_two_phase
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 
 BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
 SIZES = [0, 1, 3, 1023, 1024, 1025, 5000]
@@ -73,7 +75,7 @@ def test_empty_ranges(code: tuple[str, int]) -> None:
     """An owner of no tiles has nothing to do, at the beginning, in the middle and at the end."""
     s, bits = reference_two_phase.two_phase_levels(*code), code[1]
     shared = torch.zeros(2, dtype=torch.int32)
-    words = torch.zeros(3, 0, dtype=ops.word_dtype(bits))
+    words = torch.zeros(3, 0, dtype=layout.word_dtype(bits))
     means = torch.zeros(0, dtype=words.dtype)
     for tile in range(5):
         ops.requantize(words, shared, means, 2100, 1500, bits, s, tile % 4, tile % 4, 0, 0, 0)

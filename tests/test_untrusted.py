@@ -25,9 +25,12 @@ from helpers import (
     several,
     tiles_of,
 )
+from reference import linear as reference
+from reference import two_phase as reference_two_phase
 from torch import Tensor
 
-from hvd_gqsgd import ops, reference, reference_two_phase
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
@@ -36,14 +39,14 @@ def test_any_words_have_the_reference_s_means(dtype: torch.dtype, code: tuple[st
     """To the bit, padding and blocks that are not finite too, whatever ranks have sent."""
     rng = np.random.default_rng(0)
     s, bits = reference_two_phase.two_phase_levels(*code), code[1]
-    info = torch.iinfo(ops.word_dtype(bits))
+    info = torch.iinfo(layout.word_dtype(bits))
     for block_size, numel, n in [(1, 50, 2), (7, 300, 3), (1500, 5000, 5), (None, 3333, 1)]:
         rows = several(rng, 3, (1, numel), dtype)
         shared = norms(rows[0], block_size)
         # Lanes of all contents, and the top one with more than one rank could fill it with.
         words = torch.from_numpy(
             rng.integers(
-                info.min, info.max, (n, ops.words_for(numel, block_size or numel, bits)),
+                info.min, info.max, (n, layout.words_for(numel, block_size or numel, bits)),
                 dtype=f"int{info.bits}", endpoint=True,
             )
         )  # fmt: skip
@@ -67,7 +70,7 @@ def test_any_means_decode_as_in_the_reference(dtype: torch.dtype, code: tuple[st
     for block_size, numel in [(1, 500), (7, 300), (1500, 5000), (None, 3333)]:
         like = data(rng, 3, numel, dtype)
         shared = norms(like, block_size)
-        wide = 8 in (shared.element_size(), ops.word_dtype(bits).itemsize)
+        wide = 8 in (shared.element_size(), layout.word_dtype(bits).itemsize)
         info = torch.iinfo(torch.int64 if wide else torch.int32)
         norm_type = f"i{shared.element_size()}"
         offsets = reference_two_phase.tile_offsets(numel, block_size, bits, norm_type)
@@ -110,7 +113,7 @@ def test_buffers_are_not_left(dtype: torch.dtype, code: tuple[str, int]) -> None
         bits = rng.integers(info.min, info.max, shape, dtype=f"int{info.bits}", endpoint=True)
         return torch.from_numpy(bits)
 
-    norm_type, word_type = ops.norm_dtype(dtype), ops.word_dtype(bits)
+    norm_type, word_type = layout.norm_dtype(dtype), layout.word_dtype(bits)
     unit = max(norm_type, word_type, key=lambda type: type.itemsize)
     for block, numel, n in [(7, 300, 3), (1500, 3000, 2), (5000, 1025, 1), (2**63 - 1, 10, 2)]:
         shared = fuzz(norm_type, -(-numel // block))

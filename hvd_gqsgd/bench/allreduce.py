@@ -18,10 +18,10 @@ import horovod.torch as hvd
 import torch
 
 from hvd_gqsgd import GlobalQSGD
-from hvd_gqsgd.bench.launch import add_arguments, is_rank, launch
 from hvd_gqsgd.bench.operators import OPERATORS
 from hvd_gqsgd.bench.rounds import interleaved, progress_bar
 from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.tools.launch import add_arguments, is_rank, launch
 
 __all__ = ["main", "measure"]
 

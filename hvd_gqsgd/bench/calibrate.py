@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 import horovod.torch as hvd
 import torch
 
-from hvd_gqsgd import GlobalQSGD, ops
-from hvd_gqsgd.bench.launch import add_arguments, is_rank, launch
+from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench.rounds import interleaved, progress_bar
-from hvd_gqsgd.model import Machine
+from hvd_gqsgd.tools.cost_model import Machine
+from hvd_gqsgd.tools.launch import add_arguments, is_rank, launch
 
 __all__ = ["main", "measure"]
 

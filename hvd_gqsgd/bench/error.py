@@ -1,8 +1,8 @@
 """The error of each operator against its bound: ``python -m hvd_gqsgd.bench.error [--markdown]``.
 
-Formulas and proofs are in ``hvd_gqsgd/THEORY.md``, whose tables are printed here. Gradients are
-heavy-tailed: independent numbers with Student's t distribution with 4 degrees of freedom. Nothing
-is timed, and seeds are fixed, so that the tables are the same on every machine.
+Formulas and proofs are in ``hvd_gqsgd/docs/THEORY.md``, whose tables are printed here. Gradients
+are heavy-tailed: independent numbers with Student's t distribution with 4 degrees of freedom.
+Nothing is timed, and seeds are fixed, so that the tables are the same on every machine.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_gqsgd import ops
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs import levels_for
+from hvd_gqsgd.codecs.bit_schedule import wire_bits
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.schedule import wire_bits
-from hvd_gqsgd.simulate import simulate
+from hvd_gqsgd.simulation import simulate
 
 __all__ = ["expected_variance", "main", "measure", "variance_bound", "wire_bytes"]
 
-TILE = ops.TILE
+TILE = layout.TILE
 BUCKET = 25 * 2**20 // 4  # elements of float32 in a bucket of DistributedDataParallel
 
 # Global-QSGD's published code: one M over the ranks for each bucket, x 127 / (n M) rounded by each
@@ -207,7 +208,7 @@ def _norms(rows: Tensor, options: Options) -> Tensor:
     """The norm of each element's block over all ranks: float64, of shape (d,)."""
     numel = rows.shape[1]
     block = options.block_size or max(numel, 1)
-    norms = torch.zeros((len(rows), -(-numel // block)), dtype=ops.norm_dtype(rows.dtype))
+    norms = torch.zeros((len(rows), -(-numel // block)), dtype=layout.norm_dtype(rows.dtype))
     for x, out in zip(rows, norms, strict=True):
         ops.block_max(x, block, out)
     largest = norms.amax(0)

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_gqsgd import nccl_ops, ops
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs.linear import levels_for
 
@@ -97,16 +99,16 @@ def _passes(
     """What is measured, and the bytes that the kernels and the copy move."""
     numel, device = x.numel(), x.device
     levels, most = levels_for(bits, 1), 2 ** (bits - 1) - 1
-    norm_type, word_type = ops.norm_dtype(x.dtype), ops.word_dtype(bits)
+    norm_type, word_type = layout.norm_dtype(x.dtype), layout.word_dtype(bits)
     place = (0, 0, 0, 0, 1, True)  # seed, step, tensor, rank, world size, correlated
     out, norms = torch.empty_like(x), torch.empty(
         -(-numel // block_size), dtype=norm_type, device=device
     )  # fmt: skip
-    words = torch.empty(ops.words_for(numel, block_size, bits), dtype=word_type, device=device)
-    tiles = ops.tiles_for(numel, block_size)
+    words = torch.empty(layout.words_for(numel, block_size, bits), dtype=word_type, device=device)
+    tiles = layout.tiles_for(numel, block_size)
     means = torch.empty(
-        ops.means_before(tiles, numel, block_size, bits, norm_type),
-        dtype=ops.means_dtype(bits, norm_type), device=device,
+        layout.means_before(tiles, numel, block_size, bits, norm_type),
+        dtype=layout.means_dtype(bits, norm_type), device=device,
     )  # fmt: skip
     ops.block_max(x, block_size, norms)
     ops.quantize(x, norms, words, block_size, bits, levels, *place)
@@ -146,8 +148,8 @@ def _passes(
             3 * words.nbytes,
         )
     passes = {name: call for name, (call, _) in calls.items()}
-    if nccl_ops.built():
-        group = nccl_ops.communicator(nccl_ops.unique_id(), 0, 1, device)
+    if native_nccl.built():
+        group = native_nccl.communicator(native_nccl.unique_id(), 0, 1, device)
         passes["allreduce"] = lambda: group.allreduce(
             x, out, norms, None, words, block_size, bits, levels, 0, 0, 0, True, 1.0
         )

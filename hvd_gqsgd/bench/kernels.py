@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from hvd_gqsgd import ops
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import gpu
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs.linear import levels_for
@@ -86,8 +87,8 @@ def measure(
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     # All buffers are written to here, so that no page fault falls into the timing.
     copy, out = torch.zeros_like(x), torch.zeros_like(x)
-    norms = torch.zeros(-(-numel // block_size), dtype=ops.norm_dtype(x.dtype))
-    words = torch.zeros(ops.words_for(numel, block_size, bits), dtype=ops.word_dtype(bits))
+    norms = torch.zeros(-(-numel // block_size), dtype=layout.norm_dtype(x.dtype))
+    words = torch.zeros(layout.words_for(numel, block_size, bits), dtype=layout.word_dtype(bits))
     place = (0, 0, 0, 0, 1, True)  # seed, step, tensor, rank, world size, correlated
 
     size, lane = x.element_size(), words.nbytes / numel

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS
-from hvd_gqsgd.bench.launch import add_arguments, launch
 from hvd_gqsgd.bench.predict import gradients_of
 from hvd_gqsgd.bench.step import FP32, chosen
 from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.tools.launch import add_arguments, launch
 
 __all__ = ["main", "measure"]
 

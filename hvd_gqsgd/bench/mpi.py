@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from mpi4py import MPI
 
-from hvd_gqsgd import allreduce, mpi_ops
+from hvd_gqsgd import allreduce
+from hvd_gqsgd._native import mpi as native_mpi
 
 __all__ = ["main", "measure"]
 
@@ -45,12 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--megabytes", type=float, default=16, help="of float32 (default: %(default)s)"
     )
     parser.add_argument("--repeats", type=int, default=25, help="(default: %(default)s)")
-    parser.add_argument("--chunk", type=int, default=mpi_ops.CHUNK, help="elements in one message")
+    parser.add_argument(
+        "--chunk", type=int, default=native_mpi.CHUNK, help="elements in one message"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
     if options.megabytes <= 0 or options.repeats < 1:
         parser.error("--megabytes and --repeats must be positive")
-    mpi_ops.CHUNK = options.chunk
+    native_mpi.CHUNK = options.chunk
     result = measure(round(options.megabytes * 2**20 / 4), options.repeats)
     if MPI.COMM_WORLD.rank:
         return
@@ -105,7 +108,7 @@ def measure(numel: int, repeats: int) -> dict[str, Any]:
         "ranks": world.size,
         "repeats": repeats,
         "mpi": MPI.Get_library_version().split(",")[0].strip("\0\n "),
-        "native": mpi_ops.usable_with(MPI.Get_library_version()),
+        "native": native_mpi.usable_with(MPI.Get_library_version()),
         "rows": {
             name: {
                 "ms": ms[name, False],

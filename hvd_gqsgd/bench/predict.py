@@ -12,7 +12,7 @@ from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.model import (
+from hvd_gqsgd.tools.cost_model import (
     FP16,
     FP32,
     LINEAR_4,

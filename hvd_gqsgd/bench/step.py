@@ -28,10 +28,10 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from hvd_gqsgd import GlobalQSGD, ddp_hook
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
-from hvd_gqsgd.bench.launch import INTERFACE, add_arguments, is_rank, launch
 from hvd_gqsgd.bench.operators import OPERATORS
 from hvd_gqsgd.bench.rounds import interleaved, progress_bar
 from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.tools.launch import INTERFACE, add_arguments, is_rank, launch
 
 __all__ = ["ARMS", "FP32", "chosen", "main", "measure"]
 

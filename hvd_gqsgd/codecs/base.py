@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvd_gqsgd import ops
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
 
 __all__ = ["Codec"]
 
@@ -32,11 +33,11 @@ class Codec:
     @property
     def word_dtype(self) -> torch.dtype:
         """Type of the words that codes are packed in."""
-        return ops.word_dtype(self.bits)
+        return layout.word_dtype(self.bits)
 
     def norm_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Type of the norms of tensors of type ``dtype``."""
-        return ops.norm_dtype(dtype)
+        return layout.norm_dtype(dtype)
 
     def block(self, numel: int) -> int:
         """Elements that share a norm in a tensor of ``numel`` elements."""
@@ -48,7 +49,7 @@ class Codec:
 
     def num_words(self, numel: int) -> int:
         """Words for the codes of a tensor of ``numel`` elements."""
-        return ops.words_for(numel, self.block(numel), self.bits)
+        return layout.words_for(numel, self.block(numel), self.bits)
 
     def norms(self, x: Tensor, out: Tensor) -> None:
         """Writes this rank's largest magnitudes, which are to be Max-reduced, to ``out``."""

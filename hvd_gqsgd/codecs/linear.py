@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hvd_gqsgd import ops
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs.base import Codec
 
 __all__ = ["LinearCodec", "levels_for"]

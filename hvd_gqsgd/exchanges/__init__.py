@@ -6,15 +6,15 @@ import functools
 import logging
 from collections.abc import Callable
 
-from hvd_gqsgd.buffers import BufferPool
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule, wire_bits
+from hvd_gqsgd.engine.buffer_pool import BufferPool
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import ORDER, Exchange
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
 from hvd_gqsgd.options import ENOUGH_LEVELS, Options
-from hvd_gqsgd.schedule import DynamicBits, Schedule, wire_bits
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports import Transport
+from hvd_gqsgd.transports.base import Transport
 
 __all__ = ["ORDER", "Exchange", "make_exchange"]
 

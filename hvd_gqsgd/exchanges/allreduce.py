@@ -10,11 +10,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hvd_gqsgd.buckets import CODE_HEADER, Bucket, Item, everyone
 from hvd_gqsgd.codecs import LinearCodec
+from hvd_gqsgd.engine.buckets import CODE_HEADER, Bucket, Item, everyone
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.base import Exchange, Stage
-from hvd_gqsgd.transports import Handle
+from hvd_gqsgd.transports.base import Handle
 
 __all__ = ["AllreduceExchange"]
 

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.buckets import AGREEMENT, Agreement, Bucket, Item
-from hvd_gqsgd.buffers import BufferPool
 from hvd_gqsgd.codecs import Codec, ExponentialCodec, LinearCodec, levels_for
+from hvd_gqsgd.engine.buckets import AGREEMENT, Agreement, Bucket, Item
+from hvd_gqsgd.engine.buffer_pool import BufferPool
+from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.errors import AgreementError, RankLeftError
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.streams import on
-from hvd_gqsgd.transports import Handle, Transport
+from hvd_gqsgd.transports.base import Handle, Transport
 
 __all__ = ["ORDER", "Exchange", "Stage"]
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_gqsgd import mpi_ops
-from hvd_gqsgd.buckets import Bucket, Item, everyone
+from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.engine.buckets import Bucket, Item, everyone
 from hvd_gqsgd.exchanges.base import Exchange, Stage
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.transports import Done, Transport
+from hvd_gqsgd.transports.base import Done, Transport
 
 __all__ = ["MpiExchange", "NcclExchange"]
 
@@ -68,22 +68,22 @@ class MpiExchange(NativeExchange):
             )
         super().__init__(options, transport, *rest)
         self._comm = transport.mpi_handle
-        if options.dither == "exponential" and self.size > mpi_ops.most_ranks(self.codec.bits):
+        if options.dither == "exponential" and self.size > native_mpi.most_ranks(self.codec.bits):
             raise ValueError(
                 f"exchange='reduce_scatter' at bits={self.codec.bits} is for at most "
-                f"{mpi_ops.most_ranks(self.codec.bits)} ranks, got {self.size}: take "
+                f"{native_mpi.most_ranks(self.codec.bits)} ranks, got {self.size}: take "
                 "exchange='two_phase'"
             )
 
     def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> int:
         assert item.x is not None and item.scale is not None
         block = codec.block(item.numel)
-        mpi_ops.allreduce(
+        native_mpi.allreduce(
             item.x, out, self._comm, block, codec.bits, codec.levels,
-            codec.seed, step, item.identity, codec.correlated, item.scale, mpi_ops.CHUNK,
+            codec.seed, step, item.identity, codec.correlated, item.scale, native_mpi.CHUNK,
         )  # fmt: skip
         if codec.levels == 0:
-            codes = mpi_ops.combined_bytes(item.numel, block, codec.bits, self.size)
+            codes = native_mpi.combined_bytes(item.numel, block, codec.bits, self.size)
         else:
             codes = codec.num_words(item.numel) * codec.word_dtype.itemsize
         return codec.num_norms(item.numel) * codec.norm_dtype(item.dtype).itemsize + codes

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from hvd_gqsgd import ops
+from hvd_gqsgd import layout
 
 __all__ = ["FLAG", "Geometry", "Part", "Segments"]
 
@@ -54,7 +54,7 @@ class Segments(NamedTuple):
     def of(geometry: Geometry, ranks: int) -> Segments:
         """Deals out the tiles."""
         tensors = geometry.tensors
-        tiles = [ops.tiles_for(numel, block) for numel, block in tensors]
+        tiles = [layout.tiles_for(numel, block) for numel, block in tensors]
         left = [(tensor, 0) for tensor, count in enumerate(tiles) if count][::-1]
         words, means = [], [0]
         of_rank: list[tuple[Part, ...]] = []
@@ -87,6 +87,6 @@ class Segments(NamedTuple):
 def _lengths(geometry: Geometry, tensor: int, first: int, last: int) -> tuple[int, int]:
     """Words, and elements of means, of a run of tiles."""
     (numel, block), bits, norm_dtype = geometry.tensors[tensor], geometry.bits, geometry.norm_dtype
-    words = [ops.words_before(tile, numel, block, bits) for tile in (first, last)]
-    means = [ops.means_before(tile, numel, block, bits, norm_dtype) for tile in (first, last)]
+    words = [layout.words_before(tile, numel, block, bits) for tile in (first, last)]
+    means = [layout.means_before(tile, numel, block, bits, norm_dtype) for tile in (first, last)]
     return words[1] - words[0], means[1] - means[0]

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from hvd_gqsgd import ops
-from hvd_gqsgd.buckets import Bucket, Item, everyone
+from hvd_gqsgd import layout
+from hvd_gqsgd.engine.buckets import Bucket, Item, everyone
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.base import Exchange, Stage
 from hvd_gqsgd.exchanges.segments import FLAG, Geometry, Segments
-from hvd_gqsgd.transports import Handle
+from hvd_gqsgd.transports.base import Handle
 
 __all__ = ["TwoPhaseExchange"]
 
@@ -108,7 +108,7 @@ class TwoPhaseExchange(Exchange):
     def _own_means(self, bucket: Bucket) -> Tensor:
         assert bucket.codec is not None
         if bucket.means is None:
-            dtype = ops.means_dtype(bucket.codec.bits, bucket.kind[0])
+            dtype = layout.means_dtype(bucket.codec.bits, bucket.kind[0])
             begin, end = self._segments(bucket).means[self.rank : self.rank + 2]
             bucket.means = self._take(bucket, end - begin, dtype)
             bucket.means[:FLAG] = 0

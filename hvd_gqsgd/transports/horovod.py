@@ -13,7 +13,7 @@ from horovod.torch import mpi_ops
 from torch import Tensor
 
 from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.transports import nap
+from hvd_gqsgd.transports.base import nap
 
 __all__ = ["HorovodTransport"]
 
@@ -85,21 +85,21 @@ class HorovodTransport:
         )
 
     def max_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, name, hvd.Max)
 
     def sum_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, name, hvd.Sum)
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _HorovodHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         counts = torch.tensor(splits, dtype=torch.int32, device="cpu")
         handle = hvd.alltoall_async(tensor, counts, name=name, process_set=self.process_set)
         return _HorovodHandle(handle, name)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _HorovodHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
         return _HorovodHandle(handle, name)
 

@@ -12,8 +12,8 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from hvd_gqsgd import mpi_ops
-from hvd_gqsgd.transports import Done
+from hvd_gqsgd._native import mpi as native_mpi
+from hvd_gqsgd.transports.base import Done
 
 __all__ = ["MpiTransport"]
 
@@ -73,27 +73,27 @@ class MpiTransport:
 
     @property
     def mpi_handle(self) -> int | None:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
-        usable = mpi_ops.usable_with(MPI.Get_library_version())
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
+        usable = native_mpi.usable_with(MPI.Get_library_version())
         return self.comm.py2f() if usable else None
 
     def max_async(self, tensor: Tensor, name: str) -> _MpiHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, MPI.MAX)
 
     def sum_async(self, tensor: Tensor, name: str) -> _MpiHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, MPI.SUM)
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _MpiHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         result = torch.empty(splits[self.rank] * self.size, dtype=tensor.dtype)
         received = [splits[self.rank]] * self.size
         request = self.comm.Ialltoallv([tensor.numpy(), list(splits)], [result.numpy(), received])
         return _MpiHandle(request, tensor, result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _MpiHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         result = torch.empty(sum(lengths), dtype=tensor.dtype)
         request = self.comm.Iallgatherv(tensor.numpy(), [result.numpy(), list(lengths)])
         return _MpiHandle(request, tensor, result)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_gqsgd import nccl_ops
-from hvd_gqsgd.transports import Done, Handle, Transport
+from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd.transports.base import Done, Handle, Transport
 from hvd_gqsgd.transports.wrapped import WrappedTransport
 
 __all__ = ["NcclGroup", "NcclTransport"]
@@ -25,7 +25,7 @@ class NcclGroup:
         self._session: object = None
 
     def connect(self) -> Any:
-        """The communicator; see ``nccl_ops.communicator``. All ranks must ask for it the first
+        """The communicator; see ``native_nccl.communicator``. All ranks must ask for it the first
         time.
 
         Raises:
@@ -33,8 +33,8 @@ class NcclGroup:
         """
         if self._communicator is None or self._session is not self._base.session:
             self._session = self._base.session  # another one has other ranks
-            unique_id = self._share(nccl_ops.unique_id if self._base.rank == 0 else None)
-            self._communicator = nccl_ops.communicator(
+            unique_id = self._share(native_nccl.unique_id if self._base.rank == 0 else None)
+            self._communicator = native_nccl.communicator(
                 unique_id, self._base.rank, self._base.size, self._device
             )
             self._warm_up()
@@ -96,27 +96,27 @@ class NcclTransport(WrappedTransport):
         self.nccl = NcclGroup(base, device)
 
     def max_async(self, tensor: Tensor, name: str) -> Handle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         if tensor.device != self._device:
             return self._base.max_async(tensor, name)
         self.nccl.connect().max(tensor)
         return Done(tensor)
 
     def sum_async(self, tensor: Tensor, name: str) -> Handle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         if tensor.device != self._device:
             return self._base.sum_async(tensor, name)
         self.nccl.connect().sum(tensor)
         return Done(tensor)
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         result = tensor.new_empty(splits[self.rank] * self.size)
         self.nccl.connect().all_to_all(tensor, result, list(splits))
         return Done(result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Handle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         result = tensor.new_empty(sum(lengths))
         self.nccl.connect().all_gather(tensor, result, list(lengths))
         return Done(result)

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.transports import Done
+from hvd_gqsgd.transports.base import Done
 
 __all__ = ["SimulatedTransport", "SimulatedWorld"]
 
@@ -83,15 +83,15 @@ class SimulatedTransport:
         return self.world
 
     def max_async(self, tensor: Tensor, name: str) -> _SimulatedHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self.world.start(self.rank, tensor, name, _reduce(torch.maximum))
 
     def sum_async(self, tensor: Tensor, name: str) -> _SimulatedHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self.world.start(self.rank, tensor, name, _reduce(torch.add))
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _SimulatedHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
 
         def deal(tensors: list[Tensor]) -> Sequence[Tensor]:
             return [part.reshape(-1) for part in torch.stack(tensors).split(list(splits), dim=1)]
@@ -101,7 +101,7 @@ class SimulatedTransport:
     def allgather_async(
         self, tensor: Tensor, lengths: Sequence[int], name: str
     ) -> _SimulatedHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self.world.start(
             self.rank, tensor, name, lambda tensors: [torch.cat(tensors)] * len(tensors)
         )

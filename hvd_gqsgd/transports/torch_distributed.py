@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,15 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.transports import Done, nap
+from hvd_gqsgd.transports.base import Done, nap
 
-__all__ = [
-    "TorchDistributedTransport",
-    "give_back_channels",
-    "has_nccl",
-    "host_group",
-    "take_channels",
-]
+__all__ = ["TorchDistributedTransport"]
 
 
 @dataclass
@@ -89,15 +82,15 @@ class TorchDistributedTransport:
         return group
 
     def max_async(self, tensor: Tensor, name: str) -> _WorkHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, name, dist.ReduceOp.MAX)
 
     def sum_async(self, tensor: Tensor, name: str) -> _WorkHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, name, dist.ReduceOp.SUM)
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _WorkHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         received = [splits[self.rank]] * self.size
         result = tensor.new_empty(sum(received))
         work = dist.all_to_all_single(
@@ -106,7 +99,7 @@ class TorchDistributedTransport:
         return self._handle(work, lambda: result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _WorkHandle:
-        """See :class:`hvd_gqsgd.transports.Transport`."""
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
         # Gloo wants them to be of one length.
         longest = max(lengths)
         padded = tensor.new_zeros(longest)
@@ -138,70 +131,3 @@ class TorchDistributedTransport:
             notify = self._notify
             future.add_done_callback(lambda _: notify())
         return _WorkHandle(future, work, result)
-
-
-def has_nccl(group: dist.ProcessGroup | None) -> bool:
-    """Whether tensors of a GPU go over NCCL."""
-    return "nccl" in dist.get_backend_config(group)
-
-
-_hosts: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks as a process group that takes tensors on the CPU: ``group`` itself, or one over
-    Gloo, which all ranks must then ask for."""
-    if group is None:
-        group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup) or "cpu:" in dist.get_backend_config(group):
-        return group
-    if group not in _hosts:
-        _hosts[group] = _new_group(group, "gloo", "host")
-    return _hosts[group]
-
-
-# Given back, and kept rather than destroyed: a new process group of the same ranks might get the
-# name of a destroyed one, and look for its members where those were.
-_spare: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, list[dist.ProcessGroup]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-def take_channels(
-    group: dist.ProcessGroup, messages: Sequence[str]
-) -> dict[str, dist.ProcessGroup]:
-    """A process group of the ranks of ``group`` for each kind of message. All of its ranks must
-    call this."""
-    spare = _spare.setdefault(group, defaultdict(list))
-    return {
-        message: spare[message].pop()
-        if spare[message]
-        else _new_group(group, _cpu_backend(group), message)
-        for message in messages
-    }
-
-
-def give_back_channels(group: dist.ProcessGroup, channels: Mapping[str, dist.ProcessGroup]) -> None:
-    """Leaves them to the next one who takes channels of ``group``. All ranks must call this, with
-    nothing in flight."""
-    for message, channel in channels.items():
-        _spare[group][message].append(channel)
-
-
-def _new_group(group: dist.ProcessGroup, backend: str, use: str) -> dist.ProcessGroup:
-    made = dist.new_group(
-        dist.get_process_group_ranks(group),
-        backend=backend,
-        use_local_synchronization=True,  # ranks outside of the group know nothing of this
-        group_desc=f"hvd_gqsgd {use}",
-    )
-    assert isinstance(made, dist.ProcessGroup)
-    return made
-
-
-def _cpu_backend(group: dist.ProcessGroup) -> str:
-    """Of "cpu:gloo,cuda:nccl", say, "gloo"."""
-    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
-    return backends["cpu"]

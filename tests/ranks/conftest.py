@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hvd_gqsgd import mpi_ops
+from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.bench.step import start_process_group
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ:
@@ -116,9 +116,9 @@ def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield process_group()
         return
     if kind == "mpi":
-        assert mpi_ops.usable_with(MPI.Get_library_version())
+        assert native_mpi.usable_with(MPI.Get_library_version())
     else:
-        monkeypatch.setattr(mpi_ops, "usable_with", lambda version: False)
+        monkeypatch.setattr(native_mpi, "usable_with", lambda version: False)
     comm = MPI.COMM_WORLD.Dup()  # its own counts of steps
     yield comm
     comm.Free()

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from hvd_gqsgd import AgreementError, GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
-from hvd_gqsgd.compressor import _namespaces
+from hvd_gqsgd.frontends.horovod import _namespaces
 
 BITS = 16
 MARKS = [

@@ -13,7 +13,8 @@ import torch
 from helpers import assert_same_on_all_ranks, gradients
 from torch import nn
 
-from hvd_gqsgd import GlobalQSGD, allreduce, ops, simulate
+from hvd_gqsgd import GlobalQSGD, allreduce, simulate
+from hvd_gqsgd._native import ops
 
 pytestmark = pytest.mark.few
 

@@ -13,12 +13,13 @@ import torch
 from conftest import process_group
 from helpers import assert_same_on_all_ranks, gradients
 
-from hvd_gqsgd import AgreementError, nccl_ops, simulate
+from hvd_gqsgd import AgreementError, simulate
+from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.pipeline import Pipeline
 from hvd_gqsgd.transports.horovod import HorovodTransport
+from hvd_gqsgd.transports.host_staging import StagedTransport
 from hvd_gqsgd.transports.nccl import NcclTransport
-from hvd_gqsgd.transports.staged import StagedTransport
 from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
@@ -60,8 +61,8 @@ def emulated(request: pytest.FixtureRequest) -> type:
 @pytest.fixture
 def nccl(emulated: type, monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes the place of NCCL."""
-    monkeypatch.setattr(nccl_ops, "unique_id", torch.ops.hvd_gqsgd_emulated.nccl_unique_id)
-    monkeypatch.setattr(nccl_ops, "communicator", emulated)
+    monkeypatch.setattr(native_nccl, "unique_id", torch.ops.hvd_gqsgd_emulated.nccl_unique_id)
+    monkeypatch.setattr(native_nccl, "communicator", emulated)
 
 
 @pytest.fixture(params=["horovod", "mpi", "torch"])
@@ -142,7 +143,7 @@ def test_nccl_that_does_not_start(rank, base, nccl, monkeypatch):
         raise RuntimeError("ncclGetUniqueId failed: out of luck")
 
     if rank == 0:
-        monkeypatch.setattr(nccl_ops, "unique_id", fail)
+        monkeypatch.setattr(native_nccl, "unique_id", fail)
     with pytest.raises(RuntimeError, match="out of luck" if rank == 0 else "rank 0 could not"):
         exchange(NcclTransport(base, CPU), torch.ones(3000))
 
@@ -162,12 +163,12 @@ def test_a_communicator_checks_its_arguments(rank, size, nccl):
         (lambda: group.allreduce(x, x.double(), norms, None, words, *place), TypeError, "out mu"),
         (lambda: group.allreduce(x, x, norms, norms, words, *place), TypeError, "squares must"),
         (
-            lambda: nccl_ops.communicator(torch.zeros(128, dtype=torch.uint8), size, size, CPU),
+            lambda: native_nccl.communicator(torch.zeros(128, dtype=torch.uint8), size, size, CPU),
             ValueError,
             f"rank must be from 0 to {size - 1}, got {size}",
         ),
         (
-            lambda: nccl_ops.communicator(torch.zeros(128, dtype=torch.uint8), rank, size, CPU),
+            lambda: native_nccl.communicator(torch.zeros(128, dtype=torch.uint8), rank, size, CPU),
             RuntimeError,
             "ncclCommInitRank failed: system error; MPI has failed",
         ),

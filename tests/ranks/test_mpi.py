@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 from helpers import assert_same_on_all_ranks, gradients
+from reference import combine as reference_combine
 
-from hvd_gqsgd import allreduce, build_info, mpi_ops, reference_combine, simulate
+from hvd_gqsgd import allreduce, build_info, simulate
+from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.options import digest
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
@@ -21,7 +23,7 @@ COMBINED = {"dither": "exponential", "exchange": "reduce_scatter"}
 
 def test_the_native_part_is_in_use():
     assert "mpi" in build_info()["parts"]
-    assert mpi_ops.usable_with(MPI.Get_library_version())
+    assert native_mpi.usable_with(MPI.Get_library_version())
 
 
 @pytest.mark.few
@@ -85,7 +87,7 @@ def test_intercommunicators_are_refused(rank, size):
 
 
 def native(x, out, comm, bits=8, levels=15, chunk=1024, block=1024):
-    mpi_ops.allreduce(x, out, comm, block, bits, levels, 0, 0, 0, True, 1.0, chunk)
+    native_mpi.allreduce(x, out, comm, block, bits, levels, 0, 0, 0, True, 1.0, chunk)
 
 
 @pytest.mark.few
@@ -110,7 +112,7 @@ def test_errors_of_the_native_op():
 @pytest.mark.parametrize("chunk", [1, 1000, 2**18])
 def test_chunks_of_any_size(rank, size, chunk, monkeypatch):
     everyone = gradients(size, 20_000)
-    monkeypatch.setattr(mpi_ops, "CHUNK", chunk)
+    monkeypatch.setattr(native_mpi, "CHUNK", chunk)
     assert torch.equal(allreduce(everyone[rank], MPI.COMM_WORLD, step=0), simulate(everyone))
 
 

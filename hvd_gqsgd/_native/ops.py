@@ -1,0 +1,162 @@
+"""The native kernels as torch ops: schemas, fake kernels, and the loading of the library.
+
+The ops write into buffers that the caller owns and reuses, all on one device. Norms are ``int32``
+(the bits of a float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block.
+Words are ``int32`` where the lane width divides 32 and ``int64`` otherwise;
+``native/include/gqsgd/lanes.h`` has the layout. All of them release the GIL while they run. On a
+GPU they are enqueued on the current stream and return at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd._native.loader import built, load
+
+__all__ = [
+    "block_max",
+    "block_squares",
+    "combine",
+    "dequantize",
+    "dequantize_means",
+    "devices",
+    "instruction_set",
+    "instruction_sets",
+    "l2_norms",
+    "quantize",
+    "requantize",
+    "storage_use_count",
+    "sum_of_squares",
+    "use_instruction_set",
+]
+
+_log = logging.getLogger("hvd_gqsgd")
+
+_library = torch.library.Library("hvd_gqsgd", "DEF")
+
+_library.define("block_max(Tensor x, int block_size, Tensor(a!) norms) -> ()")
+_library.define(
+    "quantize(Tensor x, Tensor norms, Tensor(a!) words, int block_size, int bits, int levels, "
+    "int seed, int step, int tensor_id, int rank, int world_size, bool correlated) -> ()"
+)
+_library.define(
+    "dequantize(Tensor words, Tensor norms, Tensor(a!) out, int block_size, int bits, int levels, "
+    "int contributors, float scale) -> ()"
+)
+_library.define("block_squares(Tensor x, Tensor norms, Tensor(a!) squares, int block_size) -> ()")
+_library.define("l2_norms(Tensor(a!) norms, Tensor squares) -> ()")
+_library.define(
+    "requantize(Tensor received, Tensor norms, Tensor(a!) means, int numel, int block_size, "
+    "int bits, int levels, int first, int last, int seed, int step, int tensor_id) -> ()"
+)
+_library.define(
+    "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int bits, "
+    "int levels, int first, int last, float scale) -> ()"
+)
+_library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
+_library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
+_library.define("storage_use_count(Tensor tensor) -> int")
+_library.define("kernel_table() -> int")
+_library.define("instruction_sets() -> str[]")
+_library.define("instruction_set() -> str")
+_library.define("use_instruction_set(str name) -> ()")
+
+for _name in (
+    "block_max", "quantize", "dequantize", "block_squares", "l2_norms", "requantize",
+    "dequantize_means", "combine", "sum_of_squares",
+):  # fmt: skip
+    # They only write to their arguments, so there is no shape to infer.
+    torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
+
+
+load("_C")
+_ops = torch.ops.hvd_gqsgd
+
+
+@functools.cache
+def devices() -> tuple[str, ...]:
+    """Types of the devices that there are kernels for; this does not initialize CUDA."""
+    if not built("_cuda"):
+        return ("cpu",)
+    try:
+        load("_cuda")
+    except ImportError as error:
+        _log.warning("the kernels for GPUs cannot be used: %s", error)
+        return ("cpu",)
+    return ("cpu", "cuda")
+
+
+devices()
+
+block_max = _ops.block_max.default
+"""``block_max(x, block_size, norms)``: largest magnitude of each block of consecutive elements.
+
+``x``: contiguous floating-point tensor. NaN counts as larger than infinity, infinity as larger than
+any number.
+"""
+
+quantize = _ops.quantize.default
+"""``quantize(x, norms, words, block_size, bits, levels, seed, step, tensor_id, rank, world_size,
+correlated)``: rounds ``x`` stochastically to codes on the scale of ``norms`` and packs them.
+
+``levels`` is s, the number of levels a side of linear dithering, or 0 for exponential dithering.
+
+``norms`` must be at least the magnitudes of ``x``; values beyond them are cut off.
+"""
+
+dequantize = _ops.dequantize.default
+"""``dequantize(words, norms, out, block_size, bits, levels, contributors, scale)``: ``scale`` times
+the sum that the words of ``contributors`` ranks, added up, stand for. Linear dithering alone.
+"""
+
+block_squares = _ops.block_squares.default
+"""``block_squares(x, norms, squares, block_size)``: sum of the squares of each block, as ``int64``,
+on the scale of the block's largest magnitude over all ranks, ``norms``. Ranks add them up.
+"""
+
+l2_norms = _ops.l2_norms.default
+"""``l2_norms(norms, squares)``: turns the largest magnitudes in ``norms`` into L2 norms, where
+``squares`` are the sums over all ranks. Finite norms stay finite, and never become smaller.
+"""
+
+requantize = _ops.requantize.default
+"""``requantize(received, norms, means, numel, block_size, bits, levels, first, last, seed, step,
+tensor_id)``: averages the codes of tiles ``first`` to ``last`` (excluded) of a tensor of ``numel``
+elements and rounds the means stochastically to codes, on a norm of each tile's own.
+
+``received`` has a row for each rank, with the words of just these tiles.
+"""
+
+dequantize_means = _ops.dequantize_means.default
+"""``dequantize_means(means, norms, out, block_size, bits, levels, first, last, scale)``: ``scale``
+times the means of tiles ``first`` to ``last`` (excluded), to their places in ``out``.
+"""
+
+combine = _ops.combine.default
+"""``combine(from_, to, bits, key)``: exponential codes in ``uint8`` tensors; those in ``to`` become
+codes that stand for the sum of both on average, where no sum exceeds the largest level.
+"""
+
+storage_use_count = _ops.storage_use_count.default
+"""``storage_use_count(tensor) -> int``: how many tensors share this one's memory, with itself."""
+
+instruction_sets = _ops.instruction_sets.default
+"""``instruction_sets() -> list[str]``: those this build has kernels for and this processor runs."""
+
+instruction_set = _ops.instruction_set.default
+"""``instruction_set() -> str``: the one in use, by default the last of ``instruction_sets()``."""
+
+use_instruction_set = _ops.use_instruction_set.default
+"""``use_instruction_set(name)``: for tests and benchmarks; results are the same bits with each."""
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of a contiguous tensor; in float64, of no dimensions, on its device; the same to the bit on
+    every machine."""
+    total = torch.empty((), dtype=torch.float64, device=x.device)
+    _ops.sum_of_squares.default(x, total)
+    return total

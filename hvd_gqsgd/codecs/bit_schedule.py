@@ -1,0 +1,334 @@
+"""Dynamic bit width: more bits while the gradient is large, the same bits on the whole.
+
+DQ-SGD (arXiv 2107.14575) gives step t of T, with a gradient of norm |g_t|, a number of levels a
+side that is proportional to the norm, and so a width that follows its logarithm:
+
+    non-convex    s_t = k |g_t|
+    convex        s_t = k |g_t| a^((T-t)/2),    a: what a step contracts the loss by
+
+k is not given but follows from a budget, the mean width over the run. A lane that holds the sum of
+n codes has the ideal width log2(2 n s + 1). With k such that it is c bits at a typical norm,
+
+    w_t = log2(1 + (2^c - 1) 2^d),    d = log2(s_t / typical s),    whatever n is.
+
+- |g_t| is taken from the step before, as the width must be known before the gradient is.
+- c is what the budget has left for each step that is left: feedback that makes up for whatever the
+  forecast got wrong.
+- The typical s is a forecast for the steps to come, as the budget must last for them. If the norm
+  falls, it assumes that log2|g| goes on along a line in sqrt(t): then, if m is its mean so far and
+  r = sqrt(t/T), the mean of what is to come is u + (u - m) (1-r)(2+r) / (r(1+r)). For u a short
+  average is taken, or noise would be taken for a trend. If the norm rises, it is m: training begins
+  with a rise that passes, and bits saved for a further one would be missing there. a^((T-t)/2) is
+  known, so its part of the forecast is exact.
+- A norm that changes by more than 2^5 in one step shows another loss scale: what is remembered of
+  norms moves along.
+- w_t never goes so high that the narrowest width to the end would overrun the budget, nor so low
+  that the widest could not use it up. So what is owed or saved cannot wind up.
+- The wire has only some widths. w_t is met on average, by comparison with frac(t * golden ratio),
+  which needs no memory.
+
+Without T there is no end to plan for: the budget is held, and the norm is judged, over the last
+``WINDOW`` steps or so.
+
+The state is integers, which cross the wire unchanged. Floats are made from them anew, and rounded
+before they are compared, so that equal states give equal widths even if libm differs by an ulp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvd_gqsgd.checks import check_int, check_number
+
+__all__ = ["WIDTHS", "DynamicBits", "FixedBits", "Schedule", "make_schedule", "wire_bits"]
+
+MIN_BITS, MAX_BITS = 2, 16
+WORD_MAX = 2**31 - 1
+FORMS = ("nonconvex", "convex")
+
+WINDOW = 32  # steps that the budget is held over if the end is unknown
+RECENT = 8  # steps that the trend is taken from
+TREND_MAX = 4.0  # longest forecast, in multiples of what the norm has changed by so far
+REACH = 5  # most bits that a norm moves the width by; more in one step is another loss scale
+
+ORIGIN = 2**30  # a word of zero bits; 0 is kept for "unknown"
+NORM_UNIT = 2**20  # log2|g| in words: to 2^-20, from -1024 to 1024, as of any float64
+BITS_UNIT = 2**10  # bits in words: to 2^-10, up to a million
+GOLDEN = 2654435769  # 2^32 / golden ratio
+
+
+def wire_bits(width: int) -> float:
+    """Bits that an element takes on the wire, in lanes of ``width`` bits.
+
+    Lanes fill an int32 where they can, else ``64 // width`` of them go into an int64. Padding of
+    the last word of 1024 elements is not counted.
+
+    Raises:
+        TypeError: the width is not an int.
+        ValueError: it is not from 2 to 16.
+    """
+    check_int("width", width, MIN_BITS, MAX_BITS)
+    return float(width) if 32 % width == 0 else 64 / (64 // width)
+
+
+# 11 takes as much as 12, and 13 to 15 as much as 16: only the widest for its cost is worth using.
+WIDTHS = tuple(
+    width
+    for width in range(MIN_BITS, MAX_BITS + 1)
+    if width == MAX_BITS or wire_bits(width) < wire_bits(width + 1)
+)
+
+
+@dataclass(frozen=True)
+class DynamicBits:
+    """A bit width that follows the norm of the gradient; see ``hvd_gqsgd.codecs.bit_schedule``.
+
+    Raises:
+        TypeError: an option is of the wrong type.
+        ValueError: an option is out of range, or does not go with another one.
+    """
+
+    budget: float = 5.0
+    """Mean bits an element that the codes take on the wire; norms and padding come on top."""
+    total_steps: int | None = None
+    """Steps of the run, over which the budget is held; ``None``: over some dozens of steps."""
+    form: str = "nonconvex"
+    """Or "convex", which weighs later steps more, and needs ``total_steps``."""
+    contraction: float = 0.999
+    """What a step contracts the loss by, above 0 and at most 1; for the convex form only."""
+    min_bits: int = 2
+    """The narrowest lanes, 2 to 16 bits."""
+    max_bits: int = 16
+    """The widest lanes, 2 to 16 bits."""
+
+    def __post_init__(self) -> None:
+        check_int("min_bits", self.min_bits, MIN_BITS, MAX_BITS)
+        check_int("max_bits", self.max_bits, MIN_BITS, MAX_BITS)
+        span = f"min_bits={self.min_bits} to max_bits={self.max_bits}"
+        if not any(self.min_bits <= width <= self.max_bits for width in WIDTHS):
+            raise ValueError(f"{span} must have a width of {WIDTHS} in it")
+        budget = check_number("budget", self.budget, "a number of bits")
+        if not self.min_bits <= budget <= self.max_bits:
+            raise ValueError(f"budget must be from {span}, got {self.budget!r}")
+        if self.total_steps is not None:
+            check_int("total_steps", self.total_steps, 1, WORD_MAX, "None (unknown)")
+        if not isinstance(self.form, str):
+            raise TypeError(f"form must be one of {FORMS}, got {self.form!r}")
+        if self.form not in FORMS:
+            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
+        if self.form == "convex" and self.total_steps is None:
+            raise ValueError("total_steps must be an int for form='convex', got None")
+        contraction = check_number("contraction", self.contraction, "a number")
+        if not 0 < contraction <= 1:
+            raise ValueError(f"contraction must be above 0 and at most 1, got {self.contraction!r}")
+        object.__setattr__(self, "budget", budget)
+        object.__setattr__(self, "contraction", contraction)
+
+
+class FixedBits:
+    """The same width always: a ``Schedule`` that learns nothing."""
+
+    learns = False
+
+    def __init__(self, bits: int) -> None:
+        self._bits = bits
+
+    def width(self, ranks: int) -> int:
+        """The width; whether it is enough for the ranks is the codec's to say."""
+        return self._bits
+
+    def update(self, width: int, squared_norm: float) -> None:
+        """Does nothing."""
+
+    def state(self) -> list[int]:
+        """Nothing."""
+        return []
+
+    def adopt(self, words: Sequence[int]) -> None:
+        """Does nothing."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Checks that there is nothing to load.
+
+        Raises:
+            ValueError: it is the state of another schedule.
+        """
+        if state:
+            raise ValueError(f"the state of a fixed width must be empty, got {state!r}")
+
+
+class Schedule:
+    """Chooses the width of each step: ``width``, the step, then ``update``.
+
+    Ranks that have made the same updates choose the same widths. The state is five words: steps
+    taken, bits saved, or owed if negative, and log2|g| of the last step, of late, and on average.
+    """
+
+    learns = True
+    STATE_WORDS = 5
+    _KEYS = ("steps", "saved", "last", "recent", "mean")
+
+    def __init__(self, dynamic: DynamicBits) -> None:
+        self.dynamic = dynamic
+        self._words = [0] * self.STATE_WORDS
+
+    @property
+    def steps(self) -> int:
+        """Updates so far, those of a run that was taken over included."""
+        return self._words[0]
+
+    def width(self, ranks: int) -> int:
+        """The width for the coming step, one of ``WIDTHS``. Changes nothing.
+
+        Args:
+            ranks: how many codes a lane must hold the sum of.
+
+        Raises:
+            TypeError: ``ranks`` is not an int.
+            ValueError: it is not positive, or ``max_bits`` is too narrow for that many.
+        """
+        widths = self.usable(ranks)
+        costs = [wire_bits(width) for width in widths]
+        bits = self._wanted(costs[0], costs[-1])
+        index = max(i for i, cost in enumerate(costs) if cost <= bits)
+        if index + 1 < len(costs):
+            share = (bits - costs[index]) / (costs[index + 1] - costs[index])
+            index += self.steps * GOLDEN % 2**32 < round(share * 2**16) * 2**16
+        return widths[index]
+
+    def update(self, width: int, squared_norm: float) -> None:
+        """Counts a step of this width, and learns from |g|^2 of the gradient that it gave.
+
+        A norm that is zero, infinite or not a number, as when a gradient scaler skips the step,
+        teaches nothing.
+
+        Raises:
+            TypeError: the width is not an int.
+            ValueError: it is not from 2 to 16.
+        """
+        steps, saved, last, recent, mean = self._words
+        earned = round((self.dynamic.budget - wire_bits(width)) * BITS_UNIT)
+        saved = (saved or ORIGIN) + earned
+        known = self._steps_left() is not None
+        if not known:  # else ranks that need more than the budget would run up what none can pay
+            limit = WINDOW * REACH * BITS_UNIT
+            saved = min(max(saved, ORIGIN - limit), ORIGIN + limit)
+        steps = min(steps + 1, WORD_MAX)
+        if math.isfinite(squared_norm) and squared_norm > 0:
+            norm = ORIGIN + round(math.log2(squared_norm) / 2 * NORM_UNIT)
+            jump = norm - recent if last and abs(norm - last) > REACH * NORM_UNIT else 0
+            last = norm
+            recent = _average(recent, jump, norm, min(steps, RECENT))
+            mean = _average(mean, jump, norm, steps if known else min(steps, WINDOW))
+        self._words = [steps, _word(saved), last, recent, mean]
+
+    def state(self) -> list[int]:
+        """``STATE_WORDS`` ints from 0 to 2^31 - 1; all zeros if and only if nothing happened yet.
+
+        The elementwise maximum over ranks that agree, and newcomers, is the state of those that
+        agree.
+        """
+        return list(self._words)
+
+    def adopt(self, words: Sequence[int]) -> None:
+        """Takes over a state.
+
+        Raises:
+            TypeError: a word is not an int.
+            ValueError: there are more or less than ``STATE_WORDS``, or one is out of range.
+        """
+        if len(words) != self.STATE_WORDS:
+            raise ValueError(f"a state must have {self.STATE_WORDS} words, got {len(words)}")
+        for key, word in zip(self._KEYS, words, strict=True):
+            check_int(key, word, 0, WORD_MAX)
+        # No step, no history: nothing that could be learned from such words would be true.
+        self._words = list(words) if words[0] else [0] * self.STATE_WORDS
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state by name, for a checkpoint. Options are not in it."""
+        return dict(zip(self._KEYS, self._words, strict=True))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state_dict`` gave.
+
+        Raises:
+            TypeError: ``state`` is not a dict, or a value not an int.
+            ValueError: keys are missing or unknown, or a value is out of range.
+        """
+        if not isinstance(state, dict):
+            raise TypeError(f"the state of a schedule must be a dict, got {state!r}")
+        if state.keys() != set(self._KEYS):
+            raise ValueError(
+                f"the state of a schedule must have the keys {self._KEYS}, got {tuple(state)}"
+            )
+        self.adopt([state[key] for key in self._KEYS])
+
+    def usable(self, ranks: int) -> list[int]:
+        """Those of ``WIDTHS`` within the options that leave each rank a level a side."""
+        check_int("ranks", ranks, 1, WORD_MAX)
+        needed = (2 * ranks).bit_length()  # 2^w - 1 >= 2 * ranks
+        low, high = max(self.dynamic.min_bits, needed), self.dynamic.max_bits
+        widths = [width for width in WIDTHS if low <= width <= high]
+        if not widths:
+            wide = [width for width in WIDTHS if width >= needed]
+            remedy = f"max_bits must be at least {wide[0]}" if wide else f"{needed} bits are needed"
+            raise ValueError(
+                f"max_bits={high} is too narrow for {ranks} ranks: a lane must hold the sum of "
+                f"{ranks} codes from 0 to 2, so {remedy}"
+            )
+        return widths
+
+    def _steps_left(self) -> int | None:
+        """Steps to the end; ``None`` if unknown, as it is once the end has passed."""
+        total = self.dynamic.total_steps
+        return None if total is None or self.steps >= total else total - self.steps
+
+    def _wanted(self, least: float, most: float) -> float:
+        """Wire bits that the coming step should take, a real number from ``least`` to ``most``."""
+        left = self._steps_left() or WINDOW
+        saved = (self._words[1] - ORIGIN) / BITS_UNIT if self._words[1] else 0.0
+        funds = self.dynamic.budget * left + saved
+        typical = 2 ** min(max(funds / left, 0.0), most) - 1  # 2 n s at the typical norm
+        bits = math.log2(1 + typical * 2 ** self._excess())
+        # Within what there is to spend, less what the steps after this one can take.
+        bits = min(max(bits, funds - (left - 1) * most), funds - (left - 1) * least)
+        return min(max(bits, least), most)
+
+    def _excess(self) -> float:
+        """log2 of the coming step's s over the typical s of the steps to come."""
+        _, _, last, recent, mean = self._words
+        left = self._steps_left()
+        excess = 0.0
+        if last and recent and mean:
+            trend = -1.0  # what is to come is as what was
+            if left is not None and recent < mean:
+                r = math.sqrt(self.steps / (self.steps + left))
+                trend = min((1 - r) * (2 + r) / (r * (1 + r)), TREND_MAX)
+            excess = (last - recent - trend * (recent - mean)) / NORM_UNIT
+        if left is not None and self.dynamic.form == "convex":
+            # a^(left/2), over its geometric mean from here to the end
+            excess += left / 4 * math.log2(self.dynamic.contraction)
+        return min(max(excess, -REACH), REACH)
+
+
+def _average(average: int, jump: int, norm: int, steps: int) -> int:
+    """The average over ``steps`` norms of which this is the last, the others moved by ``jump``."""
+    moved = average + jump
+    return _word(moved + round((norm - moved) / steps)) if average else norm
+
+
+def _word(value: int) -> int:
+    """The nearest word that is known."""
+    return min(max(value, 1), WORD_MAX)
+
+
+def make_schedule(bits: int | DynamicBits) -> FixedBits | Schedule:
+    """What chooses the widths that an option ``bits`` stands for."""
+    return Schedule(bits) if isinstance(bits, DynamicBits) else FixedBits(bits)

@@ -1,0 +1,88 @@
+"""Which bucket a tensor joins, and when that is full."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Hashable, Iterator
+
+from torch import Tensor
+
+from hvd_gqsgd.engine.buckets import Bucket, Item, kind_of
+from hvd_gqsgd.engine.plan import BucketPlan
+from hvd_gqsgd.engine.streams import Streams
+from hvd_gqsgd.options import digest
+
+__all__ = ["Filling"]
+
+
+class Filling:
+    """The buckets of a step that are not full.
+
+    Args:
+        bucket_bytes: a bucket without a plan is full with so many.
+        plan: buckets of tensors with names; without one, and for tensors without a name, buckets
+            fill in order of arrival.
+        streams: where the work of buckets on a GPU goes.
+    """
+
+    def __init__(self, bucket_bytes: int, plan: BucketPlan | None, streams: Streams) -> None:
+        self._bucket_bytes = bucket_bytes
+        self._plan = plan or BucketPlan({}, [])
+        self._streams = streams
+        self._open: dict[Hashable, Bucket] = {}
+        self.begin_step()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def begin_step(self) -> None:
+        """Counts from the start again."""
+        self._arrivals, self._positions = itertools.count(), itertools.count()
+        self._repeats: Counter[Hashable] = Counter()
+        self._opened: Counter[str] = Counter()
+
+    def add(
+        self, x: Tensor, name: str | None, scale: float | None, out: Tensor | None, prefix: str
+    ) -> tuple[Bucket, Item, bool]:
+        """Puts a tensor into its bucket; tells whether that is full, and is in here no more.
+
+        Args:
+            x, name, scale, out: as for ``Pipeline.submit``.
+            prefix: begins the bucket's name, if it is a new one.
+        """
+        label = name if name is not None else next(self._arrivals)
+        repeat = self._repeats[label]
+        self._repeats[label] += 1
+        identity = digest((label, repeat, x.numel(), str(x.dtype)))
+        kind = kind_of(x.dtype, x.device)
+        planned = self._plan.places.get(name)
+        key: Hashable
+        if planned is not None:
+            key, position = planned
+            group = f"planned{key}."
+        else:
+            key, position, group = kind, next(self._positions), ""
+
+        if key not in self._open:
+            # Named the same whatever tensors another rank has: the two meet, and it is told what
+            # differs.
+            stream = self._streams.take(x.device, self._opened.total())
+            self._open[key] = Bucket(f"{prefix}.{group}{self._opened[group]}", kind, stream)
+            self._opened[group] += 1
+        bucket = self._open[key]
+        item = Item(x, x.numel(), x.dtype, x.device, position, identity, scale, out)
+        bucket.add(item)
+
+        if planned is not None:
+            full = len(bucket.items) == self._plan.sizes[planned[0]]
+        else:
+            full = bucket.nbytes >= self._bucket_bytes
+        if full:
+            del self._open[key]
+        return bucket, item, full
+
+    def take_all(self) -> Iterator[Bucket]:
+        """Those that are not full, one after the other; they are in here no more."""
+        while self._open:
+            yield self._open.pop(next(iter(self._open)))

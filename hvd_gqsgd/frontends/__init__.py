@@ -1,0 +1,1 @@
+"""What hands tensors in: Horovod, DDP, and calls of ``allreduce``."""

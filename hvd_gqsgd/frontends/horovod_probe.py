@@ -1,0 +1,81 @@
+"""The little tensor that Horovod reduces in place of the gradient.
+
+A compressor is not told the name of the tensor, the reduction, its pre- and postscale, or the
+process set. All of that acts on the probe, which Horovod takes for the gradient. So what comes back
+tells what the user asked for, and whether all ranks asked for the same. Slots, in float64:
+
+    0       1
+    1, 2    two numbers of the rank
+    3, 4    a, a^2    12 bits of the tensor's identity, and their square
+    5, 6    b, b^2    12 bits more
+
+For a linear reduction, slot 0 comes back as factor * contributors, and 1 and 2 as the factor times
+sums that the payload of the exchange, which is always summed, gives exactly. All ranks have the
+same identity if and only if the variance of a and of b over the ranks is zero. Every rank sees the
+same slots and so comes to the same verdict.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.engine.buckets import Contribution, rank_weight
+
+__all__ = ["PROBE_BYTES", "Reading", "make_probe"]
+
+PROBE_BYTES = 7 * 8
+
+# Float64 sums of integers below 2^24 over up to 10,000 ranks, times a few scale factors, are right
+# to 1e-14; a rank with another identity changes the variance by 1/(ranks * 2^24) at the least.
+RTOL = 1e-12
+
+
+def make_probe(rank: int, identity: int) -> Tensor:
+    """This rank's probe for a tensor with a 31-bit identity: float64, 7 elements, on the CPU."""
+    a, b = identity & 0xFFF, identity >> 12 & 0xFFF
+    slots = [1, rank, rank_weight(rank), a, a * a, b, b * b]
+    return torch.tensor(slots, dtype=torch.float64, device="cpu")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A probe that came back."""
+
+    slots: tuple[float, ...]
+
+    @classmethod
+    def of(cls, probe: Tensor) -> Reading:
+        """Reads a reduced probe."""
+        return cls(tuple(probe.tolist()))
+
+    def matches(self, contribution: Contribution) -> bool:
+        """Whether it was reduced linearly over just these contributors."""
+        one, rank, weight = self.slots[:3]
+        return _close(rank * contribution.count, one * contribution.ranks) and _close(
+            weight * contribution.count, one * contribution.weights
+        )
+
+    def same_tensor(self) -> bool:
+        """Whether all contributors meant the same tensor; for linear reductions."""
+        one, _, _, a, aa, b, bb = self.slots
+        return _close(one * aa, a * a) and _close(one * bb, b * b)
+
+    def scale(self, contributors: int, world_size: int) -> float:
+        """What to multiply the sum over the contributors by, to get what the user asked for.
+
+        The mean and the sum are by far the most common, and get exactly 1/world_size and 1.
+        """
+        scale = self.slots[0] / contributors
+        for exact in (1 / world_size, 1.0):
+            if _close(scale, exact):
+                return exact
+        return scale
+
+
+def _close(a: float, b: float) -> bool:
+    # What has overflowed is not close to anything.
+    return abs(a - b) <= RTOL * max(abs(a), abs(b)) < math.inf

@@ -1,0 +1,286 @@
+"""A model of what a step takes: with which settings, if with any, does quantization pay?
+
+Times are those of one rank of n that are alike, each with one link of its own. What an exchange of
+S bytes takes, after the performance model of Global-QSGD (arXiv 2305.18627), with latency alpha,
+bandwidth beta and rate of reduction gamma:
+
+    tree, in the paper   2 log2(n) alpha + 2 log2(n) S/beta + log2(n) S/gamma
+    ring                 2 (n-1) alpha + 2 (n-1)/n S/beta + (n-1)/n S/gamma
+    recursive doubling   log2(n) (alpha + S/beta + S/gamma)
+    two phases           2 (n-1) alpha + 2 (n-1)/n S/beta
+
+And beyond it: the norms' own exchange, the probes, the kernels, and what Horovod takes to settle on
+an operation that is ready on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from hvd_gqsgd.codecs import levels_for
+from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES
+
+__all__ = [
+    "FP16",
+    "FP32",
+    "LINEAR_4",
+    "LINEAR_8",
+    "PRESETS",
+    "SETTINGS",
+    "TWO_PHASE_8",
+    "Gradients",
+    "Machine",
+    "Setting",
+    "break_even",
+    "exchange_seconds",
+    "possible",
+    "recommend",
+    "step_seconds",
+]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One rank and its link; seconds, and bytes a second."""
+
+    alpha: float
+    """Latency of a message."""
+    beta: float
+    """Bandwidth of the link, in each direction."""
+    beta_two_phase: float | None = None
+    """That which an Alltoall and an Allgather reach, if it is another one."""
+    gamma: float = 5e9
+    """Bytes of numbers that are added in a second."""
+    operation: float = 2e-3
+    """What Horovod takes from when an operation is ready to when it starts."""
+    tensor: float = 20e-6
+    """What Horovod takes for each tensor in each step."""
+    compressed_tensor: float = 100e-6
+    """What the compressor takes on top, for each tensor."""
+    norm: float = 0.14e-9
+    """Block maximum, for each element."""
+    quantize: float = 0.21e-9
+    dequantize: float = 0.17e-9
+    cast: float = 0.25e-9
+    """Of an element to float16, and as much back."""
+    copy: float = 0.1e-9
+    """Of a byte, into the buffer in which small tensors travel together."""
+    exposed: float = 0.0
+    """Which part of what is computed while payloads travel holds them up. 0 where cores are spare;
+    1 where those that compute are those that send."""
+
+
+_GPU = {"operation": 1e-3, "norm": 1.5e-12, "quantize": 2e-12, "dequantize": 2e-12,
+        "cast": 2.5e-12, "copy": 1e-12, "gamma": 5e11}  # fmt: skip
+
+PRESETS: Mapping[str, Machine] = {
+    "nvlink": Machine(5e-6, 450e9, **_GPU),
+    "pcie": Machine(10e-6, 12e9, **_GPU),
+    "25gbe": Machine(20e-6, 25e9 / 8),
+    "10gbe": Machine(30e-6, 10e9 / 8),
+    "1gbe": Machine(50e-6, 1e9 / 8),
+    "200mbit": Machine(200e-6, 200e6 / 8),
+}
+"""Machines to start from. Nobody has measured the first two here; calibrate them."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is exchanged in a step."""
+
+    elements: int
+    tensors: int
+    small_elements: int = 0
+    """Of tensors that are too small to be compressed..."""
+    small_tensors: int = 0
+    """... and how many there are."""
+
+    @classmethod
+    def of(cls, sizes: Sequence[int], min_numel: int = 4096) -> Gradients:
+        """Of tensors with so many elements each."""
+        small = [size for size in sizes if size < min_numel]
+        return cls(sum(sizes), len(sizes), sum(small), len(small))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to exchange gradients."""
+
+    name: str
+    bits: float
+    """An element, on the wire."""
+    two_phase: bool = False
+    quantized: bool = True
+    block_size: int = 1024
+
+
+FP32 = Setting("fp32", 32, quantized=False)
+FP16 = Setting("fp16", 16, quantized=False)
+LINEAR_8 = Setting("8 bits", 8)
+TWO_PHASE_8 = Setting("8 bits, two phases", 8, two_phase=True)
+LINEAR_4 = Setting("4 bits, two phases", 4, two_phase=True)
+SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4)
+"""What is compared."""
+
+BUCKET = 25 * 2**20
+"""Bytes of float32 in a bucket."""
+
+FUSED = 128 * 2**20
+"""Bytes that Horovod puts into one operation."""
+
+
+def possible(setting: Setting, ranks: int) -> bool:
+    """Whether lanes hold the sum of this many ranks' codes, with levels enough to be of use."""
+    if not setting.quantized or setting.two_phase:
+        return True
+    try:
+        return levels_for(int(setting.bits), ranks) >= 7
+    except ValueError:
+        return False
+
+
+def allreduce_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
+    """The faster one of a ring and recursive doubling."""
+    n, m = ranks, machine
+    if n == 1:
+        return 0.0
+    doublings = math.ceil(math.log2(n))
+    ring = 2 * (n - 1) * m.alpha + (n - 1) / n * bytes_ * (2 / m.beta + 1 / m.gamma)
+    return min(ring, doublings * (m.alpha + bytes_ / m.beta + bytes_ / m.gamma))
+
+
+def tree_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
+    """The paper's: T = 2 log2(n) alpha + 2 log2(n) S / beta + log2(n) S / gamma."""
+    doublings = math.log2(ranks)
+    return doublings * (2 * machine.alpha + 2 * bytes_ / machine.beta + bytes_ / machine.gamma)
+
+
+def two_phase_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
+    """An Alltoall and an Allgather."""
+    beta = machine.beta_two_phase or machine.beta
+    return 2 * (ranks - 1) * machine.alpha + 2 * (ranks - 1) / ranks * bytes_ / beta
+
+
+def exchange_seconds(setting: Setting, gradients: Gradients, ranks: int, machine: Machine) -> float:
+    """From when all gradients are there to when all means are.
+
+    Raises:
+        ValueError: the lanes cannot hold the sum of this many ranks.
+    """
+    first, rest, last = _parts(setting, gradients, ranks, machine)
+    return first + rest + last
+
+
+def step_seconds(
+    setting: Setting,
+    gradients: Gradients,
+    ranks: int,
+    machine: Machine,
+    forward: float,
+    backward: float,
+) -> float:
+    """A whole step: the exchange begins when the first bucket's gradients are there, and goes on
+    beside the rest of the backward pass.
+
+    Args:
+        forward, backward: seconds, of one rank alone; the update goes with the forward pass.
+    """
+    first, rest, last = _parts(setting, gradients, ranks, machine)
+    share = min(1.0, (BUCKET if setting.quantized else 0) / max(4 * gradients.elements, 1))
+    beside = machine.exposed * (1 - share) * backward
+    computed = forward + backward
+    return max(computed, forward + share * backward + first + rest + beside) + last
+
+
+MARGIN = 0.1
+"""By how much a setting must be faster to be recommended: the model is not better than that."""
+
+
+def recommend(
+    gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
+) -> str:
+    """What to do, in one sentence."""
+    best, seconds, plain = _best(gradients, ranks, machine, forward, backward)
+    if seconds > plain * (1 - MARGIN):
+        return (
+            "Do not compress: no setting makes a step more than "
+            f"{MARGIN:.0%} faster than fp32 ({plain * 1e3:.0f} ms)."
+        )
+    return (
+        f"Take {best.name}: a step of {seconds * 1e3:.0f} ms in place of {plain * 1e3:.0f} ms, "
+        f"{plain / seconds:.1f} times faster than fp32."
+    )
+
+
+def break_even(
+    gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
+) -> float:
+    """The bandwidth, in bytes a second, below which the best setting is recommended; 0 if none is
+    at any, and infinity if at all of them."""
+
+    def pays(beta: float) -> bool:
+        there = replace(machine, beta=beta, beta_two_phase=None)
+        _, seconds, plain = _best(gradients, ranks, there, forward, backward)
+        return seconds <= plain * (1 - MARGIN)
+
+    low, high = 1e5, 1e13
+    if not pays(low):
+        return 0.0
+    if pays(high):
+        return math.inf
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low
+
+
+def _best(
+    gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
+) -> tuple[Setting, float, float]:
+    """The fastest setting but fp32, its step, and that of fp32."""
+    steps = {
+        setting: step_seconds(setting, gradients, ranks, machine, forward, backward)
+        for setting in SETTINGS
+        if possible(setting, ranks)
+    }
+    plain = steps.pop(FP32)
+    best = min(steps, key=lambda setting: steps[setting])
+    return best, steps[best], plain
+
+
+def _parts(
+    setting: Setting, gradients: Gradients, ranks: int, machine: Machine
+) -> tuple[float, float, float]:
+    """Seconds before the first payload travels, while payloads do, and after the last has come."""
+    g, m = gradients, machine
+    if not setting.quantized:
+        sent = g.elements * setting.bits / 8
+        operations = max(1, math.ceil(sent / FUSED))
+        cast = g.elements * m.cast if setting.bits == 16 else 0.0
+        travel = operations * m.operation + allreduce_seconds(sent, ranks, m) + sent * m.copy
+        return g.tensors * m.tensor + cast, travel, sent * m.copy + cast
+    if not possible(setting, ranks):
+        raise ValueError(f"{setting.name} is too narrow for {ranks} ranks")
+    small, tensors = g.small_elements, g.tensors - g.small_tensors
+    elements = g.elements - small
+    buckets = max(1, math.ceil(4 * elements / BUCKET))
+    each, python = elements / buckets, tensors / buckets * m.compressed_tensor
+    norms, codes = 4 * each / setting.block_size, each * setting.bits / 8
+    exchange = two_phase_seconds if setting.two_phase else allreduce_seconds
+    more = each * (m.dequantize + m.quantize) if setting.two_phase else 0.0
+    first = (
+        g.tensors * m.tensor + python + each * (m.norm + m.quantize)
+        + 2 * m.operation + allreduce_seconds(norms, ranks, m)
+    )  # fmt: skip
+    plain = allreduce_seconds(4 * small + PROBE_BYTES * tensors, ranks, m) + m.operation
+    stages = 2 if setting.two_phase else 1
+    travel = (
+        plain
+        + buckets * (exchange(codes, ranks, m) + more)
+        + ((buckets - 1) * allreduce_seconds(norms, ranks, m) + (stages - 1) * m.operation)
+    )
+    kernels = (buckets - 1) * (each * (m.norm + m.quantize + m.dequantize) + python)
+    travel += m.exposed * kernels
+    return first, max(travel, kernels), each * m.dequantize + python

@@ -1,0 +1,1 @@
+"""The ground truth in NumPy, which tests hold the native code against."""
