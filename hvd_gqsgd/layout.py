@@ -6,12 +6,20 @@ A block of consecutive elements shares a norm, and is cut in *tiles* of at most 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
 __all__ = [
+    "FLAG",
     "TILE",
+    "Layout",
+    "Part",
+    "Segments",
+    "lay_out",
     "means_before",
     "means_dtype",
     "norm_dtype",
@@ -23,6 +31,9 @@ __all__ = [
 
 TILE = 1024
 """Elements that are packed together: ``kTile`` of ``native/core/lanes.h``."""
+
+FLAG = 1
+"""Elements before the means of each rank: whether it took part."""
 
 
 def norm_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,3 +90,120 @@ def _before(tile: int, numel: int, block_size: int, size: Callable[[int], int]) 
 
 def _lanes(bits: int) -> int:
     return 8 * word_dtype(bits).itemsize // bits
+
+
+# --- buckets: the tensors one behind the other, and the part that each rank averages ------------
+
+
+class Part(NamedTuple):
+    """A run of tiles of one tensor that one rank averages."""
+
+    tensor: int
+    tiles: tuple[int, int]
+    words: slice
+    """In the words that each rank sends to this one."""
+    means: slice
+    """In the means of all ranks, one behind the other."""
+
+
+class Segments(NamedTuple):
+    """The division of a bucket among the ranks."""
+
+    words: tuple[int, ...]
+    """Words sent to each rank."""
+    means: tuple[int, ...]
+    """Offset of the flag and the means of each rank, and at last their end."""
+    of_rank: tuple[tuple[Part, ...], ...]
+    of_tensor: tuple[tuple[Part, ...], ...]
+
+
+class Layout(NamedTuple):
+    """Offsets of a bucket's tensors in its messages, headers excluded."""
+
+    tensors: tuple[tuple[int, int], ...]
+    """Elements, and elements of a block, of each tensor."""
+    bits: int
+    norm_dtype: torch.dtype
+    norms: tuple[slice, ...]
+    """Norms of each tensor."""
+    words: tuple[slice, ...]
+    """Words of each tensor."""
+
+    @property
+    def num_norms(self) -> int:
+        """Norms of all tensors."""
+        return int(self.norms[-1].stop)
+
+    @property
+    def num_words(self) -> int:
+        """Words of all tensors."""
+        return int(self.words[-1].stop)
+
+    @property
+    def word_dtype(self) -> torch.dtype:
+        """See the function ``word_dtype``."""
+        return word_dtype(self.bits)
+
+    @property
+    def means_dtype(self) -> torch.dtype:
+        """See the function ``means_dtype``."""
+        return means_dtype(self.bits, self.norm_dtype)
+
+    def segments(self, ranks: int) -> Segments:
+        """The division among ``ranks`` ranks.
+
+        The tiles of a bucket, counted through all of its tensors, are dealt out in runs that
+        differ by one tile at most. With fewer tiles than ranks some ranks get none.
+        """
+        return _segments(self, ranks)
+
+
+@functools.lru_cache(maxsize=256)  # the same buckets come step after step
+def lay_out(tensors: tuple[tuple[int, int], ...], bits: int, norm_dtype: torch.dtype) -> Layout:
+    """The layout of tensors with so many elements, and elements of a block."""
+    norms = _slices(-(-numel // block) for numel, block in tensors)
+    words = _slices(words_for(numel, block, bits) for numel, block in tensors)
+    return Layout(tensors, bits, norm_dtype, norms, words)
+
+
+def _slices(lengths: Iterable[int]) -> tuple[slice, ...]:
+    ends = list(itertools.accumulate(lengths, initial=0))
+    return tuple(slice(begin, end) for begin, end in itertools.pairwise(ends))
+
+
+@functools.lru_cache(maxsize=256)
+def _segments(layout: Layout, ranks: int) -> Segments:
+    tiles = [tiles_for(numel, block) for numel, block in layout.tensors]
+    left = [(tensor, 0) for tensor, count in enumerate(tiles) if count][::-1]
+    words, means = [], [0]
+    of_rank: list[tuple[Part, ...]] = []
+    of_tensor: list[list[Part]] = [[] for _ in tiles]
+    for rank in range(ranks):
+        wanted = sum(tiles) * (rank + 1) // ranks - sum(tiles) * rank // ranks
+        parts, word, mean = [], 0, means[-1] + FLAG
+        while wanted:
+            tensor, first = left.pop()
+            last = min(first + wanted, tiles[tensor])
+            if last < tiles[tensor]:
+                left.append((tensor, last))
+            wanted -= last - first
+            num_words, num_means = _lengths(layout, tensor, first, last)
+            part = Part(
+                tensor, (first, last),
+                slice(word, word + num_words), slice(mean, mean + num_means),
+            )  # fmt: skip
+            parts.append(part)
+            of_tensor[tensor].append(part)
+            word, mean = part.words.stop, part.means.stop
+        words.append(word)
+        means.append(mean)
+        of_rank.append(tuple(parts))
+    return Segments(tuple(words), tuple(means), tuple(of_rank), tuple(map(tuple, of_tensor)))
+
+
+def _lengths(layout: Layout, tensor: int, first: int, last: int) -> tuple[int, int]:
+    """Words, and elements of means, of a run of tiles."""
+    (numel, block), bits, norm_dtype = layout.tensors[tensor], layout.bits, layout.norm_dtype
+    words = [words_before(tile, numel, block, bits) for tile in (first, last)]
+    means = [means_before(tile, numel, block, bits, norm_dtype) for tile in (first, last)]
+    return words[1] - words[0], means[1] - means[0]

@@ -1,31 +1,218 @@
-"""Short words between ranks, ahead of exchanges: do all have the same options, and do all come?"""
+"""The agreement of the ranks on each bucket: a header that is written, read, verified and refused.
+
+The header is Max-reduced. A digest k travels as the pair k and 2^31 - 1 - k, whose maxima add up to
+2^31 - 1 if and only if all ranks have the same k. All ranks see the same maxima, so all come to the
+same verdict. A rank that has joined contributes zeros, which change neither.
+
+There are two ways to send it. ``WithNorms`` puts it in front of the norms, which costs no message
+of its own; the transport must tell ranks when their messages differ in length, as Horovod does.
+``Ahead`` sends it first, in a message whose length depends on nothing.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
 from torch import Tensor
 
-from hvd_gqsgd.engine.buckets import digest_header, read_digest, refusal
-from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.bucket import Bucket
+from hvd_gqsgd.codecs.bit_schedule import Schedule
+from hvd_gqsgd.errors import REFUSED, AgreementError, RankLeftError
+from hvd_gqsgd.exchanges import Exchange, Terms
+from hvd_gqsgd.exchanges.base import Running
+from hvd_gqsgd.exchanges.collectives import Max
+from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.transports.base import Transport
 
-__all__ = ["check", "refuse"]
+__all__ = [
+    "HEADER",
+    "ORDER",
+    "Agreement",
+    "AgreementProtocol",
+    "Ahead",
+    "WithNorms",
+    "check",
+    "refusal",
+    "refuse",
+]  # fmt: skip
+
+HEADER = 16
+"""Words of a header: more than it holds, so that what follows begins on a cache line."""
+
+ORDER = (
+    "without named_parameters tensors are told apart by their order of arrival, so pass "
+    "GlobalQSGD(named_parameters=model.named_parameters()) if that may differ between ranks"
+)
+
+_FULL = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The step, its width and its schedule: the elementwise maximum of the ranks' proposals."""
+
+    step: int
+    bits: int
+    schedule: tuple[int, ...]
+    """State of the bit width's schedule; see ``Schedule.state``."""
+    all_here: bool = True
+    """Whether no rank has left by ``hvd.join()``: such a rank puts 0 where the others put -1."""
+
+
+class AgreementProtocol(ABC):
+    """A way to send the header of each bucket.
+
+    Args:
+        options: of this rank.
+        exchange: of this rank.
+        transport: which the exchange goes over.
+        settle: called with each agreement, before the bucket's next message.
+    """
+
+    header_in_norms: ClassVar[int]
+    """Words in front of the first message of an exchange that hold the header."""
+    messages: ClassVar[tuple[str, ...]]
+    """Collectives before those of the exchange."""
+    may_give_up: ClassVar[bool]
+    """Whether ranks may give up a step between two collectives."""
+    advice: ClassVar[str]
+    """A remedy, if the ranks hand in different tensors."""
+
+    def __init__(
+        self,
+        options: Options,
+        exchange: Exchange,
+        transport: Transport,
+        settle: Callable[[Agreement], None],
+    ) -> None:
+        self._options = options
+        self._exchange = exchange
+        self._settle = settle
+        # By name too, as one host may lack a native part that another one has.
+        names = type(exchange).__name__, type(transport).__name__
+        self._digest = digest((options.digest(), *names))
+
+    @abstractmethod
+    def run(self, bucket: Bucket, proposal: Agreement, terms: Terms) -> Running:
+        """Exchanges a closed bucket; the ranks agree on the way.
+
+        Raises:
+            AgreementError: on all ranks, if they disagree.
+        """
+
+    def _write(self, header: Tensor, bucket: Bucket, proposal: Agreement) -> None:
+        items = tuple((item.identity, item.scale, item.device.type) for item in bucket.items)
+        _write(
+            header,
+            [
+                *(*_pair(self._digest), *_pair(digest(items))),
+                *(-1, proposal.step, proposal.bits, *proposal.schedule),
+            ],
+        )
+
+    def _read(self, header: Tensor, bucket: Bucket, proposal: Agreement, terms: Terms) -> None:
+        """Verifies a reduced header, and sets the terms accordingly."""
+        numbers = header.tolist()
+        if not _agrees(numbers):
+            raise AgreementError(
+                f"{bucket.name}: the ranks use different options; this rank has {self._options}, "
+                f"and {type(self._exchange).__name__}"
+            )
+        layout, no_layout, absent, step, bits, *more = numbers[2:]
+        if layout + no_layout != _FULL:
+            raise AgreementError(
+                f"{bucket.name}: the ranks handed in different tensors, or in another order; "
+                f"{self.advice}"
+            )
+        agreed = Agreement(step, bits, tuple(more[: Schedule.STATE_WORDS]), absent < 0)
+        # The number of the next step travels in 32 bits too.
+        sent = (step, step + 1, *agreed.schedule)
+        if min(sent) < 0 or max(sent) >= 2**31:
+            raise AgreementError(f"{bucket.name}: a rank sent numbers that no rank has: {agreed}")
+        if not agreed.all_here and self._exchange.needs_all_ranks:
+            raise RankLeftError(
+                f"{bucket.name}: a rank has left by hvd.join(), and an exchange in two phases "
+                "needs all of them; pass exchange='allreduce', with bits enough for it"
+            )
+        # The largest of all ranks' is no less than this one's, which is enough for all of them.
+        if not proposal.bits <= bits <= max(proposal.bits, self._options.most_bits):
+            raise AgreementError(
+                f"{bucket.name}: a rank asked for lanes of {bits} bits; the options say from "
+                f"{self._options.least_bits} to {self._options.most_bits}"
+            )
+        self._exchange.codec(bits)
+        terms.step, terms.bits = step, bits
+        self._settle(agreed)
+
+
+class WithNorms(AgreementProtocol):
+    """The header travels in front of the norms."""
+
+    header_in_norms = HEADER
+    messages = ()
+    may_give_up = True
+    advice = ORDER
+
+    def run(self, bucket: Bucket, proposal: Agreement, terms: Terms) -> Running:
+        """See :class:`AgreementProtocol`."""
+        exchange = self._exchange.run(bucket, terms)
+        norms = next(exchange)
+        self._write(norms.tensor[:HEADER], bucket, proposal)
+        result = yield norms
+        if not terms.given_up:
+            self._read(result[:HEADER], bucket, proposal, terms)
+        while True:
+            try:
+                collective = exchange.send(result)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
+            result = yield collective
+
+
+class Ahead(AgreementProtocol):
+    """The header travels in a message of its own, ahead of all others."""
+
+    header_in_norms = 0
+    messages = ("header",)
+    # All ranks learn at once that one does not take part.
+    may_give_up = False
+    advice = (
+        "shapes, types, and whether the mean or the sum is asked for must be the same on all ranks"
+    )
+
+    def run(self, bucket: Bucket, proposal: Agreement, terms: Terms) -> Running:
+        """See :class:`AgreementProtocol`."""
+        # On the host, wherever the tensors are: the host reads the reduced header.
+        header = torch.empty(HEADER, dtype=torch.int64, device="cpu")
+        self._write(header, bucket, proposal)
+        reduced = yield Max("header", header)
+        self._read(reduced, bucket, proposal, terms)
+        return (yield from self._exchange.run(bucket, terms))
+
+
+def refusal() -> Tensor:
+    """A header that tells the other ranks that this one cannot take part."""
+    return _header([_FULL, _FULL])  # no number and its complement
 
 
 def refuse(transport: Transport, name: str) -> None:
-    """Tells the other ranks, who wait for this one's agreement of this name, not to."""
+    """Sends a refusal to the other ranks, which wait for this one's header of this name."""
     _max(transport, refusal(), name)
 
 
 def check(transport: Transport, options: Options, name: str) -> None:
-    """That all ranks have the same options.
+    """Checks that all ranks have the same options.
 
     Raises:
-        AgreementError: they have not, or a rank has refused.
+        AgreementError: on all ranks, if they have not, or if a rank has refused.
     """
-    header = digest_header(options.digest())
+    header = _header(_pair(options.digest()))
     _max(transport, header, name)
-    if not read_digest(header):
+    if not _agrees(header.tolist()):
         raise AgreementError(f"the ranks use different options; this rank has {options}")
 
 
@@ -34,3 +221,31 @@ def _max(transport: Transport, header: Tensor, name: str) -> None:
     while not handle.done():
         transport.idle()
     handle.wait()
+
+
+def _agrees(header: list[int]) -> bool:
+    """Whether all ranks have the same first number, from the maxima.
+
+    Raises:
+        AgreementError: a rank has refused.
+    """
+    number, complement = header[:2]
+    if number == complement == _FULL:
+        raise AgreementError(REFUSED)
+    return number + complement == _FULL
+
+
+def _pair(number: int) -> list[int]:
+    return [number, _FULL - number]
+
+
+def _header(numbers: list[int]) -> Tensor:
+    header = torch.empty(HEADER, dtype=torch.int64, device="cpu")
+    _write(header, numbers)
+    return header
+
+
+def _write(header: Tensor, numbers: list[int]) -> None:
+    assert len(numbers) <= HEADER
+    padded = numbers + [0] * (HEADER - len(numbers))
+    header.copy_(torch.tensor(padded, dtype=header.dtype, device="cpu"), non_blocking=True)

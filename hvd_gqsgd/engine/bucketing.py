@@ -1,19 +1,48 @@
-"""Which bucket a tensor joins, and when that is full."""
+"""Which tensors travel together, and when a bucket is full."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from hvd_gqsgd.engine.buckets import Bucket, Item, kind_of
-from hvd_gqsgd.engine.plan import BucketPlan
-from hvd_gqsgd.engine.streams import Streams
+from hvd_gqsgd.bucket import Bucket, Item, Kind, kind_of
+from hvd_gqsgd.engine.streams import Streams, hand_in
 from hvd_gqsgd.options import digest
 
-__all__ = ["Filling"]
+__all__ = ["BucketPlan", "Filling"]
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Buckets made up front of tensors with names, so that these may come in any order."""
+
+    places: dict[Hashable, tuple[int, int]]
+    """Bucket number and position of each name."""
+    sizes: Sequence[int]
+    """How many tensors each bucket waits for."""
+
+    @classmethod
+    def of(cls, tensors: Iterable[tuple[Hashable, Kind, int]], bucket_bytes: int) -> BucketPlan:
+        """From (name, kind, bytes) in the order in which gradients are expected."""
+        places: dict[Hashable, tuple[int, int]] = {}
+        sizes: list[int] = []
+        filling: dict[Kind, tuple[int, int]] = {}  # bucket number and bytes so far
+        for position, (name, kind, nbytes) in enumerate(tensors):
+            if kind not in filling:
+                filling[kind] = (len(sizes), 0)
+                sizes.append(0)
+            number, total = filling[kind]
+            places[name] = (number, position)
+            sizes[number] += 1
+            if total + nbytes >= bucket_bytes:
+                del filling[kind]
+            else:
+                filling[kind] = (number, total + nbytes)
+        return cls(places, sizes)
 
 
 class Filling:
@@ -23,7 +52,7 @@ class Filling:
         bucket_bytes: a bucket without a plan is full with so many.
         plan: buckets of tensors with names; without one, and for tensors without a name, buckets
             fill in order of arrival.
-        streams: where the work of buckets on a GPU goes.
+        streams: for the work on buckets on a GPU.
     """
 
     def __init__(self, bucket_bytes: int, plan: BucketPlan | None, streams: Streams) -> None:
@@ -37,7 +66,7 @@ class Filling:
         return len(self._open)
 
     def begin_step(self) -> None:
-        """Counts from the start again."""
+        """Counts from zero."""
         self._arrivals, self._positions = itertools.count(), itertools.count()
         self._repeats: Counter[Hashable] = Counter()
         self._opened: Counter[str] = Counter()
@@ -45,7 +74,7 @@ class Filling:
     def add(
         self, x: Tensor, name: str | None, scale: float | None, out: Tensor | None, prefix: str
     ) -> tuple[Bucket, Item, bool]:
-        """Puts a tensor into its bucket; tells whether that is full, and is in here no more.
+        """Adds a tensor to its bucket, and tells whether the bucket is full; then it is removed.
 
         Args:
             x, name, scale, out: as for ``Pipeline.submit``.
@@ -71,7 +100,8 @@ class Filling:
             self._open[key] = Bucket(f"{prefix}.{group}{self._opened[group]}", kind, stream)
             self._opened[group] += 1
         bucket = self._open[key]
-        item = Item(x, x.numel(), x.dtype, x.device, position, identity, scale, out)
+        item = Item(x, position, identity, scale, out)
+        hand_in(x, bucket.stream)
         bucket.add(item)
 
         if planned is not None:
@@ -83,6 +113,6 @@ class Filling:
         return bucket, item, full
 
     def take_all(self) -> Iterator[Bucket]:
-        """Those that are not full, one after the other; they are in here no more."""
+        """Removes the buckets that are not full, one after the other."""
         while self._open:
             yield self._open.pop(next(iter(self._open)))

@@ -1,38 +1,56 @@
-"""Names of messages: which number a pipeline has among those that are in use."""
+"""Names of operations: the number of a pipeline among those that have messages out."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import weakref
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from hvd_gqsgd.engine.pipeline import Pipeline
-
-__all__ = ["Namespace"]
+__all__ = ["Named", "OperationNames"]
 
 
-class Namespace:
+class Named(Protocol):
+    """A pipeline, as ``OperationNames`` sees it."""
+
+    number: int
+
+    @property
+    def active(self) -> bool:
+        """Whether a ticket is neither decoded nor dropped."""
+
+    @property
+    def steps_begun(self) -> int:
+        """How many steps it has begun."""
+
+    def give_up(self) -> None:
+        """Ends a step whose tickets were dropped."""
+
+    def restart(self) -> None:
+        """Ends a step whose session has ended."""
+
+
+class OperationNames:
     """Numbers the pipelines that have tickets out, so that no two messages share a name.
 
-    A pipeline is numbered anew with each step, by what is in use then: a number kept for good would
-    differ between ranks for good once one of them had used a pipeline that another one had not.
+    A pipeline is numbered anew with each step, by the numbers in use then: a number kept for good
+    would differ between ranks for good once one of them had used a pipeline that another one had
+    not.
 
     Args:
-        label: begins the names of all messages; the same on all ranks.
+        label: begins the names of all operations; the same on all ranks.
     """
 
     def __init__(self, label: str = "gqsgd") -> None:
         self.label = label
         self.failures = 0
-        """Steps that were abandoned: messages of later ones have other names."""
-        self.unfinished: set[Pipeline] = set()
-        """Pipelines with messages out; held here, for messages outlive whoever drops a pipeline."""
+        """Steps after which operations got new names."""
+        self.unfinished: set[Named] = set()
+        """Pipelines with messages out; held here, for messages outlive references to a pipeline."""
         self._session: object = None
-        self._pipelines: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+        self._pipelines: weakref.WeakSet[Named] = weakref.WeakSet()
         # Of each pipeline that joined: the steps that the others were in then.
-        self._seen: weakref.WeakKeyDictionary[Pipeline, set[tuple[int, int]]] = (
+        self._seen: weakref.WeakKeyDictionary[Named, set[tuple[int, int]]] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -42,13 +60,13 @@ class Namespace:
             self._session = session
             self.failures = 0
             for pipeline in list(self._pipelines):
-                pipeline.forget()
+                pipeline.restart()
 
     def prefix(self, number: int) -> str:
-        """Begins the names of messages of the pipeline with this number."""
+        """Begins the names of operations of the pipeline with this number."""
         return f"{self.label}.{number}.{self.failures}"
 
-    def join(self, pipeline: Pipeline) -> int:
+    def join(self, pipeline: Named) -> int:
         """The smallest number that no other pipeline with tickets out has."""
         self._pipelines.add(pipeline)
         self._collect(pipeline)
@@ -58,14 +76,14 @@ class Namespace:
         taken = {p.number for p in self._pipelines if p is not pipeline and p.active}
         return next(number for number in itertools.count() if number not in taken)
 
-    def _collect(self, pipeline: Pipeline) -> None:
-        """Frees tickets that nobody can reach, as those of an optimizer that an exception ended.
+    def _collect(self, pipeline: Named) -> None:
+        """Frees unreachable tickets, as those of an optimizer that an exception ended.
 
-        It is in a cycle with its hooks, which each rank would free at another time; until then the
-        pipeline would have a number there. The search takes long, so it is made only where a
-        pipeline is new, or finds another one in the very step in which it was the last time.
+        The optimizer is in a cycle with its hooks, which each rank would free at another time;
+        until then its pipeline would have a number there. A collection takes long, so it runs only
+        where a pipeline is new, or finds another one in the very step of the time before.
         """
-        others = {(id(p), p.stats.steps) for p in self._pipelines if p is not pipeline and p.active}
+        others = {(id(p), p.steps_begun) for p in self._pipelines if p is not pipeline and p.active}
         if others & self._seen.get(pipeline, others):
             gc.collect()
         self._seen[pipeline] = others

@@ -1,57 +1,82 @@
-"""Turns: points of the program at which every rank starts one operation, and what it starts if
-there is nothing to start.
+"""Operation slots: points of the program at which every rank starts one operation.
 
-A rank that had nothing at one turn passes, which counts like an operation where the transport
-counts them. A turn that was used is made up for by a pass at the end, so that all ranks have
-started as many collectives and passed as many turns.
+When a collective is done differs from rank to rank, but Horovod names what its users leave unnamed
+by counting the operations started so far. So a collective is started in a slot only, and a rank
+that has none to start fills the slot with a small operation. A slot that was used is made up for by
+a filling at the end, so that all ranks have started as many collectives and filled as many slots.
+
+Horovod alone counts operations. For other transports there are no slots.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports.base import Handle, Transport
+from hvd_gqsgd.transports.base import Handle
 
-__all__ = ["Turns", "reaped"]
+__all__ = ["OperationSlots", "SlotFilling", "reaped"]
 
 
-class Turns:
-    """The turns of one step of a pipeline."""
+class SlotFilling(NamedTuple):
+    """The operation that fills a slot."""
 
-    def __init__(self, transport: Transport, stats: Stats) -> None:
-        self._transport = transport
+    start: Callable[[str], Handle]
+    """Starts it, under a name."""
+    nbytes: int
+
+
+class OperationSlots:
+    """The slots of one step of a pipeline.
+
+    Args:
+        filling: fills empty slots; None: there are no slots.
+        stats: counts the bytes of fillings.
+    """
+
+    def __init__(self, filling: SlotFilling | None, stats: Stats) -> None:
+        self._filling = filling
         self._stats = stats
-        self.taken = 0
-        self.passed = 0
+        self._opened = 0
+        self.filled = 0
+        """Slots that were filled in this step."""
         self._in_flight: list[Handle] = []
 
-    def pass_(self, prefix: str) -> None:
-        """Passes a turn; ``prefix`` begins the name of what is sent."""
-        self._in_flight.append(self._transport.pass_turn(f"{prefix}.pass.{self.passed}"))
-        self.passed += 1
-        self._stats.compressed_bytes_on_wire += self._transport.turn_bytes
+    def open(self, count: int) -> range:
+        """Opens so many slots; each is to be used or filled."""
+        slots = range(0 if self._filling is None else count)
+        self._opened += len(slots)
+        return slots
+
+    def fill(self, prefix: str) -> None:
+        """Fills a slot; ``prefix`` begins the name of the operation."""
+        assert self._filling is not None
+        self._in_flight.append(self._filling.start(f"{prefix}.pass.{self.filled}"))
+        self.filled += 1
+        self._stats.compressed_bytes_on_wire += self._filling.nbytes
 
     def make_up(self, prefix: str) -> None:
-        """Passes all turns that were not passed when they came."""
-        while self.passed < self.taken:
-            self.pass_(prefix)
+        """Fills as many slots as were used."""
+        while self.filled < self._opened:
+            self.fill(prefix)
 
     def done(self) -> bool:
-        """Whether all that was passed has gone through."""
+        """Whether all fillings are done."""
         while self._in_flight and self._in_flight[0].done():
             self._in_flight.pop(0).wait()
         return not self._in_flight
 
     def begin_step(self) -> list[Handle]:
-        """Counts from the start; returns what is still in flight."""
+        """Counts from zero; returns the fillings still in flight."""
         orphans, self._in_flight = self._in_flight, []
-        self.taken = self.passed = 0
+        self._opened = self.filled = 0
         return orphans
 
 
 def reaped(handle: Handle) -> bool:
-    """Clears away an operation that nobody waits for any more, if it is done."""
+    """Releases an operation that nobody waits for any more, if it is done."""
     if not handle.done():
         return False
     with contextlib.suppress(Exception):

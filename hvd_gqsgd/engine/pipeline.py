@@ -1,45 +1,42 @@
-"""Buckets in flight: norms out, codes out, gradient back. Knows no transport from another.
+"""Buckets in flight: tensors in, means out, over any transport.
 
 A tensor is handed in by ``submit`` and joins a bucket. A full bucket starts the first collective of
-its exchange, the Max of its block norms, and is left alone; a later ``submit`` finds the norms
-reduced, rounds the tensors to codes on them and starts the next collective. ``wait`` returns when
-the last one is done, and ``decode`` makes the gradient. Nothing before ``wait`` blocks, and nothing
-before ``wait`` raises for what another rank did: every rank must come to the point where all of
-them learn of it.
+its exchange and is left alone; a later ``submit`` finds the result, and starts the next collective.
+``wait`` returns when the last one is done, and ``decode`` makes the gradient. Nothing before
+``wait`` blocks, and nothing before ``wait`` raises for an error of another rank: every rank must
+come to the point where all of them learn of it.
 
-**Steps.** A step begins with the first ``submit`` after all earlier tickets were decoded or
-dropped. Numbers that ranks must share (names of messages, dither) count from the start of the step,
-so that a rank which lost a step, or joined later, falls in line with the next one. The step number
-itself is the largest of all ranks', carried by the norms.
+A step begins with the first ``submit`` after all earlier tickets were decoded or dropped. Numbers
+that ranks must share (names of messages, dither) count from the start of the step, so that a rank
+which lost a step, or joined later, falls in line with the next one. The step number itself is the
+largest of all ranks', settled by the agreement.
 
-**Turns.** When a collective is done differs from rank to rank, but transports want every rank to
-start its operations of one kind in one order, and Horovod names what its users leave unnamed by
-counting the operations started so far. So a bucket goes to its next collective only after the one
-before it did, and at fixed points only: each full bucket brings some turns, right after its norms
-were sent off, to start a collective of an earlier one or to pass. Turns that were not passed are
-made up for in ``wait``, where the remaining collectives are started too. So wherever the user's
-code runs, all ranks have started the same number of operations.
+Transports require every rank to start its operations of one kind in one order. So a bucket goes to
+its next collective only after the one before it did. With operation slots it does so in a slot
+only, or in ``wait``.
 """
 
 from __future__ import annotations
 
 import math
 import time
-import weakref
-from typing import Any
+from typing import NamedTuple
 
 from torch import Tensor
 
-from hvd_gqsgd.engine.bucketing import Filling
-from hvd_gqsgd.engine.buckets import Bucket, Contribution, Item
+from hvd_gqsgd._native import ops
+from hvd_gqsgd.bucket import Bucket, Item
+from hvd_gqsgd.engine.agreement import Agreement, AgreementProtocol, WithNorms
+from hvd_gqsgd.engine.bucketing import BucketPlan, Filling
 from hvd_gqsgd.engine.buffer_pool import BufferPool
-from hvd_gqsgd.engine.operation_names import Namespace
-from hvd_gqsgd.engine.operation_slots import Turns, reaped
-from hvd_gqsgd.engine.plan import BucketPlan
+from hvd_gqsgd.engine.failures import Ending
+from hvd_gqsgd.engine.flight import Flight
+from hvd_gqsgd.engine.operation_names import OperationNames
+from hvd_gqsgd.engine.operation_slots import OperationSlots, SlotFilling, reaped
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import Streams, hand_out, on
-from hvd_gqsgd.errors import AgreementError, RankLeftError
-from hvd_gqsgd.exchanges import Exchange, make_exchange
+from hvd_gqsgd.exchanges import Exchange, Setup, Terms, make_exchange
+from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Handle, Transport
@@ -48,7 +45,7 @@ __all__ = ["Pipeline", "Ticket"]
 
 
 class Ticket:
-    """A tensor on its way. Dropping it is how to say that its result is not wanted any more."""
+    """A tensor on its way. Dropping it says that the result is not wanted any more."""
 
     __slots__ = ("__weakref__", "bucket", "item")
 
@@ -57,19 +54,27 @@ class Ticket:
         self.item = item
 
 
+class _Way(NamedTuple):
+    """The exchange and the agreement among the ranks that there are now."""
+
+    exchange: Exchange
+    protocol: AgreementProtocol
+    messages: tuple[str, ...]
+
+
 class Pipeline:
     """One rank's exchange of many tensors.
 
     Args:
         options: the same on all ranks.
-        transport: what moves the bytes.
-        namespace: shared by pipelines of this process whose messages could be mixed up.
+        transport: moves the messages.
+        protocol: how ranks agree. With ``Ahead`` all ranks must hand in tensors in one order.
+        steps: the state of the training; None: a new one.
+        names: shared by pipelines of this process whose messages could be mixed up.
         plan: buckets of tensors with names; without one, and for tensors without a name, buckets
             fill in order of arrival.
-        step: number of the first step.
-        stats: where to count.
-        ahead: what ranks must agree on goes ahead of all else; see ``Exchange``. Then all ranks
-            must hand in their tensors in one order.
+        slot_filling: for a transport that counts operations; see ``OperationSlots``.
+        stats: counts messages and steps.
     """
 
     def __init__(
@@ -77,37 +82,61 @@ class Pipeline:
         options: Options,
         transport: Transport,
         *,
-        namespace: Namespace | None = None,
+        protocol: type[AgreementProtocol] = WithNorms,
+        steps: Steps | None = None,
+        names: OperationNames | None = None,
         plan: BucketPlan | None = None,
-        step: int = 0,
+        slot_filling: SlotFilling | None = None,
         stats: Stats | None = None,
-        ahead: bool = False,
     ) -> None:
         self.options = options
         self.stats = stats or Stats()
+        self.steps = steps or Steps(options.bits)
+        self.number = 0
+        """Of the step's messages, among the pipelines that share names."""
+        self.steps_begun = 0
         self._transport = transport
-        self._namespace = namespace or Namespace()
-        self._ahead = ahead
+        self._protocol_type = protocol
+        self._names = names or OperationNames()
         self._open_ended = False  # the step lasts until the next one is begun
         self._pool = BufferPool()
         # NCCL takes the operations of a communicator one after the other anyway.
         streams = Streams(4 if transport.nccl is None else 1)
         self._filling = Filling(options.bucket_bytes, plan, streams)
         self._session: object = None
-        self._steps = Steps(options.bits, step)
-        self._live: weakref.WeakSet[Ticket] = weakref.WeakSet()
-        self._in_flight: list[Bucket] = []
+        self._record = self.steps.record()
+        self._flights: dict[Bucket, Flight] = {}  # not all decoded
+        self._in_flight: list[Flight] = []  # of these, those without a result
         self._orphans: list[Handle] = []
-        self._sent = 0  # tensors whose norms were sent off and that are not decoded
-        self.number = 0  # of the step, from the namespace
-        self._exchange: Exchange | None = None
+        self._sent = 0  # tensors whose exchange was started and that are not decoded
+        self._way_or_none: _Way | None = None
+        self._proposal = Agreement(0, 0, ())
         self._done_its_part = False
-        self._turns = Turns(transport, self.stats)
+        self._slots = OperationSlots(slot_filling, self.stats)
 
     @property
     def active(self) -> bool:
         """Whether a ticket is neither decoded nor dropped."""
-        return bool(self._live)
+        return bool(self._record.tickets)
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """The collectives of a bucket, by the last parts of their names.
+
+        Raises:
+            ValueError: the options leave no levels to this many ranks.
+        """
+        return self._way.messages
+
+    @property
+    def slots_filled(self) -> int:
+        """Operation slots of this step that no collective used."""
+        return self._slots.filled
+
+    @property
+    def in_flight(self) -> int:
+        """Buckets without a result, and operations left over from earlier steps."""
+        return len(self._filling) + len(self._in_flight) + len(self._orphans)
 
     def begin_step(self, step: int | None = None) -> None:
         """Begins a step that lasts until the next call, however many tickets are decoded in it.
@@ -129,13 +158,13 @@ class Pipeline:
         scale: float | None = None,
         out: Tensor | None = None,
     ) -> Ticket:
-        """Hands in a flat, contiguous tensor, which must stay as it is until it is decoded.
+        """Hands in a flat, contiguous tensor, which must not change until it is decoded.
 
         Args:
             x: the tensor.
             name: the same on all ranks, for tensors that come in another order there.
             scale: that of ``decode``, if it is known already; the same on all ranks.
-            out: flat and contiguous memory to decode to, maybe ``x`` itself.
+            out: flat and contiguous memory to decode to, possibly ``x`` itself.
 
         Raises:
             ValueError: the lanes are too narrow for the number of ranks.
@@ -143,19 +172,20 @@ class Pipeline:
         new_session = self._transport.session is not self._session
         if new_session or not (self.active or self._open_ended):
             self._begin_step()
-        assert self._exchange is not None
-        self._exchange.check(x.numel())
+        self._way.exchange.check(x.numel())
         self._done_its_part = False
 
         bucket, item, full = self._filling.add(x, name, scale, out, self._prefix())
         ticket = Ticket(bucket, item)
-        self._live.add(ticket)
+        self._record.submitted(ticket)
         if full:
             self._launch(bucket)
-            # With just as many turns as there are collectives to start, one that was late once
+            # With just as many slots as there are collectives to start, one that was late once
             # would hold up all later ones.
-            for _ in range(0 if self._ahead else len(self._exchange.stages)):
-                self._take_turn()
+            for _ in self._slots.open(len(self._way.messages)):
+                flight = self._due()
+                if flight is None or not self._advance(flight):
+                    self._slots.fill(self._prefix())
         return ticket
 
     def flush(self) -> None:
@@ -164,26 +194,27 @@ class Pipeline:
             self._launch(bucket)
 
     def advance(self) -> bool:
-        """Starts the collectives that can be; whether there are none left to start."""
-        while (bucket := self._due()) is not None:
-            self._advance(bucket)
-        return all(self._is_last(bucket) for bucket in self._in_flight)
+        """Starts the collectives that can be; returns whether none is left to start."""
+        while (flight := self._due()) is not None:
+            self._advance(flight)
+        return all(self._is_last(flight) for flight in self._in_flight)
 
     def wait(self, ticket: Ticket, patience: float | None = None) -> Contribution | None:
-        """Waits for the end of a tensor's exchange and tells which ranks took part.
+        """Waits for the end of a tensor's exchange.
 
-        With ``patience``, returns None if it has not come after so many seconds.
+        Returns:
+            The ranks that took part; None after ``patience`` seconds.
 
         Raises:
             AgreementError: ranks disagree on the options or on the tensors of a bucket.
             RuntimeError: the ticket was decoded or given up before.
-            Exception: whatever the transport raised.
+            Exception: an error of the transport.
         """
         began = time.monotonic()
         self.flush()
         while (contribution := self.poll(ticket)) is None:
             # A look at the handles alone is cheaper than a poll, and a core may be short.
-            pending = [bucket.handle for bucket in self._in_flight if bucket.handle is not None]
+            pending = [flight.handle for flight in self._in_flight if flight.handle is not None]
             while True:
                 waited = time.monotonic() - began
                 if patience is not None and waited > patience:
@@ -194,22 +225,21 @@ class Pipeline:
         return contribution
 
     def poll(self, ticket: Ticket) -> Contribution | None:
-        """What ``wait`` returns, once it is there; None before that. Its bucket must have been
-        started, as by ``flush``.
+        """The result of ``wait``; None before the end. The ticket's bucket must have been started,
+        as by ``flush``.
 
         Raises:
             Exception: as ``wait``.
         """
-        if self._arrived(ticket.bucket):
+        contribution = self._arrived(ticket.bucket)
+        if contribution is not None:
             self._done_its_part = True
-            return ticket.bucket.contribution
-        failure = next((b.failure for b in self._in_flight if b.failure is not None), None)
-        if isinstance(failure, AgreementError):
-            self.abandon(counted=not isinstance(failure, RankLeftError))
+            return contribution
+        failure = next((f.failure for f in self._in_flight if f.failure is not None), None)
         if failure is not None:
-            self.forget()
+            self.end_step(Ending.of(failure))
             raise failure
-        if ticket not in self._live:
+        if ticket not in self._record.tickets:
             raise RuntimeError(
                 f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "
                 "after an error, or is another compressor's"
@@ -219,195 +249,167 @@ class Pipeline:
     def decode(self, ticket: Ticket, scale: float) -> Tensor:
         """``scale`` times the sum over the ranks, flat. Once a ticket, and after ``wait``."""
         bucket, item = ticket.bucket, ticket.item
-        if ticket not in self._live:
+        if ticket not in self._record.tickets:
             raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
-        assert self._exchange is not None and bucket.contribution is not None
+        flight = self._flights[bucket]
+        assert flight.result is not None, "wait() comes before decode()"
         with on(bucket.stream):
             out = item.out
             if out is None:
                 out = self._pool.take(item.numel, item.dtype, item.device)
-            self._exchange.decode(bucket, item, out, scale)
-            self._steps.decoded(out)
+            flight.result.decode(item, out, scale)
+            norm = ops.sum_of_squares(out) if self.steps.learns else None
         hand_out(out, bucket.stream)
-        item.x = item.out = None
-        bucket.undecoded -= 1
-        if not bucket.undecoded:
-            bucket.release()
-        self._live.discard(ticket)
+        self._record.decoded(ticket, norm)
+        item.release()
+        flight.undecoded -= 1
+        if not flight.undecoded:
+            del self._flights[bucket]
         self._sent -= 1
         if not self._sent:
-            self._namespace.unfinished.discard(self)
+            self._names.unfinished.discard(self)
         return out
 
-    def state_dict(self) -> dict[str, Any]:
-        """The number of the next step, and the state of the bit width's schedule."""
-        self._learn()
-        return self._steps.state_dict()
+    def end_step(self, ending: Ending) -> None:
+        """Ends the step for all its tickets; ``Ending`` says how.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there with the next step.
-
-        Raises:
-            TypeError, ValueError: it is not what ``state_dict`` gives.
-            RuntimeError: tensors are in flight.
+        Explicit, so that it does not depend on when each rank frees the tickets: an exception's
+        traceback may keep them for long.
         """
-        if self._transport.session is not self._session:
-            self.forget()  # whoever holds a ticket of another session, as in an exception's frames
-        if self.active:
-            raise RuntimeError("a state cannot be loaded while gradients are in flight")
-        self._steps.load_state_dict(state)
-
-    def abandon(self, counted: bool = True) -> None:
-        """Ends the step for all its tickets, after an error that all ranks come to see.
-
-        Later messages get other names, as some of this step may stay in flight for ever. Not
-        ``counted`` is an error of which a rank cannot know that will be back: names stay the same,
-        and what is in flight is waited for, as the ranks that see the error have all started it.
-
-        Explicit, so that it does not hang on when each rank frees the tickets: an exception's
-        traceback may keep them for long. Collectives that other ranks may have started are started
-        here too, whatever is in their messages, or they would be in flight for ever. (Not if the
-        ranks had to agree ahead: then the others have seen the same and started no more.)
-        """
-        last = len(self._exchange.stages) - 1 if self._exchange else 0
-        for bucket in self._in_flight:
-            assert self._exchange is not None
-            if bucket.failure is not None:  # on all ranks: none has taken a bucket beyond this
-                last = min(last, bucket.stage)
-            if not self._ahead:
-                self._turns.taken += len(self._exchange.stages) - 1 - max(last, bucket.stage)
-                self._orphans += self._exchange.start_rest(bucket, last)
-        self._turns.make_up(self._prefix())
-        if counted:
-            self._namespace.failures += 1
-        else:
-            handles = [bucket.handle for bucket in self._in_flight if bucket.handle is not None]
-            while not (all(handle.done() for handle in handles) and self._turns.done()):
+        if ending is Ending.GIVEN_UP:
+            self.flush()  # other ranks may wait for these buckets too
+        if ending.starts_rest:
+            self._start_rest()
+        if ending.renames:
+            self._names.failures += 1
+        if ending.waits:
+            handles = [flight.handle for flight in self._in_flight if flight.handle is not None]
+            while not (all(handle.done() for handle in handles) and self._slots.done()):
                 self._transport.idle()
-        self.forget()
+        for flight in self._flights.values():
+            if flight.handle is not None:
+                self._orphans.append(flight.handle)
+            flight.abandon()
+        for bucket in self._filling.take_all():
+            bucket.items.clear()
+        self._orphans += self._slots.begin_step()
+        if ending is Ending.RESTARTED:
+            self._orphans.clear()  # handles of another session mean nothing in this one
+            self._way_or_none = None
+        self._in_flight.clear()
+        self._flights.clear()
+        self._sent = 0
+        self._record.forget()  # a part of the gradient teaches nothing
+        self._names.unfinished.discard(self)
 
     def give_up(self) -> None:
-        """Ends a step whose tickets were dropped here, of which other ranks may know nothing.
+        """Ends a step whose tickets were dropped here, of which other ranks may know nothing."""
+        # A rank that has waited since its last tensor has done its part.
+        started = self._sent and not self._done_its_part
+        self.end_step(Ending.GIVEN_UP if started else Ending.DROPPED)
 
-        A rank that has waited since its last tensor has done its part, and the others can complete
-        the step. Otherwise it starts whatever they may be waiting for, in a way that tells them
-        that the step is lost, and counts the failure that they will count.
-        """
-        if self._sent and not self._done_its_part:
-            self.flush()
-            self.abandon()
-        self.forget()
-
-    def forget(self) -> None:
-        """Ends the step for all its tickets and sends nothing."""
-        for bucket in (*self._filling.take_all(), *self._in_flight):
-            if bucket.handle is not None:
-                self._orphans.append(bucket.handle)
-            bucket.abandon()
-        self._orphans += self._turns.begin_step()
-        self._in_flight.clear()
-        self._live.clear()
-        self._sent = 0
-        self._steps.forget()  # it has seen a part of the gradient, if anything
-        self._namespace.unfinished.discard(self)
+    def restart(self) -> None:
+        """Ends the step if it is one of a session that has ended."""
+        if self._transport.session is not self._session:
+            self.end_step(Ending.RESTARTED)
 
     def _begin_step(self, step: int | None = None) -> None:
-        """Leaves behind whatever was not decoded, and counts from the start again."""
-        self._learn()
+        """Leaves behind all that was not decoded, and counts from zero."""
+        self.steps.learn(self._record)
         session = self._transport.session
-        self._namespace.renew(session)
-        if session is not self._session:
-            self._session = session
-            self.forget()
-            self._orphans.clear()  # handles of another session mean nothing in this one
-            self._exchange = None
+        self._names.renew(session)
+        self.restart()
+        self._session = session
         self.give_up()
         self._orphans = [handle for handle in self._orphans if not reaped(handle)]
         self._filling.begin_step()
         self._pool.next_step()
-        rank, size = self._transport.rank, self._transport.size
-        if self._exchange is None or (self._exchange.rank, self._exchange.size) != (rank, size):
-            self._exchange = make_exchange(
-                self.options, self._transport, self._pool, self.stats, self._ahead
-            )
-        self.number = self._namespace.join(self)
-        self._exchange.begin_step(self._steps.propose(self._exchange.summands, step))
+        rank_and_size = self._transport.rank, self._transport.size
+        if (self._way.exchange.rank, self._way.exchange.size) != rank_and_size:
+            self._way_or_none = None
+        exchange = self._way.exchange
+        self.number = self._names.join(self)
+        self._proposal = self.steps.propose(exchange.summands, step)
+        exchange.codec(self._proposal.bits)
         self.stats.steps += 1
+        self.steps_begun += 1
 
-    def _learn(self) -> None:
-        """Tells the schedule of the bit width how the step before was, if it was completed."""
-        if not (self._sent or self._filling):
-            self._steps.learn()
+    @property
+    def _way(self) -> _Way:
+        if self._way_or_none is None:
+            protocol = self._protocol_type
+            setup = Setup(
+                self.options, self._transport, self._pool.take, protocol.header_in_norms,
+                protocol.may_give_up,
+            )  # fmt: skip
+            exchange = make_exchange(setup)
+            agreement = protocol(self.options, exchange, self._transport, self._settle)
+            self._way_or_none = _Way(exchange, agreement, (*protocol.messages, *exchange.messages))
+        return self._way_or_none
+
+    def _settle(self, agreement: Agreement) -> None:
+        self.steps.settle(agreement, self._record)
+        self.stats.bits = agreement.bits
 
     def _launch(self, bucket: Bucket) -> None:
-        """Takes this rank's norms of a bucket and starts their maximum."""
-        assert self._exchange is not None
+        """Starts the exchange of a bucket."""
+        bucket.close()
         self.stats.compressed_bytes_before += bucket.nbytes
         self.stats.elements += sum(item.numel for item in bucket.items)
-        self._in_flight.append(bucket)
+        terms = Terms(self._proposal.step, self._proposal.bits)
+        running = self._way.protocol.run(bucket, self._proposal, terms)
+        flight = Flight(bucket, running, terms, self._transport, self.stats)
+        self._flights[bucket] = flight
+        self._in_flight.append(flight)
         self._sent += len(bucket.items)
-        self._namespace.unfinished.add(self)
-        self._exchange.launch(bucket)
+        self._names.unfinished.add(self)
+        flight.launch()
 
     def _prefix(self) -> str:
-        return self._namespace.prefix(self.number)
+        return self._names.prefix(self.number)
 
-    def _take_turn(self) -> None:
-        """Starts one collective if it can be, and passes otherwise."""
-        self._turns.taken += 1
-        bucket = self._due()
-        if bucket is None or not self._advance(bucket):
-            self._turns.pass_(self._prefix())
-
-    def _due(self) -> Bucket | None:
-        """The oldest bucket whose next collective can be started now."""
-        ahead = math.inf
-        for bucket in self._in_flight:
-            if (
-                bucket.stage < ahead
-                and not self._is_last(bucket)
-                and bucket.failure is None
-                and bucket.handle is not None
-                and bucket.handle.done()
-            ):
-                return bucket
-            ahead = bucket.stage
+    def _due(self) -> Flight | None:
+        """The oldest flight whose next collective can be started now."""
+        before = math.inf
+        for flight in self._in_flight:
+            if flight.started < before and not self._is_last(flight) and flight.arrived:
+                return flight
+            before = flight.started
         return None
 
-    def _is_last(self, bucket: Bucket) -> bool:
-        """Whether a bucket is in its last collective."""
-        assert self._exchange is not None
-        return bucket.stage == len(self._exchange.stages) - 1
+    def _is_last(self, flight: Flight) -> bool:
+        """Whether a flight is in its last collective."""
+        return flight.started == len(self._way.messages)
 
-    def _arrived(self, bucket: Bucket) -> bool:
-        """Whether a bucket is done, with all collectives started and all turns passed."""
+    def _arrived(self, bucket: Bucket) -> Contribution | None:
+        """The contribution to a bucket that is done, with all collectives started and all slots
+        filled; None before that."""
         if not self.advance():
-            return False
-        self._turns.make_up(self._prefix())
-        for other in list(self._in_flight):
-            if other.failure is None and other.handle is not None and other.handle.done():
-                self._advance(other)
-        return self._turns.done() and bucket.contribution is not None
+            return None
+        self._slots.make_up(self._prefix())
+        for flight in list(self._in_flight):
+            if flight.arrived:
+                self._advance(flight)
+        done = self._slots.done()
+        result = self._flights[bucket].result if bucket in self._flights else None
+        return result.contribution if done and result is not None else None
 
-    def _advance(self, bucket: Bucket) -> bool:
-        """Takes a bucket whose collective is done one stage further; whether that went well."""
-        assert self._exchange is not None
-        try:
-            before = bucket.stage
-            self._exchange.advance(bucket)
-            if before == 0:
-                self._settle(bucket)
-        except Exception as error:
-            # Kept for wait(): raised here, in the middle of one rank's backward pass, it would
-            # leave the others waiting for tensors that never come.
-            bucket.failure = error
-            return False
-        if bucket.contribution is not None:
-            self._in_flight.remove(bucket)
-        return True
+    def _advance(self, flight: Flight) -> bool:
+        """Takes a flight one collective further; returns whether that went well."""
+        went_well = flight.advance()
+        if flight.result is not None:
+            self._in_flight.remove(flight)
+        return went_well
 
-    def _settle(self, bucket: Bucket) -> None:
-        """Takes over what the ranks have settled on with the norms of a bucket."""
-        assert bucket.agreement is not None
-        self._steps.settle(bucket.agreement)
-        self.stats.bits = bucket.agreement.bits
+    def _start_rest(self) -> None:
+        """Starts the collectives that other ranks may have started."""
+        # A bucket has failed on all ranks: none has taken a bucket beyond it. Where ranks agree
+        # ahead, the others have seen the same and started no more.
+        last = len(self._way.messages)
+        for flight in self._in_flight:
+            if flight.failure is not None:
+                last = min(last, flight.started)
+            if self._protocol_type.may_give_up:
+                self._slots.open(len(self._way.messages) - max(last, flight.started))
+                self._orphans += flight.give_up(last)
+        self._slots.make_up(self._prefix())

@@ -1,35 +1,97 @@
-"""The number of a step and the width of its lanes: what a rank proposes and ranks settle on."""
+"""The number of a step and the width of its lanes, and all state that a checkpoint needs.
+
+A compressor owns one ``Steps``. The pipelines of its front ends share it, so that its state is that
+of the training, whichever front end is used.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
+import weakref
 from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hvd_gqsgd._native import ops
 from hvd_gqsgd.checks import check_int
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits, make_schedule
-from hvd_gqsgd.engine.buckets import Agreement
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits, FixedBits, Schedule, make_schedule
+from hvd_gqsgd.engine.agreement import Agreement
 
-__all__ = ["Steps"]
+__all__ = ["StepRecord", "Steps"]
+
+
+class StepRecord:
+    """The step that one pipeline is in."""
+
+    def __init__(self) -> None:
+        self.bits = 0
+        """Width of the lanes, as settled by the ranks."""
+        self.tickets: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Tickets that are neither decoded nor dropped."""
+        self._undecoded = 0
+        # Squared norms of the decoded tensors; on a GPU not waited for before the next step.
+        self._squares: list[Tensor] = []
+
+    def submitted(self, ticket: object) -> None:
+        """Counts a tensor."""
+        self.tickets.add(ticket)
+        self._undecoded += 1
+
+    def decoded(self, ticket: object, squared_norm: Tensor | None) -> None:
+        """Counts a decoded tensor."""
+        self.tickets.discard(ticket)
+        self._undecoded -= 1
+        if squared_norm is not None:
+            self._squares.append(squared_norm)
+
+    def forget(self) -> None:
+        """Ends the step; nothing is learned from it."""
+        self.tickets.clear()
+        self._undecoded = 0
+        self.unlearn()
+
+    def unlearn(self) -> None:
+        """Drops the norms of the step."""
+        self._squares.clear()
+
+    def teach(self, schedule: FixedBits | Schedule) -> None:
+        """Updates a schedule by the norm of the step's gradient, if all of it was decoded."""
+        if self._squares and not self._undecoded:
+            schedule.update(self.bits, math.fsum(_numbers(self._squares)))
 
 
 class Steps:
-    """Counts steps, and chooses the width of each from the gradients of the ones before."""
+    """Counts steps, and chooses the width of each from the gradients of the steps before.
+
+    Args:
+        bits: a width, or how it follows the training.
+        step: number of the first step.
+    """
 
     def __init__(self, bits: int | DynamicBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
-        # Of the tensors decoded in this step; on a GPU not waited for before the next one.
-        self._squared_norms: list[Tensor] = []
-        self.bits = 0
-        """Width of the step's lanes, as the ranks have settled on."""
+        self._records: weakref.WeakSet[StepRecord] = weakref.WeakSet()
+
+    @property
+    def learns(self) -> bool:
+        """Whether the width follows the norms of gradients."""
+        return self._schedule.learns
+
+    def record(self) -> StepRecord:
+        """A record for a pipeline."""
+        record = StepRecord()
+        self._records.add(record)
+        return record
 
     def propose(self, summands: int, step: int | None) -> Agreement:
-        """For the coming step, of this number or, with None, of the next one.
+        """This rank's proposal for the coming step.
+
+        Args:
+            summands: codes whose sum a lane must hold.
+            step: its number; None: the next one.
 
         Raises:
             ValueError: the lanes are too narrow.
@@ -39,49 +101,52 @@ class Steps:
         self._next_step = number + 1
         return Agreement(number, width, tuple(self._schedule.state()))
 
-    def settle(self, agreement: Agreement) -> None:
-        """Takes over what the ranks have settled on."""
+    def settle(self, agreement: Agreement, record: StepRecord) -> None:
+        """Takes over an agreement of the ranks."""
         self._next_step = max(self._next_step, agreement.step + 1)
         self._schedule.adopt(agreement.schedule)
-        self.bits = agreement.bits
+        record.bits = agreement.bits
 
-    def decoded(self, mean: Tensor) -> None:
-        """Looks at a part of the step's gradient."""
-        if self._schedule.learns:
-            self._squared_norms.append(ops.sum_of_squares(mean))
+    def learn(self, record: StepRecord) -> None:
+        """Learns from the step of a record, once.
 
-    def learn(self) -> None:
-        """Ends a step of which all parts were decoded."""
-        if self._squared_norms:
-            self._schedule.update(self.bits, math.fsum(_numbers(self._squared_norms)))
-            self.forget()
-
-    def forget(self) -> None:
-        """Learns nothing from this step."""
-        self._squared_norms.clear()
+        Not from those of other records: when these are decoded may differ between ranks.
+        """
+        record.teach(self._schedule)
+        record.unlearn()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of the next step, and the state of the bit width's schedule."""
-        return {"step": self._next_step, "schedule": self._schedule.state_dict()}
+        """The number of the next step, and the state of the schedule after all complete steps.
+
+        Changes nothing, so that one rank alone may ask for it.
+        """
+        schedule = copy.deepcopy(self._schedule)
+        for record in self._records:
+            record.teach(schedule)
+        return {"step": self._next_step, "schedule": schedule.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there with the next step.
+        """Takes over a state; the next step continues from it.
 
         Raises:
-            TypeError, ValueError: it is not what ``state_dict`` gives.
+            TypeError, ValueError: it is not a result of ``state_dict``.
+            RuntimeError: tensors are in flight.
         """
+        if any(record.tickets for record in self._records):
+            raise RuntimeError("a state cannot be loaded while gradients are in flight")
         if not isinstance(state, dict):
             raise TypeError(f"a state must be a dict, got {state!r}")
         if state.keys() != {"step", "schedule"}:
             raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
         check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
         self._schedule.load_state_dict(state["schedule"])
-        self.forget()
+        for record in self._records:
+            record.forget()
         self._next_step = state["step"]
 
 
 def _numbers(scalars: list[Tensor]) -> list[float]:
-    """All of one device at once."""
+    """Reads scalars, those of one device at once."""
     on: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
     for scalar in scalars:
         on[scalar.device].append(scalar)

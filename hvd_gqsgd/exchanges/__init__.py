@@ -1,4 +1,4 @@
-"""The ways in which codes become means that all ranks have."""
+"""The ways from gradients to a mean that is the same on all ranks."""
 
 from __future__ import annotations
 
@@ -7,47 +7,41 @@ import logging
 from collections.abc import Callable
 
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule, wire_bits
-from hvd_gqsgd.engine.buffer_pool import BufferPool
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
-from hvd_gqsgd.exchanges.base import ORDER, Exchange
+from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
-from hvd_gqsgd.options import ENOUGH_LEVELS, Options
-from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports.base import Transport
+from hvd_gqsgd.options import ENOUGH_LEVELS
 
-__all__ = ["ORDER", "Exchange", "make_exchange"]
+__all__ = ["EXCHANGES", "Exchange", "Setup", "Terms", "make_exchange"]
 
 _log = logging.getLogger("hvd_gqsgd")
 
-_KINDS: dict[str, Callable[..., Exchange]] = {
+EXCHANGES: dict[str, Callable[[Setup], Exchange]] = {
     "allreduce": AllreduceExchange,
     "two_phase": TwoPhaseExchange,
     "reduce_scatter": MpiExchange,
 }
+"""The class for each value of ``Options.exchange_for``."""
 
 
-def make_exchange(
-    options: Options,
-    transport: Transport,
-    pool: BufferPool,
-    stats: Stats,
-    ahead: bool = False,
-) -> Exchange:
-    """The exchange that the options ask for among this many ranks; see ``Exchange`` for ``ahead``.
+def make_exchange(setup: Setup) -> Exchange:
+    """The exchange that the options ask for among this many ranks.
 
     Rank 0 logs what a user may not expect of it.
 
     Raises:
-        ValueError: they leave no levels to this many ranks, or ask for what this transport has not.
+        ValueError: the options leave no levels to this many ranks, or ask for an exchange that
+            this transport does not have.
     """
+    options, transport = setup.options, setup.transport
     size, kind = transport.size, options.exchange_for(transport.size)
-    make = _KINDS[kind]
+    make = EXCHANGES[kind]
     if kind == "allreduce" and transport.nccl is not None:
         make = NcclExchange
     elif kind == "allreduce" and options.norm == "max" and transport.mpi_handle is not None:
         make = MpiExchange
-    exchange = make(options, transport, pool, stats, ahead)
+    exchange = make(setup)
     if transport.rank == 0:
         _say_once(logging.INFO, f"{kind} among {size} ranks: {options}")
         if kind == "two_phase" and (options.exchange, options.dither) == ("auto", "linear"):

@@ -1,63 +1,72 @@
 """Codes summed as integers by an ordinary Allreduce.
 
 The lanes must be wide enough for the sum of all ranks' codes, so the number of levels falls with
-the number of ranks. The header of the code message counts who took part.
+the number of ranks. Marks before the codes count the ranks that took part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
+from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import LinearCodec
-from hvd_gqsgd.engine.buckets import CODE_HEADER, Bucket, Item, everyone
 from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.exchanges.base import Exchange, Stage
-from hvd_gqsgd.transports.base import Handle
+from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
+from hvd_gqsgd.exchanges.collectives import Sum
+from hvd_gqsgd.exchanges.contribution import MARKS, Contribution, everyone, mark, read_marks
+from hvd_gqsgd.layout import Layout
 
 __all__ = ["AllreduceExchange"]
 
 
-class AllreduceExchange(Exchange):
+class AllreduceExchange(CodedExchange):
     """Max of norms, then Sum of codes; for linear dithering."""
 
-    @property
-    def code_header(self) -> int:
-        """None where all have agreed beforehand and none may leave: then all take part."""
-        return CODE_HEADER if self._transport.ranks_may_leave or not self._ahead else 0
+    code_messages = ("codes",)
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        # Otherwise all ranks take part.
+        self._marks = MARKS if setup.may_give_up or setup.transport.ranks_may_leave else 0
 
     @property
     def summands(self) -> int:
         """All ranks."""
         return self.size
 
-    def code_stages(self) -> Sequence[Stage]:
-        """One Sum."""
-        return [Stage("codes", self._fill_codes, self._sum_codes, self._read_codes)]
-
-    def decode(self, bucket: Bucket, item: Item, out: Tensor, scale: float) -> None:
+    def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
-        assert isinstance(bucket.codec, LinearCodec) and bucket.contribution is not None
-        assert bucket.words is not None and bucket.norms is not None
-        bucket.codec.decode(
-            bucket.words[item.words], bucket.norms[item.norms], out,
-            bucket.contribution.count, scale,
-        )  # fmt: skip
-
-    def _fill_codes(self, bucket: Bucket) -> None:
-        super()._fill_codes(bucket)
-        if self.code_header:
-            bucket.write_code_header(self.rank)
-
-    def _sum_codes(self, bucket: Bucket, name: str) -> Handle:
-        words = self._words(bucket)
-        self._count(words.nbytes)
-        return self._transport.sum_async(words, name)
-
-    def _read_codes(self, bucket: Bucket, result: Tensor) -> None:
-        bucket.words = result
-        contribution = bucket.read_code_header() if self.code_header else everyone(self.size)
+        norms = yield from self._norms(bucket, terms)
+        layout = bucket.layout(self.options.block_size, terms.bits)
+        message = self._take(self._marks + layout.num_words, layout.word_dtype, bucket.device)
+        message[: self._marks] = 0
+        if not terms.given_up:
+            self._encode(bucket, terms, norms, message[self._marks :])
+            if self._marks:
+                mark(message, self.rank)
+        summed = yield Sum("codes", message)
+        contribution = read_marks(summed) if self._marks else everyone(self.size)
         if not 1 <= contribution.count <= self.size:
-            raise AgreementError(f"{bucket.name}: a rank sent what no ranks add up to")
-        bucket.contribution = contribution
+            raise AgreementError(
+                f"{bucket.name}: got the codes of {contribution.count} ranks, and there are "
+                f"{self.size}: a rank sent an invalid message"
+            )
+        codec = self.codec(terms.bits)
+        assert isinstance(codec, LinearCodec)
+        return _Summed(contribution, codec, layout, norms, summed[self._marks :])
+
+
+@dataclass(frozen=True)
+class _Summed:
+    contribution: Contribution
+    codec: LinearCodec
+    layout: Layout
+    norms: Tensor
+    words: Tensor
+
+    def decode(self, item: Item, out: Tensor, scale: float) -> None:
+        words = self.words[self.layout.words[item.place]]
+        norms = self.norms[self.layout.norms[item.place]]
+        self.codec.decode(words, norms, out, self.contribution.count, scale)

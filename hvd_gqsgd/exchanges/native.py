@@ -1,58 +1,64 @@
-"""All in one native call: norms, codes and the decoded result."""
+"""Exchanges in one native call: norms, codes and the decoded result."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hvd_gqsgd._native import mpi as native_mpi
+from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import Codec
-from hvd_gqsgd.engine.buckets import Bucket, Item, everyone
-from hvd_gqsgd.exchanges.base import Exchange, Stage
-from hvd_gqsgd.options import Options
-from hvd_gqsgd.transports.base import Done, Transport
+from hvd_gqsgd.exchanges.base import Exchange, Running, Setup, Terms
+from hvd_gqsgd.exchanges.collectives import NativeCall
+from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 
 __all__ = ["MpiExchange", "NcclExchange"]
 
 
 class NativeExchange(Exchange):
-    """What it must know beforehand is what the sum is to be scaled by."""
+    """An exchange whose scale must be known beforehand, and of ranks that have agreed ahead."""
+
+    messages = ("native",)
 
     @property
     def summands(self) -> int:
-        """All ranks; where codes are not summed, they are rounded instead of becoming wider."""
+        """All ranks; codes that are not summed are rounded instead of becoming wider."""
         return self.size
 
-    def payload_stages(self) -> Sequence[Stage]:
-        """One call."""
-        return self.code_stages()
+    def run(self, bucket: Bucket, terms: Terms) -> Running:
+        """See :class:`Exchange`."""
+        codec = self.codec(terms.bits)
 
-    def code_stages(self) -> Sequence[Stage]:
-        """The same."""
-        return [Stage("native", lambda bucket: None, self._allreduce, self._read)]
+        def call() -> None:
+            for item in bucket.items:
+                if item.out is None:
+                    item.out = self._take(item.numel, item.dtype, item.device)
+                self._reduce(item, item.out, codec, terms.step)
 
-    def decode(self, bucket: Bucket, item: Item, out: Tensor, scale: float) -> None:
-        """It is decoded already."""
-        assert out is item.out and scale == item.scale
+        nbytes = sum(self._nbytes(item, codec) for item in bucket.items)
+        yield NativeCall("native", torch.empty(0), call, nbytes)
+        return _Reduced(everyone(self.size))
 
     @abstractmethod
-    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> int:
-        """Exchanges a tensor; returns how many bytes an Allreduce had to move."""
+    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> None:
+        """Exchanges a tensor."""
 
-    def _allreduce(self, bucket: Bucket, name: str) -> Done:
-        assert bucket.codec is not None and bucket.agreement is not None
-        for item in bucket.items:
-            if item.out is None:
-                item.out = self._pool.take(item.numel, item.dtype, item.device)
-            self._count(self._reduce(item, item.out, bucket.codec, bucket.agreement.step))
-        return Done()
+    def _nbytes(self, item: Item, codec: Codec) -> int:
+        """Bytes that an Allreduce has to move for a tensor."""
+        norms = codec.num_norms(item.numel) * codec.norm_dtype(item.dtype).itemsize
+        return norms + codec.num_words(item.numel) * codec.word_dtype.itemsize
 
-    def _read(self, bucket: Bucket, result: Tensor) -> None:
-        bucket.contribution = everyone(self.size)
+
+@dataclass(frozen=True)
+class _Reduced:
+    contribution: Contribution
+
+    def decode(self, item: Item, out: Tensor, scale: float) -> None:
+        """The native call has decoded the result."""
+        assert out is item.out and scale == item.scale
 
 
 class MpiExchange(NativeExchange):
@@ -60,48 +66,58 @@ class MpiExchange(NativeExchange):
     exponential ones in a Reduce_scatter with an operator of their own.
     """
 
-    def __init__(self, options: Options, transport: Transport, *rest: Any) -> None:
-        if transport.mpi_handle is None:
+    def __init__(self, setup: Setup) -> None:
+        if setup.transport.mpi_handle is None:
             raise ValueError(
                 "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator, "
                 "with hvd_gqsgd's native part for MPI; take exchange='two_phase' for all else"
             )
-        super().__init__(options, transport, *rest)
-        self._comm = transport.mpi_handle
-        if options.dither == "exponential" and self.size > native_mpi.most_ranks(self.codec.bits):
+        super().__init__(setup)
+        self._comm = setup.transport.mpi_handle
+        bits = setup.options.most_bits
+        if setup.options.dither == "exponential" and self.size > native_mpi.most_ranks(bits):
             raise ValueError(
-                f"exchange='reduce_scatter' at bits={self.codec.bits} is for at most "
-                f"{native_mpi.most_ranks(self.codec.bits)} ranks, got {self.size}: take "
-                "exchange='two_phase'"
+                f"exchange='reduce_scatter' at bits={bits} is for at most "
+                f"{native_mpi.most_ranks(bits)} ranks, got {self.size}: take exchange='two_phase'"
             )
 
-    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> int:
-        assert item.x is not None and item.scale is not None
-        block = codec.block(item.numel)
+    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> None:
+        assert item.scale is not None
         native_mpi.allreduce(
-            item.x, out, self._comm, block, codec.bits, codec.levels,
+            item.x, out, self._comm, codec.block(item.numel), codec.bits, codec.levels,
             codec.seed, step, item.identity, codec.correlated, item.scale, native_mpi.CHUNK,
         )  # fmt: skip
-        if codec.levels == 0:
-            codes = native_mpi.combined_bytes(item.numel, block, codec.bits, self.size)
-        else:
-            codes = codec.num_words(item.numel) * codec.word_dtype.itemsize
-        return codec.num_norms(item.numel) * codec.norm_dtype(item.dtype).itemsize + codes
+
+    def _nbytes(self, item: Item, codec: Codec) -> int:
+        if self.options.dither == "linear":
+            return super()._nbytes(item, codec)
+        norms = codec.num_norms(item.numel) * codec.norm_dtype(item.dtype).itemsize
+        return norms + native_mpi.combined_bytes(
+            item.numel, codec.block(item.numel), codec.bits, self.size
+        )
 
 
 class NcclExchange(NativeExchange):
     """Over NCCL: all is enqueued on one stream, and the host waits for nothing. Linear codes."""
 
-    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> int:
-        assert item.x is not None and item.scale is not None and self._transport.nccl is not None
-        take, device = self._pool.take, item.device
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        assert setup.transport.nccl is not None
+        self._nccl = setup.transport.nccl
+
+    def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> None:
+        assert item.scale is not None
+        take, device = self._take, item.device
         norms = take(codec.num_norms(item.numel), codec.norm_dtype(item.dtype), device)
         squares = None
         if self.options.norm == "l2":
             squares = take(norms.numel(), torch.int64, device)
         words = take(codec.num_words(item.numel), codec.word_dtype, device)
-        self._transport.nccl.connect().allreduce(
+        self._nccl.connect().allreduce(
             item.x, out, norms, squares, words, codec.block(item.numel), codec.bits, codec.levels,
             codec.seed, step, item.identity, codec.correlated, item.scale,
         )  # fmt: skip
-        return norms.nbytes + words.nbytes + (squares.nbytes if squares is not None else 0)
+
+    def _nbytes(self, item: Item, codec: Codec) -> int:
+        squares = 8 * codec.num_norms(item.numel) if self.options.norm == "l2" else 0
+        return super()._nbytes(item, codec) + squares

@@ -75,10 +75,6 @@ class Transport(Protocol):
         """
 
     @property
-    def turn_bytes(self) -> int:
-        """What ``pass_turn`` sends."""
-
-    @property
     def mpi_handle(self) -> int | None:
         """The MPI communicator, as in Fortran, where the native allreduce can be used on it."""
 
@@ -107,12 +103,6 @@ class Transport(Protocol):
         """Starts putting the flat tensors of all ranks end to end.
 
         ``lengths`` are those of all ranks' tensors, but a rank that has given up may be wrong.
-        """
-
-    def pass_turn(self, name: str) -> Handle:
-        """Called where a sum could have been started and was not, as often on all ranks.
-
-        For transports that count operations; others return a handle that is done.
         """
 
     def idle(self, waited: float = 0.0) -> None:

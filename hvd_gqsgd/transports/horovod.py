@@ -15,7 +15,10 @@ from torch import Tensor
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.transports.base import nap
 
-__all__ = ["HorovodTransport"]
+__all__ = ["SLOT_BYTES", "HorovodTransport"]
+
+SLOT_BYTES = 4
+"""Bytes of an operation that fills a slot."""
 
 
 @dataclass
@@ -48,7 +51,6 @@ class HorovodTransport:
     """The ranks of one Horovod process set."""
 
     process_set: Any = hvd.global_process_set
-    turn_bytes: int = 4
     mpi_handle: ClassVar[None] = None
     nccl: ClassVar[None] = None
     ranks_may_leave: ClassVar[bool] = True
@@ -103,8 +105,9 @@ class HorovodTransport:
         handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
         return _HorovodHandle(handle, name)
 
-    def pass_turn(self, name: str) -> _HorovodHandle:
-        """One word that nobody reads: Horovod counts it like what is started in its place."""
+    def fill_slot(self, name: str) -> _HorovodHandle:
+        """Starts an operation of ``SLOT_BYTES``, the result of which nobody reads: Horovod counts
+        it like the one that is started in its place."""
         return self._allreduce(torch.zeros(1, dtype=torch.int32, device="cpu"), name, hvd.Sum)
 
     def idle(self, waited: float = 0.0) -> None:

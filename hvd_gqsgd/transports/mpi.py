@@ -13,7 +13,6 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvd_gqsgd._native import mpi as native_mpi
-from hvd_gqsgd.transports.base import Done
 
 __all__ = ["MpiTransport"]
 
@@ -59,7 +58,6 @@ class MpiTransport:
         ValueError: it is no intracommunicator.
     """
 
-    turn_bytes = 0
     nccl: ClassVar[None] = None
     ranks_may_leave = False
 
@@ -97,10 +95,6 @@ class MpiTransport:
         result = torch.empty(sum(lengths), dtype=tensor.dtype)
         request = self.comm.Iallgatherv(tensor.numpy(), [result.numpy(), list(lengths)])
         return _MpiHandle(request, tensor, result)
-
-    def pass_turn(self, name: str) -> Done:
-        """Nobody counts here."""
-        return Done()
 
     def idle(self, waited: float = 0.0) -> None:
         """Lets another process have the core; MPI goes on when it is asked whether it is done."""

@@ -9,8 +9,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.transports.base import Done
-
 __all__ = ["SimulatedTransport", "SimulatedWorld"]
 
 
@@ -67,7 +65,6 @@ class SimulatedTransport:
 
     world: SimulatedWorld
     rank: int
-    turn_bytes: int = 0
     mpi_handle: ClassVar[None] = None
     nccl: ClassVar[None] = None
     ranks_may_leave: ClassVar[bool] = False
@@ -105,10 +102,6 @@ class SimulatedTransport:
         return self.world.start(
             self.rank, tensor, name, lambda tensors: [torch.cat(tensors)] * len(tensors)
         )
-
-    def pass_turn(self, name: str) -> Done:
-        """Nobody counts here."""
-        return Done()
 
     def idle(self, waited: float = 0.0) -> None:
         """Nothing will come by itself here: the other ranks run in this thread.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.transports.base import Done, nap
+from hvd_gqsgd.transports.base import nap
 
 __all__ = ["TorchDistributedTransport"]
 
@@ -47,7 +47,6 @@ class TorchDistributedTransport:
         ValueError: this process is not one of them.
     """
 
-    turn_bytes = 0
     mpi_handle: ClassVar[None] = None
     nccl: ClassVar[None] = None
     ranks_may_leave = False
@@ -109,10 +108,6 @@ class TorchDistributedTransport:
         return self._handle(
             work, lambda: torch.cat([row[:n] for row, n in zip(every, lengths, strict=True)])
         )
-
-    def pass_turn(self, name: str) -> Done:
-        """Nobody counts here."""
-        return Done()
 
     def idle(self, waited: float = 0.0) -> None:
         """Sleeps for a moment: threads of the process group do the work."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from hvd_gqsgd.transports.base import Handle, Transport
+from hvd_gqsgd.transports.base import Transport
 
 __all__ = ["WrappedTransport"]
 
@@ -33,18 +33,9 @@ class WrappedTransport:
         return self._base.session
 
     @property
-    def turn_bytes(self) -> int:
-        """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        return self._base.turn_bytes
-
-    @property
     def ranks_may_leave(self) -> bool:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._base.ranks_may_leave
-
-    def pass_turn(self, name: str) -> Handle:
-        """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        return self._base.pass_turn(name)
 
     def idle(self, waited: float = 0.0) -> None:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""

@@ -1,0 +1,100 @@
+"""A bucket on its way through its collectives."""
+
+from __future__ import annotations
+
+from hvd_gqsgd.bucket import Bucket
+from hvd_gqsgd.engine.streams import on
+from hvd_gqsgd.exchanges import Terms
+from hvd_gqsgd.exchanges.base import Result, Running
+from hvd_gqsgd.exchanges.collectives import Collective
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports.base import Handle, Transport
+
+__all__ = ["Flight"]
+
+
+class Flight:
+    """A bucket, the collective that it is in, and its result or its failure in the end.
+
+    Args:
+        bucket: closed.
+        running: its exchange, not started.
+        terms: those of ``running``.
+        transport: moves the messages.
+        stats: counts them.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        running: Running,
+        terms: Terms,
+        transport: Transport,
+        stats: Stats,
+    ) -> None:
+        self.bucket = bucket
+        self.started = 0
+        """Collectives started so far."""
+        self.handle: Handle | None = None
+        """The one in flight."""
+        self.result: Result | None = None
+        self.failure: Exception | None = None
+        self.undecoded = len(bucket.items)
+        self._running = running
+        self._terms = terms
+        self._transport = transport
+        self._stats = stats
+        self._sent: Collective | None = None
+
+    @property
+    def arrived(self) -> bool:
+        """Whether its collective in flight is done."""
+        return self.failure is None and self.handle is not None and self.handle.done()
+
+    def launch(self) -> None:
+        """Starts the first collective."""
+        with on(self.bucket.stream):
+            self._start(next(self._running))
+
+    def advance(self) -> bool:
+        """Takes the result of the collective in flight to the next one, or to the end.
+
+        Returns:
+            Whether that went well. An error is kept as ``failure``: raised here, in the middle of
+            one rank's backward pass, it would leave the others waiting for tensors that never come.
+        """
+        handle, self.handle = self.handle, None
+        assert handle is not None
+        try:
+            with on(self.bucket.stream):
+                self._start(self._running.send(handle.wait()))
+        except StopIteration as done:
+            self.result, self._sent = done.value, None
+        except Exception as error:
+            self.failure = error
+            return False
+        return True
+
+    def give_up(self, last: int) -> list[Handle]:
+        """Starts the collectives up to number ``last``, with messages that mean nothing."""
+        self._terms.given_up = True
+        handles = []
+        with on(self.bucket.stream):
+            while self.started < last and self._sent is not None:
+                self._start(self._running.send(self._sent.tensor))
+                assert self.handle is not None
+                handles.append(self.handle)
+        return handles
+
+    def abandon(self) -> None:
+        """Drops all references, also to an exception, whose traceback leads back here."""
+        self._running.close()
+        self.handle = self.failure = self.result = self._sent = None
+        self.bucket.items.clear()
+
+    def _start(self, collective: Collective) -> None:
+        self.started += 1  # before it is started, as that may call back at once
+        self._sent = collective
+        self._stats.compressed_bytes_on_wire += collective.nbytes
+        name = f"{self.bucket.name}.{collective.message}"
+        self.handle = collective.start(self._transport, name)

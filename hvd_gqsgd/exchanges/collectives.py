@@ -1,0 +1,101 @@
+"""The collectives that exchanges are made of: each carries one message of a bucket."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hvd_gqsgd.transports.base import Done, Handle, Transport
+
+__all__ = ["Allgather", "Alltoall", "Collective", "Max", "NativeCall", "Sum"]
+
+
+@dataclass(frozen=True)
+class Collective(ABC):
+    """A collective that an exchange asks for."""
+
+    message: str
+    """Ends the name of the operation."""
+    tensor: Tensor
+    """What this rank sends; reduced in place by ``Max`` and ``Sum``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire, counted as those of an Allreduce; see ``Stats``."""
+        return self.tensor.nbytes
+
+    @abstractmethod
+    def start(self, transport: Transport, name: str) -> Handle:
+        """Starts it, and returns at once."""
+
+
+class Max(Collective):
+    """An elementwise maximum, in place."""
+
+    def start(self, transport: Transport, name: str) -> Handle:
+        """See :class:`Collective`."""
+        return transport.max_async(self.tensor, name)
+
+
+class Sum(Collective):
+    """An elementwise sum, in place."""
+
+    def start(self, transport: Transport, name: str) -> Handle:
+        """See :class:`Collective`."""
+        return transport.sum_async(self.tensor, name)
+
+
+@dataclass(frozen=True)
+class Alltoall(Collective):
+    """Sends each rank its part of a flat tensor."""
+
+    splits: Sequence[int]
+    """Elements for each rank; the same on all ranks."""
+
+    @property
+    def nbytes(self) -> int:
+        """Half of those of an Allreduce of as many bytes."""
+        return self.tensor.nbytes // 2
+
+    def start(self, transport: Transport, name: str) -> Handle:
+        """See :class:`Collective`."""
+        return transport.alltoall_async(self.tensor, self.splits, name)
+
+
+@dataclass(frozen=True)
+class Allgather(Collective):
+    """Puts the flat tensors of all ranks one behind the other."""
+
+    lengths: Sequence[int]
+    """Elements of each rank's tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        """Half of those of an Allreduce of the result."""
+        return sum(self.lengths) * self.tensor.element_size() // 2
+
+    def start(self, transport: Transport, name: str) -> Handle:
+        """See :class:`Collective`."""
+        return transport.allgather_async(self.tensor, self.lengths, name)
+
+
+@dataclass(frozen=True)
+class NativeCall(Collective):
+    """A native operator that exchanges a bucket by itself; ``tensor`` is empty."""
+
+    call: Callable[[], None]
+    moved: int
+    """Bytes that its collectives move."""
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Collective`."""
+        return self.moved
+
+    def start(self, transport: Transport, name: str) -> Handle:
+        """Returns once it is done, or enqueued on the current stream."""
+        self.call()
+        return Done(self.tensor)

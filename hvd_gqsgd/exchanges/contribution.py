@@ -1,0 +1,52 @@
+"""The ranks that took part in a sum, as told by marks in front of the codes."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.options import digest
+
+__all__ = ["MARKS", "Contribution", "everyone", "mark", "rank_weight", "read_marks"]
+
+MARKS = 16
+"""Words of the marks: more than they hold, so that the codes begin on a cache line."""
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """The ranks that added their codes to a payload, as sums over these ranks.
+
+    A rank that left by ``hvd.join()`` adds zeros to everything, and so is not counted.
+    """
+
+    count: int
+    ranks: int
+    weights: int
+
+
+@functools.cache
+def rank_weight(rank: int) -> int:
+    """16 random bits, so that hardly any other ranks have the mean that all ranks have."""
+    return digest(("rank", rank)) >> 15
+
+
+@functools.lru_cache(maxsize=8)
+def everyone(world_size: int) -> Contribution:
+    """The contribution of all ranks."""
+    ranks = range(world_size)
+    return Contribution(world_size, sum(ranks), sum(map(rank_weight, ranks)))
+
+
+def mark(marks: Tensor, rank: int) -> None:
+    """Writes the marks of a rank that takes part."""
+    numbers = torch.tensor([1, rank, rank_weight(rank)], dtype=marks.dtype, device="cpu")
+    marks[:3].copy_(numbers, non_blocking=True)
+
+
+def read_marks(marks: Tensor) -> Contribution:
+    """The contribution, from summed marks."""
+    return Contribution(*marks[:3].tolist())
