@@ -59,7 +59,7 @@ class Options:
         dither: ``"linear"`` has evenly spaced levels. In ``"exponential"`` each level is twice the
             one below, so small elements keep their relative precision.
         exchange: ``"allreduce"`` sums codes as integers in an ordinary Allreduce. It has
-            ``(2^bits - 1) // (2 * world_size)`` levels a side. ``"two_phase"`` is an Alltoall of
+            ``(2^bits - 1) // (2 * world_size)`` levels per side. ``"two_phase"`` is an Alltoall of
             codes, a mean on the rank that owns a segment, and an Allgather of means. It has
             ``2^(bits - 1) - 1`` levels a side for any world size. ``"auto"`` takes two phases for
             exponential dithering, and for linear dithering where an Allreduce would have fewer
@@ -146,13 +146,13 @@ class Options:
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
 
     def describe(self, world_size: int) -> str:
-        """The exchange among so many ranks, and its levels a side."""
+        """The exchange on so many ranks, and its levels."""
         exchange = self.exchange_for(world_size)
         summands = world_size if exchange == "allreduce" else 1
         bits = self.bits
         widths = Schedule(bits).usable(summands) if isinstance(bits, DynamicBits) else [bits]
         levels = sorted({_levels(width, summands) for width in (widths[0], widths[-1])})
-        return f"{exchange} among {world_size} ranks, {' to '.join(map(str, levels))} levels a side"
+        return f"{exchange} on {world_size} ranks, levels per side: {' to '.join(map(str, levels))}"
 
     @property
     def bucket_bytes(self) -> int:

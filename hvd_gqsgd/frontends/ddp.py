@@ -315,4 +315,8 @@ def ddp_hook(
         A future of the bucket's buffer, which then holds the mean. ``backward()`` raises an error
         of the exchange on all ranks, as a ``RuntimeError`` that quotes it.
     """
+    if not isinstance(state, DDPState):
+        raise TypeError(
+            f"the state of ddp_hook must be a DDPState, as DDPState(bits=8), got {state!r}"
+        )
     return state.average(bucket.buffer(), first=bucket.index() == 0)

@@ -56,5 +56,5 @@ def _libraries() -> Iterator[tuple[str, type, Any, dict[str, Reduction]]]:
 def _name(op: object, prefix: str, kind: type, home: Any) -> str:
     """As the library has it, if it does: some have no ``repr`` that a user would know."""
     named = ((name, value) for name, value in vars(home).items() if name[0].isupper())
-    name = next((name for name, value in named if isinstance(value, kind) and value == op), None)
+    name = next((name for name, value in named if isinstance(value, kind) and op == value), None)
     return repr(op) if name is None else f"{prefix}.{name}"
