@@ -1,15 +1,19 @@
-"""Every knob of the compressor, its check and its error text."""
+"""Every option: its type, its check, its error text, and which front end takes it."""
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number
-from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits
+from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 
-__all__ = ["Options", "digest"]
+__all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
 WIRE_VERSION = 2
@@ -17,25 +21,68 @@ WIRE_VERSION = 2
 # Fewer levels a side than that, and exchange="auto" goes for two phases.
 ENOUGH_LEVELS = 7
 
-DITHERS = ("linear", "exponential")
-EXCHANGES = ("auto", "allreduce", "two_phase", "reduce_scatter")
-NORMS = ("max", "l2")
+Dither = Literal["linear", "exponential"]
+Exchange = Literal["auto", "allreduce", "two_phase", "reduce_scatter"]
+Norm = Literal["max", "l2"]
+
 EXPONENTIAL_BITS = (4, 8)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class OptionsButBits(TypedDict, total=False):
+    """The options as keywords, for a function that names ``bits`` itself."""
+
+    dither: Dither
+    exchange: Exchange
+    norm: Norm
+    block_size: int | None
+    correlated: bool
+    seed: int
+    min_numel: int
+    bucket_mb: float
+
+
+class OptionKeywords(OptionsButBits, total=False):
+    """The options as keywords: ``**options: Unpack[OptionKeywords]``."""
+
+    bits: int | DynamicBits
 
 
 @dataclass(frozen=True)
 class Options:
-    """The options that all ranks must share; see ``GlobalQSGD`` for what each one does.
+    """The options of the compressor. All ranks must use the same ones, and they check that.
+
+    Args:
+        bits: lane width on the wire, 2 to 16 bits per element; 4 or 8 for exponential dithering.
+            ``DynamicBits(...)`` chooses the width of each step, as in DQ-SGD.
+        dither: ``"linear"`` has evenly spaced levels. In ``"exponential"`` each level is twice the
+            one below, so small elements keep their relative precision.
+        exchange: ``"allreduce"`` sums codes as integers in an ordinary Allreduce. It has
+            ``(2^bits - 1) // (2 * world_size)`` levels per side. ``"two_phase"`` is an Alltoall of
+            codes, a mean on the rank that owns a segment, and an Allgather of means. It has
+            ``2^(bits - 1) - 1`` levels a side for any world size. ``"auto"`` takes two phases for
+            exponential dithering, and for linear dithering where an Allreduce would have fewer
+            than 7 levels. ``"reduce_scatter"`` sums exponential codes by an MPI operator that
+            rounds at each sum. Only ``allreduce`` over MPI has it, for comparison with the paper.
+        norm: of a block over all ranks: ``"max"`` is the largest magnitude, ``"l2"`` the L2 norm.
+        block_size: consecutive elements that share a norm; None for one norm per tensor.
+        correlated: draws the ranks' dither from strata of one shared number, so that their
+            rounding errors cancel. False makes the dither of the ranks independent.
+        seed: of the dither. The same seed and gradients give the same bits.
+        min_numel: tensors with fewer elements are not compressed, unless Horovod cannot reduce them
+            (bfloat16, not contiguous). Under DDP it is compared with a whole bucket.
+        bucket_mb: size in MB of the buckets in which Horovod's gradients are exchanged.
 
     Raises:
-        TypeError: an option is of the wrong type.
+        TypeError: an option has the wrong type.
         ValueError: an option is out of range, or does not go with another one.
     """
 
     bits: int | DynamicBits = 8
-    dither: str = "linear"
-    exchange: str = "auto"
-    norm: str = "max"
+    dither: Dither = "linear"
+    exchange: Exchange = "auto"
+    norm: Norm = "max"
     block_size: int | None = 1024
     correlated: bool = True
     seed: int = 0
@@ -45,9 +92,9 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits):
             check_int("bits", self.bits, MIN_BITS, MAX_BITS, "DynamicBits(...)")
-        check_choice("dither", self.dither, DITHERS)
-        check_choice("exchange", self.exchange, EXCHANGES)
-        check_choice("norm", self.norm, NORMS)
+        check_choice("dither", self.dither, get_args(Dither))
+        check_choice("exchange", self.exchange, get_args(Exchange))
+        check_choice("norm", self.norm, get_args(Norm))
         if self.dither == "exponential":
             if self.bits not in EXPONENTIAL_BITS:
                 raise ValueError(f"bits must be 4 or 8 for dither='exponential', got {self.bits}")
@@ -84,7 +131,7 @@ class Options:
         """The widest lanes that may come."""
         return self.bits.max_bits if isinstance(self.bits, DynamicBits) else self.bits
 
-    def exchange_for(self, world_size: int) -> str:
+    def exchange_for(self, world_size: int) -> Exchange:
         """``"allreduce"``, ``"two_phase"`` or ``"reduce_scatter"``: the one asked for, or to take.
 
         Exponential codes cannot be added. Linear ones are, unless the lanes leave less than 7
@@ -95,8 +142,17 @@ class Options:
         if self.dither == "exponential":
             return "two_phase"
         bits = int(self.bits.budget) if isinstance(self.bits, DynamicBits) else self.bits
-        levels, of_one = (((1 << bits) - 1) // (2 * ranks) for ranks in (world_size, 1))
+        levels, of_one = (_levels(bits, ranks) for ranks in (world_size, 1))
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
+
+    def describe(self, world_size: int) -> str:
+        """The exchange on so many ranks, and its levels."""
+        exchange = self.exchange_for(world_size)
+        summands = world_size if exchange == "allreduce" else 1
+        bits = self.bits
+        widths = Schedule(bits).usable(summands) if isinstance(bits, DynamicBits) else [bits]
+        levels = sorted({_levels(width, summands) for width in (widths[0], widths[-1])})
+        return f"{exchange} on {world_size} ranks, levels per side: {' to '.join(map(str, levels))}"
 
     @property
     def bucket_bytes(self) -> int:
@@ -106,6 +162,75 @@ class Options:
     def digest(self) -> int:
         """31 bits that differ, but for one chance in 2^31, when any option does."""
         return digest(("options", WIRE_VERSION, *dataclasses.astuple(self)))
+
+    def keywords(self) -> str:
+        """All options, as they are written in a call."""
+        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+
+
+def _levels(bits: int, summands: int) -> int:
+    """Levels a side in a lane that holds the sum of so many codes."""
+    return ((1 << bits) - 1) // (2 * summands)
+
+
+OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """A function that takes ``**options``: makes them, or tells the caller what is wrong."""
+
+    name: str
+    """As errors have it."""
+    own: tuple[str, ...] = ()
+    """Keywords of the function itself, to suggest for one that is misspelt."""
+    without: Mapping[str, str] = field(default_factory=dict)
+    """Options that would have no effect here, and what to do instead."""
+    over_mpi: bool = False
+    """Whether it can run over MPI, which ``exchange="reduce_scatter"`` needs."""
+
+    def options(self, given: Mapping[str, Any]) -> Options:
+        """The options from keyword arguments.
+
+        Raises:
+            TypeError: an option is unknown, has no effect here, or has the wrong type.
+            ValueError: an option is out of range, or does not go with another one.
+        """
+        for name in given:
+            if name in self.without:
+                raise TypeError(f"{self.name} takes no option {name!r}: {self.without[name]}")
+            if name not in OPTIONS:
+                raise TypeError(self._unknown(name))
+        options = Options(**given)
+        if options.exchange == "reduce_scatter" and not self.over_mpi:
+            raise ValueError(
+                "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator; "
+                f"take exchange='two_phase' for {self.name}"
+            )
+        return options
+
+    def documented(self, function: Function) -> Function:
+        """Shows the options in the signature of a function, in place of ``**options``."""
+        signature = inspect.signature(function)
+        shown = list(signature.parameters.values())[:-1]
+        shown += [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+            )
+            for f in dataclasses.fields(Options)
+            if f.name not in self.without and f.name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    def _unknown(self, name: str) -> str:
+        known = [option for option in OPTIONS if option not in self.without]
+        close = difflib.get_close_matches(name, [*known, *self.own], n=1)
+        return (
+            f"{self.name} got an unknown option {name!r}"
+            + (f": did you mean {close[0]!r}? " if close else ". ")
+            + f"Options are: {', '.join([*known, *self.own])}"
+        )
 
 
 def digest(value: object) -> int:

@@ -1,49 +1,74 @@
-"""Many ranks in one process, for studies of the error at any number of ranks."""
+"""All ranks of an exchange in one process, to study its error for any world size."""
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.engine.pipeline import Pipeline
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import FrontEnd, OptionKeywords
 from hvd_gqsgd.transports.simulated import SimulatedWorld
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["simulate"]
 
+FRONT_END = FrontEnd(
+    "simulate()",
+    own=("step",),
+    without={
+        "min_numel": "it compresses tensors of any size; leave it out",
+        "bucket_mb": "it exchanges one tensor, in a bucket of its own; leave it out",
+    },
+)
+
 
 @overload
-def simulate(gradients: Tensor, *, step: int = 0, **options: Any) -> Tensor: ...
+def simulate(gradients: Tensor, *, step: int = 0, **options: Unpack[OptionKeywords]) -> Tensor: ...
 @overload
 def simulate(
-    gradients: np.ndarray[Any, Any], *, step: int = 0, **options: Any
+    gradients: np.ndarray[Any, Any], *, step: int = 0, **options: Unpack[OptionKeywords]
 ) -> np.ndarray[Any, Any]: ...
+@FRONT_END.documented
 def simulate(
-    gradients: Tensor | np.ndarray[Any, Any], *, step: int = 0, **options: Any
+    gradients: Tensor | np.ndarray[Any, Any], *, step: int = 0, **options: Unpack[OptionKeywords]
 ) -> Tensor | np.ndarray[Any, Any]:
-    """The mean that ``n`` ranks would get, each with one row of ``gradients``.
+    """Returns the mean that ranks would decode, if each had one row of ``gradients``.
 
-    The rows go through the pipeline and the codec of the real exchange, with the summing alone done
-    in this process: the result has the bits that Horovod ranks get for their first unnamed tensor
-    of step ``step``.
+    All ranks run in this process. They use the pipeline and the codec of the real exchange, so the
+    result has the same bits: those that Horovod ranks get for the first unnamed tensor of step
+    ``step``.
 
     Args:
-        gradients: of shape (n, d); float16, bfloat16, float32 or float64.
-        step: number of the step, which the dither depends on.
-        options: as for ``GlobalQSGD``: bits, dither, exchange, norm, block_size, correlated, seed.
+        gradients: a tensor or an array of shape (world size, elements); float16, bfloat16, float32
+            or float64.
+        step: the number of the step, from 0 on. The dither depends on it.
+        options: see :class:`hvd_gqsgd.options.Options`. All but ``min_numel`` and ``bucket_mb``,
+            which have no effect on a single tensor.
 
     Returns:
-        The decoded mean, of shape (d,) and the dtype of ``gradients``; a NumPy array for one.
+        The decoded mean, of shape (elements,) and the dtype of ``gradients``. It is a NumPy array
+        if ``gradients`` is one.
 
     Raises:
-        ValueError: wrong shape, an option out of range, or lanes too narrow for n ranks.
-        TypeError: not a floating-point type, or an option of the wrong type.
+        TypeError: ``gradients`` or an option has the wrong type, or an option is unknown.
+        ValueError: ``gradients`` has the wrong shape, an option or ``step`` is out of range, or the
+            lanes are too narrow for the world size.
+
+    Example::
+
+        >>> rows = torch.randn(8, 100_000)
+        >>> error = simulate(rows, bits=4) - rows.mean(0)
     """
     if isinstance(gradients, np.ndarray):
         return simulate(torch.from_numpy(np.array(gradients)), step=step, **options).numpy()
+    if not isinstance(gradients, Tensor):
+        raise TypeError(f"gradients must be a tensor or a NumPy array, got {type(gradients)}")
     if gradients.dim() != 2 or gradients.shape[0] < 1:
         raise ValueError(
             f"gradients must be of shape (ranks, elements), got {tuple(gradients.shape)}"
@@ -51,7 +76,9 @@ def simulate(
     if not gradients.dtype.is_floating_point:
         raise TypeError(f"gradients must be floating-point, got {gradients.dtype}")
 
-    resolved = Options(**options)
+    check_int("step", step, 0, 2**31 - 2)  # it travels in 32 bits, and so does the next one
+
+    resolved = FRONT_END.options(options)
     world = SimulatedWorld(len(gradients))
     ranks = [Pipeline(resolved, world.transport(r), step=step) for r in range(world.size)]
     rows = gradients.detach().contiguous()

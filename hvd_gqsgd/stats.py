@@ -1,15 +1,17 @@
-"""What went over the wire, and what would have without quantization."""
+"""Bytes before and after quantization, as this rank counts them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 __all__ = ["Stats"]
 
 
 @dataclass
 class Stats:
-    """Counts since the compressor was made, of this rank.
+    """This rank's counts since the compressor was made, or since the last reset.
+
+    ``print(stats)`` shows a summary.
 
     Bytes are counted as those of an Allreduce: each one handed to it once, where a ring of n ranks
     sends 2(n-1)/n times as many. An Alltoall of as many bytes, and an Allgather that brings as many
@@ -63,6 +65,26 @@ class Stats:
     def bypassed_share(self) -> float:
         """The share of tensors that were not compressed, from 0 to 1."""
         return self.tensors_bypassed / self.tensors if self.tensors else 0.0
+
+    def reset(self) -> None:
+        """Sets all counts to zero."""
+        for each in fields(self):
+            setattr(self, each.name, each.default)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.steps:,} steps, {self.tensors:,} tensors, {self.tensors_bypassed:,} of them "
+            f"bypassed ({self.bypassed_share:.1%})",
+            f"all tensors: {self.bytes_before:,} bytes -> {self.bytes_on_wire:,} on the wire, "
+            f"{self.ratio:.2f} times fewer",
+        ]
+        if self.elements:
+            lines.append(
+                f"compressed ones: {self.compressed_bytes_before:,} bytes -> "
+                f"{self.compressed_bytes_on_wire:,} on the wire, "
+                f"{self.compressed_ratio:.2f} times fewer, {self.mean_bits:.2f} bits per element"
+            )
+        return "\n".join(lines)
 
 
 def _ratio(before: int, after: int) -> float:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
+import typing
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from hvd_gqsgd import simulate
+from hvd_gqsgd import DynamicBits, GlobalQSGD, allreduce, simulate
+from hvd_gqsgd.frontends.ddp import DDPState, GQSGDState
 from hvd_gqsgd.frontends.parameter_names import ParameterNames, check_device
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.options import OptionKeywords, Options, digest
 
 MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "
 WEIGHT = torch.ones(3)
@@ -141,12 +146,6 @@ def test_a_device_without_kernels() -> None:
         check_device("GlobalQSGD got a tensor", torch.ones(3, device="meta"))
 
 
-def test_unknown_option() -> None:
-    """It is not ignored."""
-    with pytest.raises(TypeError, match="colour"):
-        Options(colour="blue")  # type: ignore[call-arg]
-
-
 def test_frozen() -> None:
     """Ranks have compared them; they cannot change any more."""
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -189,10 +188,133 @@ def test_digest_is_the_same_in_all_processes() -> None:
     assert digest(("weight", 0, 1000, "torch.float32")) == 1547748690
 
 
-def test_reduce_scatter_is_for_exponential_codes_over_mpi() -> None:
+def test_reduce_scatter_is_for_exponential_codes() -> None:
     Options(dither="exponential", exchange="reduce_scatter")
     for options in ({}, {"dither": "exponential", "norm": "l2"}):
         with pytest.raises(ValueError, match="goes with dither='exponential' and norm='max'"):
             Options(exchange="reduce_scatter", **options)
-    with pytest.raises(ValueError, match=r"for hvd_gqsgd\.allreduce on an mpi4py communicator"):
-        simulate(torch.ones(2, 3), dither="exponential", exchange="reduce_scatter")
+
+
+# --- what each front end takes -------------------------------------------------------------------
+
+ROWS = torch.ones(2, 3)
+# Those of DDPState and allreduce, which need other ranks, are in ranks/test_front_ends.py.
+FRONT_ENDS: dict[str, Callable[..., Any]] = {
+    "simulate()": lambda **options: simulate(ROWS, **options),
+    "GlobalQSGD()": GlobalQSGD,
+}
+
+
+def test_keywords_are_the_options() -> None:
+    """What editors complete, by name and by type."""
+    assert typing.get_type_hints(OptionKeywords) == typing.get_type_hints(Options)
+    assert OptionKeywords.__required_keys__ == frozenset()
+
+
+@pytest.mark.parametrize(
+    ("function", "missing"),
+    [
+        (GlobalQSGD, set()),
+        (DDPState, {"bucket_mb"}),
+        (simulate, {"bucket_mb", "min_numel"}),
+        (allreduce, {"bucket_mb", "min_numel"}),
+    ],
+)
+def test_signatures_show_the_options(function: Callable[..., Any], missing: set[str]) -> None:
+    """With their defaults, as ``help`` does; just those that have an effect."""
+    parameters = inspect.signature(function).parameters
+    for option in dataclasses.fields(Options):
+        if option.name in missing:
+            assert option.name not in parameters
+        else:
+            assert parameters[option.name].default == option.default
+    assert not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+@pytest.mark.parametrize(
+    ("option", "suggestion"),
+    [
+        ("bit", "did you mean 'bits'? "),
+        ("blocksize", "did you mean 'block_size'? "),
+        ("colour", " Options are: bits, dither, exchange, norm, "),
+    ],
+)
+def test_unknown_options(name: str, option: str, suggestion: str) -> None:
+    """Named with the front end and, if there is one, the option that was meant."""
+    with pytest.raises(TypeError) as caught:
+        FRONT_ENDS[name](**{option: 4})
+    message = str(caught.value)
+    assert message.startswith(f"{name} got an unknown option {option!r}")
+    assert suggestion in message
+    assert ("did you mean" in message) == ("did you mean" in suggestion)
+
+
+def test_arguments_of_the_front_end_are_suggested_too() -> None:
+    with pytest.raises(TypeError, match="did you mean 'step'"):
+        simulate(ROWS, steps=3)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match="did you mean 'named_parameters'"):
+        GlobalQSGD(named_params=[])  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("option", ["bucket_mb", "min_numel"])
+def test_options_that_simulate_has_no_use_for(option: str) -> None:
+    """Even with their defaults."""
+    value = getattr(Options(), option)
+    with pytest.raises(
+        TypeError, match=rf"simulate\(\) takes no option '{option}': .*leave it out"
+    ):
+        simulate(ROWS, **{option: value})
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_reduce_scatter_is_for_mpi(name: str) -> None:
+    message = r"for hvd_gqsgd\.allreduce on an mpi4py communicator; take exchange='two_phase' for "
+    with pytest.raises(ValueError, match=message + re.escape(name)):
+        FRONT_ENDS[name](dither="exponential", exchange="reduce_scatter")
+
+
+def test_named_parameters_that_are_used_up() -> None:
+    """As when one iterator is given to Horovod and to the compressor."""
+    named = nn.Linear(3, 2).named_parameters()
+    GlobalQSGD(named_parameters=named)
+    with pytest.raises(ValueError, match="empty named_parameters: give it a model"):
+        GlobalQSGD(named_parameters=named)
+
+
+@pytest.mark.parametrize("process_set", [0, [0, 1], "all"])
+def test_what_is_no_process_set(process_set: Any) -> None:
+    with pytest.raises(TypeError, match=re.escape(f"or None (all ranks), got {process_set!r}")):
+        GlobalQSGD(process_set=process_set)
+
+
+def test_repr() -> None:
+    """All options, and what is special about this one."""
+    assert repr(GlobalQSGD(4, seed=7)) == (
+        "GlobalQSGD(bits=4, dither='linear', exchange='auto', norm='max', block_size=1024, "
+        "correlated=True, seed=7, min_numel=4096, bucket_mb=25.0)"
+    )
+    named = GlobalQSGD(DynamicBits(5), named_parameters=nn.Linear(3, 2).named_parameters())
+    assert repr(named).startswith("GlobalQSGD(bits=DynamicBits(budget=5.0, ")
+    assert repr(named).endswith("bucket_mb=25.0, named_parameters=<2 of them>)")
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "expected"),
+    [
+        ({}, 4, "allreduce on 4 ranks, levels per side: 31"),
+        ({}, 64, "two_phase on 64 ranks, levels per side: 127"),
+        ({"exchange": "allreduce"}, 64, "allreduce on 64 ranks, levels per side: 1"),
+        ({"dither": "exponential", "bits": 4}, 2, "two_phase on 2 ranks, levels per side: 7"),
+        ({"bits": DynamicBits(9)}, 4, "allreduce on 4 ranks, levels per side: 1 to 8191"),
+        ({"bits": DynamicBits(9, min_bits=8, max_bits=15)}, 4,
+         "allreduce on 4 ranks, levels per side: 31 to 511"),
+    ],
+)  # fmt: skip
+def test_description(options: dict[str, Any], ranks: int, expected: str) -> None:
+    """Widths that a schedule never takes are not counted: 12 bits cost as much as 11."""
+    assert Options(**options).describe(ranks) == expected
+
+
+def test_the_name_that_pytorch_would_give() -> None:
+    assert GQSGDState is DDPState

@@ -280,6 +280,11 @@ def test_bad_shapes(shape: tuple[int, ...]) -> None:
         simulate(np.zeros(shape))
 
 
+def test_what_is_no_array() -> None:
+    with pytest.raises(TypeError, match="a tensor or a NumPy array, got <class 'list'>"):
+        simulate([[1.0, 2.0]])
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.complex64])
 def test_bad_dtypes(dtype: torch.dtype) -> None:
     with pytest.raises(TypeError, match=f"gradients must be floating-point, got {dtype}"):
@@ -291,8 +296,16 @@ def test_bad_dtypes(dtype: torch.dtype) -> None:
 def test_bad_options() -> None:
     with pytest.raises(ValueError, match=r"bits must be from 2 to 16 or .*, got 1"):
         simulate(torch.zeros(2, 5), bits=1)
-    with pytest.raises(TypeError, match="colour"):
-        simulate(torch.zeros(2, 5), colour="blue")
+    with pytest.raises(TypeError, match=r"simulate\(\) got an unknown option 'bit': did you mean"):
+        simulate(torch.zeros(2, 5), bit=4)
+
+
+@pytest.mark.parametrize("step", [-1, 2**31 - 1])
+def test_bad_steps(step: int) -> None:
+    with pytest.raises(ValueError, match=f"step must be from 0 to 2147483646, got {step}"):
+        simulate(torch.zeros(2, 5), step=step)
+    with pytest.raises(TypeError, match=r"step must be an int, got 1\.5"):
+        simulate(torch.zeros(2, 5), step=1.5)
 
 
 def test_what_goes_wrong_in_the_exchange_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,13 +320,12 @@ def test_what_goes_wrong_in_the_exchange_is_raised(monkeypatch: pytest.MonkeyPat
 
 
 def test_seed_and_step_decide() -> None:
-    """And nothing else: not the random state, not the bucket size, not an earlier call."""
+    """And nothing else: not the random state, not the layout, not an earlier call."""
     rows = gradient_like(RNG(0), (3, 5000))
     kept = rows.clone()
     mean = simulate(rows, seed=7, step=3)
     torch.manual_seed(99)
     assert torch.equal(mean, simulate(rows, seed=7, step=3))
-    assert torch.equal(mean, simulate(rows, seed=7, step=3, bucket_mb=1e-3, min_numel=0))
     assert torch.equal(mean, simulate(rows.t().contiguous().t(), seed=7, step=3))
     assert torch.equal(mean, simulate(rows.clone().requires_grad_(), seed=7, step=3))
     assert torch.equal(rows, kept)

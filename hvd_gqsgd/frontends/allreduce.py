@@ -12,12 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.checks import check_choice, check_int
+from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.engine.agreement import refuse
 from hvd_gqsgd.engine.operation_names import Namespace
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.frontends.parameter_names import check_device, is_compressible
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.frontends.reduce_op import ReduceOp, reduction
+from hvd_gqsgd.options import FrontEnd, OptionKeywords, Options
 from hvd_gqsgd.transports.base import Transport
 from hvd_gqsgd.transports.devices import transport_for
 from hvd_gqsgd.transports.process_groups import has_nccl, host_group
@@ -25,8 +26,19 @@ from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
+    from typing_extensions import Unpack
 
 __all__ = ["allreduce"]
+
+FRONT_END = FrontEnd(
+    "allreduce()",
+    own=("comm", "op", "out", "step"),
+    without={
+        "min_numel": "it compresses tensors of any size; leave it out",
+        "bucket_mb": "it exchanges one tensor, in a bucket of its own; leave it out",
+    },
+    over_mpi=True,
+)
 
 # Sets of options whose step numbers, schedules and buffers are kept for a communicator.
 MOST_PIPELINES = 16
@@ -34,63 +46,70 @@ MOST_PIPELINES = 16
 Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
 
+@FRONT_END.documented
 def allreduce(
     x: Array,
     comm: MPI.Comm | dist.ProcessGroup | None = None,
-    op: str = "mean",
+    op: ReduceOp = "mean",
     out: Array | None = None,
     *,
     step: int | None = None,
-    **options: Any,
+    **options: Unpack[OptionKeywords],
 ) -> Array:
-    """The mean or the sum of ``x`` over the ranks of ``comm``, exchanged as small integers.
+    """Returns the mean or the sum of ``x`` over the ranks of ``comm``, exchanged as small integers.
 
-    A collective like any other: all ranks call it, in one order, with tensors of one shape and type
-    and the same options. It returns when the result is there, the same bits on every rank; or, on
-    a GPU, enqueued on the current stream.
+    This is a collective: all ranks call it in the same order, with tensors of the same shape and
+    dtype and with the same options. It blocks until the result is there; on a GPU, until the
+    exchange is enqueued on the current stream. All ranks get the same bits.
 
-    Tensors on GPUs go over NCCL, where this package was built with it, one GPU a rank. Those of a
-    process group with another backend, or without NCCL, go by way of the host's memory.
+    Tensors on GPUs go over NCCL if this package was built with it, with one GPU per rank. They are
+    staged in host memory if it was not, or if ``comm`` is a process group of another backend.
 
     Args:
         x: a tensor on the CPU or a GPU, or a NumPy array; float16, bfloat16, float32 or float64,
             of any shape and layout.
         comm: an intracommunicator of mpi4py, a process group of ``torch.distributed``, or None for
             all ranks of Horovod.
-        op: "mean" or "sum".
-        out: where to put the result, of the shape and type of ``x``; may be ``x`` itself. None: in
-            memory that is used again only after nothing refers to it any more.
-        step: a number that the dither depends on, from 0 on; None: one more than in the call before
-            with these options on this communicator, if it is one of the last 16 sets of options.
-        options: as for ``GlobalQSGD``: bits, dither, exchange, norm, block_size, correlated, seed.
-            ``exchange="reduce_scatter"``, for exponential dithering over MPI alone, sums codes by
-            an MPI operator, in ``MPI_Reduce_scatter_block``, and rounds at each sum.
+        op: ``"mean"`` or ``"sum"``, or a reduction of any library: ``MPI.SUM``,
+            ``torch.distributed.ReduceOp.SUM`` or ``AVG``, ``hvd.Sum`` or ``hvd.Average``.
+        out: the tensor or array to write the result to, of the shape and dtype of ``x``. It may be
+            ``x`` itself. None allocates it; its memory is reused once nothing refers to it.
+        step: the number of the step, from 0 on. The dither depends on it. None takes one more than
+            the last call with these options on this communicator, which remembers the last 16 sets
+            of options.
+        options: see :class:`hvd_gqsgd.options.Options`. All but ``min_numel`` and ``bucket_mb``,
+            which have no effect on a single tensor.
 
     Returns:
         ``out``, or a new tensor or array like ``x``.
 
     Raises:
-        TypeError: ``x``, ``comm`` or an option is of a wrong type.
-        ValueError: an option or ``step`` is out of range, ``out`` does not match ``x``, or the
-            lanes are too narrow for the number of ranks.
+        TypeError: ``x``, ``comm``, ``op`` or an option has the wrong type, or an option is unknown.
+        ValueError: an option or ``step`` is out of range, ``op`` is not linear, ``out`` does not
+            match ``x``, or the lanes are too narrow for the world size.
         NotImplementedError: ``x`` is on a device for which there are no kernels.
-        AgreementError: on every rank, if ranks disagree on shapes, types or options. And on all
-            others, if a rank raises one of the errors above, but for those about ``comm``.
-        ImportError: ``comm`` is None, and there is no Horovod.
-        Exception: what MPI, PyTorch or Horovod raise if the exchange fails.
+        AgreementError: on all ranks, if they disagree on shapes, dtypes, ``op`` or options; on all
+            other ranks, if one raises any of the errors above, except those about ``comm``.
+        ImportError: ``comm`` is None, and Horovod is not installed.
+        Exception: as raised by MPI, PyTorch or Horovod if the exchange fails.
+
+    Example::
+
+        mean = allreduce(x, MPI.COMM_WORLD, bits=4)
+        allreduce(x, MPI.COMM_WORLD, MPI.SUM, out=x)  # in place
     """
     endpoint = _Endpoint.of(comm)
     try:
-        check_choice("op", op, ("mean", "sum"))
+        mean = reduction(op) == "mean"
         given, result = _tensor("x", x), None if out is None else _tensor("out", out)
         _check(given, result)
         flat = given.contiguous().view(-1)
         target = None if result is None or not _can_hold(result, flat) else result.view(-1)
-        pipeline = endpoint.pipeline(Options(**options), flat.device)
+        pipeline = endpoint.pipeline(FRONT_END.options(options), flat.device)
         if step is not None:
             check_int("step", step, 0, 2**30, "None (the next one)")  # with room for those to come
         pipeline.begin_step(step)
-        scale = 1 / endpoint.transport.size if op == "mean" else 1.0
+        scale = 1 / endpoint.transport.size if mean else 1.0
         ticket = pipeline.submit(flat, scale=scale, out=target)
     except Exception:
         endpoint.refuse()

@@ -9,11 +9,13 @@ that is so for the agreements alone: what follows one is enqueued at once, bucke
 
 # No `from __future__ import annotations`: DDP compares those of its hook with types.
 import atexit
+import dataclasses
 import functools
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
 from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.exchanges import make_exchange
 from hvd_gqsgd.frontends.parameter_names import check_device, is_compressible
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import FrontEnd, OptionKeywords
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Transport
 from hvd_gqsgd.transports.host_staging import StagedTransport
@@ -41,7 +43,21 @@ from hvd_gqsgd.transports.process_groups import (
 )
 from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
-__all__ = ["DDPState", "ddp_hook"]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["DDPState", "GQSGDState", "ddp_hook"]
+
+FRONT_END = FrontEnd(
+    "DDPState()",
+    own=("process_group",),
+    without={
+        "bucket_mb": "DDP makes the buckets; give bucket_cap_mb to DistributedDataParallel",
+        "named_parameters": "DDP knows its parameters, and hands in buckets; leave it out",
+        "process_set": "that is Horovod's; give a process_group",
+    },
+)
+OF_COMPRESSOR = dataclasses.replace(FRONT_END, name="GlobalQSGD.ddp_state()")
 
 
 @dataclass
@@ -62,17 +78,55 @@ class _Waiting:
 
 
 class DDPState:
-    """What a model's hook remembers from bucket to bucket; see ``GlobalQSGD.ddp_state``.
+    """The state of ``ddp_hook`` for one model: what it keeps from bucket to bucket.
+
+    ::
+
+        model = DistributedDataParallel(model)
+        model.register_comm_hook(DDPState(bits=8), ddp_hook)
+
+    DDP's buckets take the place of tensors: ``min_numel`` is compared with a whole bucket, and
+    DDP's ``bucket_cap_mb`` takes the place of ``bucket_mb``. ``GQSGDState`` is the same class.
+
+    All ranks of the process group must make their states together, as a state opens process groups
+    of its own: one for each kind of message.
+
+    Args:
+        process_group: the one that the model uses; None for the default group.
+        options: see :class:`hvd_gqsgd.options.Options`. All but ``bucket_mb``.
 
     Raises:
-        ValueError: the lanes are too narrow for the number of ranks, or this process is not in the
-            process group.
-        AgreementError: on all ranks, if they use different options.
+        TypeError: an option is unknown, has no effect here, or has the wrong type.
+        ValueError: an option is out of range, the lanes are too narrow for the world size, or this
+            process is not in the process group.
+        AgreementError: on all ranks, if their options differ; on all other ranks, if one raises an
+            error about its options.
         RuntimeError: NCCL could not be started.
     """
 
+    @FRONT_END.documented
     def __init__(
-        self, options: Options, group: dist.ProcessGroup | None, stats: Stats | None = None
+        self,
+        process_group: dist.ProcessGroup | None = None,
+        **options: "Unpack[OptionKeywords]",
+    ) -> None:
+        self._connect(process_group, FRONT_END, options, Stats())
+
+    @classmethod
+    def of_compressor(
+        cls, process_group: dist.ProcessGroup | None, given: Mapping[str, Any], stats: Stats
+    ) -> "DDPState":
+        """The state of ``GlobalQSGD.ddp_state``, with the compressor's keywords and counts."""
+        state = cls.__new__(cls)
+        state._connect(process_group, OF_COMPRESSOR, given, stats)
+        return state
+
+    def _connect(
+        self,
+        group: dist.ProcessGroup | None,
+        front_end: FrontEnd,
+        given: Mapping[str, Any],
+        stats: Stats,
     ) -> None:
         _let_threads_leave()
         self._group = group
@@ -81,8 +135,9 @@ class DDPState:
         nccl = has_nccl(group) and native_nccl.built()
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
         try:
+            options = self.options = front_end.options(given)
             exchange = make_exchange(options, self._on(host), BufferPool(), Stats(), ahead=True)
-        except ValueError:
+        except (TypeError, ValueError):
             refuse(host, "options")
             raise
         check(host, options, "options")  # that buckets are compressed on all ranks or on none
@@ -92,9 +147,10 @@ class DDPState:
             TorchDistributedTransport(host.group, self._channels, self._progress)
         )
         self._host = host
-        self._stats = stats or Stats()
+        self._stats = stats
         self._pipeline = Pipeline(options, self._transport, stats=self._stats, ahead=True)
         self._min_numel = options.min_numel
+        self.world_size = host.size
         self._share = 1 / host.size
         # Held by whoever works on the pipeline: the thread of the backward pass, or one of the
         # process group's. Reentrant, as a collective may be done by the time it was started.
@@ -147,9 +203,21 @@ class DDPState:
         self._progress()
         return averaged
 
+    def stats(self) -> Stats:
+        """Returns a copy of this rank's counts of bytes and tensors."""
+        with self._lock:
+            return dataclasses.replace(self._stats)
+
+    def reset_stats(self) -> None:
+        """Sets all counts to zero."""
+        with self._lock:
+            self._stats.reset()
+
     def close(self) -> None:
-        """Leaves its connections to the next state, for programs that make many models. All ranks
-        must call it, with no backward pass under way; then this state cannot be used any more."""
+        """Leaves the connections to the next state, for programs that make many models.
+
+        All ranks must call it, with no backward pass under way. The state cannot be used any more.
+        """
         if self._transport.nccl is not None:
             self._transport.nccl.close()
         give_back_channels(self._host.group, self._channels)
@@ -164,6 +232,10 @@ class DDPState:
         """See ``GlobalQSGD.load_state_dict``."""
         with self._lock:
             self._pipeline.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        described = self.options.describe(self.world_size)
+        return f"{type(self).__name__}({self.options.keywords()}): {described}"
 
     def _average_plainly(self, buffer: Tensor) -> Future[Tensor]:
         self._stats.tensors_bypassed += 1
@@ -213,6 +285,9 @@ class DDPState:
         return finished
 
 
+GQSGDState = DDPState  # as PyTorch names its PowerSGDState
+
+
 @functools.cache
 def _let_threads_leave() -> None:
     """Before the interpreter ends: it kills threads that come for it then, and one of Gloo's, on
@@ -224,16 +299,24 @@ def ddp_hook(
     state: DDPState,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> Future[Tensor]:
-    """Averages a bucket of gradients over the ranks, as quantized integers.
+    """Averages a bucket of gradients over the ranks, exchanged as small integers.
 
     A communication hook for ``DistributedDataParallel.register_comm_hook``::
 
-        model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), ddp_hook)
+        model.register_comm_hook(DDPState(bits=8), ddp_hook)
 
-    Returns at once.
+    It returns at once: the exchange overlaps with the backward pass.
+
+    Args:
+        state: a :class:`DDPState`, or the result of ``GlobalQSGD.ddp_state``.
+        bucket: from DDP.
 
     Returns:
-        A future of the bucket's buffer, which then holds the mean. Its errors are raised by
-        ``backward()``, on every rank, as a ``RuntimeError`` that quotes them.
+        A future of the bucket's buffer, which then holds the mean. ``backward()`` raises an error
+        of the exchange on all ranks, as a ``RuntimeError`` that quotes it.
     """
+    if not isinstance(state, DDPState):
+        raise TypeError(
+            f"the state of ddp_hook must be a DDPState, as DDPState(bits=8), got {state!r}"
+        )
     return state.average(bucket.buffer(), first=bucket.index() == 0)

@@ -12,7 +12,16 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from types import MethodType
-from typing import Any, ClassVar, Concatenate, Generic, NamedTuple, ParamSpec, TypeVar
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+)
 
 import torch
 import torch.distributed as dist
@@ -28,11 +37,12 @@ from hvd_gqsgd.exchanges import ORDER
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES, Reading, make_probe
 from hvd_gqsgd.frontends.parameter_names import ParameterNames, check_device, is_compressible
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.options import FrontEnd, OptionsButBits, digest
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.host_staging import StagedTransport
 
 try:
+    from horovod.torch import ProcessSet
     from horovod.torch.compression import Compressor
 
     from hvd_gqsgd.transports.horovod import HorovodTransport
@@ -43,7 +53,12 @@ except ImportError as error:
 else:
     _no_horovod = None
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["GlobalQSGD"]
+
+FRONT_END = FrontEnd("GlobalQSGD()", own=("named_parameters", "process_set"))
 
 # Seconds to wait for a payload when not all ranks are behind a probe. All ranks that are have sent
 # their part already, or will at the end of their backward pass.
@@ -92,67 +107,54 @@ class GlobalQSGD(Compressor):
         opt = hvd.DistributedOptimizer(opt, named_parameters=model.named_parameters(),
                                        compression=GlobalQSGD(bits=4, seed=7))
 
-    All options must be the same on all ranks.
+    All ranks must use the same options, and they check that.
 
     Args:
-        bits: lane width on the wire, 2 to 16 bits per element; 4 or 8 for exponential dithering. Or
-            ``DynamicBits(...)``: a width that follows the training, by DQ-SGD.
-        dither: "linear": evenly spaced levels, s to each side; or "exponential": each level twice
-            the one below, so that small elements keep their relative precision.
-        exchange: "allreduce": codes are summed as integers by an ordinary Allreduce, and there are
-            s = floor((2^bits - 1) / (2 * ranks)) levels; "two_phase": by Alltoall, a sum on each
-            rank of its part, and Allgather, with s = 2^(bits - 1) - 1 for any number of ranks; or
-            "auto": two phases for exponential dithering, and where lanes that hold a sum would
-            leave less than 7 levels.
-        norm: of a block over all ranks: "max", the largest magnitude, or "l2".
-        block_size: consecutive elements that share a norm; None for one norm per tensor.
-        correlated: draw the dither of the ranks from strata of one shared number, so that their
-            rounding errors cancel; False for independent dither.
-        seed: of the dither. The same seed and gradients give the same bits.
-        min_numel: tensors with fewer elements go to Horovod as they are, if it can reduce them:
-            not if they are of bfloat16 or not contiguous.
-        bucket_mb: megabytes of gradients that are exchanged in one message.
-        named_parameters: ``model.named_parameters()``; lets gradients come in another order on
-            another rank. Without it they are told apart by their order of arrival, and a difference
-            is an error.
-        process_set: the Horovod process set that the gradients are reduced over, as given to
-            ``hvd.DistributedOptimizer``; None for all ranks.
+        bits: lane width on the wire in bits per element, or ``DynamicBits(...)``.
+        named_parameters: ``model.named_parameters()``. With names, gradients may come in another
+            order on another rank. Without, they are told apart by their order, and a difference
+            between ranks is an error.
+        process_set: the Horovod process set given to ``hvd.DistributedOptimizer``; None for all
+            ranks.
+        options: see :class:`hvd_gqsgd.options.Options`, which also has more about ``bits``.
 
     Raises:
-        TypeError: an option is of the wrong type.
-        ValueError: an option is out of range.
+        TypeError: an option is unknown or has the wrong type.
+        ValueError: an option is out of range, does not go with another one, or has no effect here;
+            or ``named_parameters`` is empty.
     """
 
     _default_instance: ClassVar[GlobalQSGD]
 
+    @FRONT_END.documented
     def __init__(
         self,
         bits: int | DynamicBits = 8,
         *,
-        dither: str = "linear",
-        exchange: str = "auto",
-        norm: str = "max",
-        block_size: int | None = 1024,
-        correlated: bool = True,
-        seed: int = 0,
-        min_numel: int = 4096,
-        bucket_mb: float = 25,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         process_set: Any = None,
+        **options: Unpack[OptionsButBits],
     ) -> None:
-        self.options = Options(
-            bits=bits,
-            dither=dither,
-            exchange=exchange,
-            norm=norm,
-            block_size=block_size,
-            correlated=correlated,
-            seed=seed,
-            min_numel=min_numel,
-            bucket_mb=bucket_mb,
-        )
-        self._names = ParameterNames(named_parameters) if named_parameters is not None else None
+        self._given: dict[str, Any] = {"bits": bits, **options}
+        self.options = FRONT_END.options(self._given)
+        self._names = None
+        if named_parameters is not None:
+            self._given["named_parameters"] = named_parameters = list(named_parameters)
+            if not named_parameters:
+                raise ValueError(
+                    "GlobalQSGD() got empty named_parameters: give it a model.named_parameters() "
+                    "of its own, as an iterator that was used before has nothing left"
+                )
+            self._names = ParameterNames(named_parameters)
+        if process_set is not None:
+            if _no_horovod is None and not isinstance(process_set, ProcessSet):
+                raise TypeError(
+                    "process_set must be a horovod.torch.ProcessSet or None (all ranks), got "
+                    f"{process_set!r}"
+                )
+            self._given["process_set"] = process_set
         self._process_set = process_set
+        self._world_size: int | None = None  # of the last exchange
         self._stats = Stats()
         self._state: dict[str, Any] | None = None  # loaded before the first step
         self._pipeline: Pipeline | None = None
@@ -193,7 +195,8 @@ class GlobalQSGD(Compressor):
         identity = digest((ticket.item.identity, *tensor.shape))
         probe = make_probe(self._transport.rank, identity)
         self._stats.compressed_bytes_on_wire += PROBE_BYTES
-        return probe, _Context(ticket, tensor.detach(), self._transport.size)
+        self._world_size = self._transport.size
+        return probe, _Context(ticket, tensor.detach(), self._world_size)
 
     @_ClassOrInstanceMethod
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
@@ -235,28 +238,34 @@ class GlobalQSGD(Compressor):
         return torch.empty_like(ctx.like).copy_(flat.view(ctx.like.shape))
 
     def ddp_state(self, process_group: dist.ProcessGroup | None = None) -> DDPState:
-        """The state for ``hvd_gqsgd.ddp_hook``, for one model::
+        """Returns a state for ``ddp_hook`` with these options, for one model::
 
-            model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), hvd_gqsgd.ddp_hook)
+            model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), ddp_hook)
 
-        All ranks of the process group must call it, as it makes process groups of its own: one for
-        each kind of message. DDP's buckets take the place of tensors: ``bucket_mb`` and
-        ``named_parameters`` do not count, and ``min_numel`` is about a whole bucket. ``stats``
-        counts what the hook does.
+        It is a :class:`hvd_gqsgd.frontends.ddp.DDPState`, which says what it expects of the ranks.
+        ``stats`` counts what the hook does.
 
         Args:
-            process_group: the one that the model was given; None for all ranks.
+            process_group: the one that the model uses; None for the default group.
 
         Raises:
-            ValueError: ``bits`` is too small for the number of ranks, or this process is not in the
-                process group.
+            TypeError: ``bucket_mb``, ``named_parameters`` or ``process_set`` was given, which have
+                no effect under DDP.
+            Exception: as raised by ``DDPState``.
         """
-        return DDPState(self.options, process_group, self._stats)
+        state = DDPState.of_compressor(process_group, self._given, self._stats)
+        self._world_size = state.world_size
+        return state
 
     @_ClassOrInstanceMethod
     def stats(self) -> Stats:
-        """Bytes before and on the wire, ratio and bypassed tensors so far; of this rank."""
+        """Returns a copy of this rank's counts of bytes and tensors."""
         return dataclasses.replace(self._stats)
+
+    @_ClassOrInstanceMethod
+    def reset_stats(self) -> None:
+        """Sets all counts to zero."""
+        self._stats.reset()
 
     @_ClassOrInstanceMethod
     def state_dict(self) -> dict[str, Any]:
@@ -285,11 +294,23 @@ class GlobalQSGD(Compressor):
             self._pipeline.load_state_dict(state)
         self._state = copy.deepcopy(state)
 
+    def __repr__(self) -> str:
+        given = [self.options.keywords()]
+        if "named_parameters" in self._given:
+            given.append(f"named_parameters=<{len(self._given['named_parameters'])} of them>")
+        if self._process_set is not None:
+            given.append(f"process_set={self._process_set}")
+        known = self._world_size
+        described = f": {self.options.describe(known)}" if known is not None else ""
+        return f"{type(self).__name__}({', '.join(given)}){described}"
+
     @functools.cached_property
     def _transport(self) -> HorovodTransport:
         if _no_horovod is not None:
             raise ImportError("GlobalQSGD.compress needs Horovod") from _no_horovod
-        return HorovodTransport(self._process_set) if self._process_set else HorovodTransport()
+        if self._process_set is None:
+            return HorovodTransport()
+        return HorovodTransport(self._process_set)
 
     def _compresses(self, tensor: Tensor) -> bool:
         return (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 
 import horovod.torch as hvd
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import assert_same_on_all_ranks, gradients
 
 from hvd_gqsgd import AgreementError, DynamicBits, allreduce, simulate
@@ -27,6 +29,28 @@ LANES = [
     {"bits": 12, "block_size": 100},
     {"bits": 8, "block_size": 7},
 ]
+
+# What reductions are called, which may travel over another library.
+SUMS = {
+    "torch": dist.ReduceOp.SUM, "torch, an instance": dist.ReduceOp(dist.ReduceOp.SUM),
+    "Horovod": hvd.Sum,
+}  # fmt: skip
+MEANS = {"torch": dist.ReduceOp.AVG, "Horovod": hvd.Average}
+OTHER_OPS = [
+    (ValueError, "got 'max'", "max"),
+    (ValueError, r"got ReduceOp\.PRODUCT", dist.ReduceOp.PRODUCT),
+    (ValueError, r"got ReduceOp\.PREMUL_SUM", dist._make_nccl_premul_sum(2.0)),
+    (ValueError, r"got hvd\.Adasum", hvd.Adasum),
+    (ValueError, "got 99", 99),
+    (TypeError, "got True", True),
+    (TypeError, "got None", None),
+    (TypeError, "got 1.0", 1.0),
+]
+if "OMPI_COMM_WORLD_SIZE" in os.environ:
+    from mpi4py import MPI
+
+    SUMS["MPI"] = MPI.SUM
+    OTHER_OPS.append((ValueError, r"got MPI\.MAX", MPI.MAX))
 
 
 @functools.lru_cache(maxsize=4)  # for one transport after the other
@@ -147,6 +171,23 @@ def test_sum(rank, size, comm):
 
 
 @pytest.mark.few
+@pytest.mark.parametrize("name", SUMS)
+def test_sums_of_all_libraries(rank, size, comm, name):
+    everyone = gradients(size, 5000)
+    total = allreduce(everyone[rank], comm, "sum", step=3)
+    assert torch.allclose(total, size * simulate(everyone, step=3))
+    assert torch.equal(allreduce(everyone[rank], comm, SUMS[name], step=3), total)
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("name", MEANS)
+def test_means_of_all_libraries(rank, size, comm, name):
+    everyone = gradients(size, 5000)
+    mean = simulate(everyone, step=3)
+    assert torch.equal(allreduce(everyone[rank], comm, MEANS[name], step=3), mean)
+
+
+@pytest.mark.few
 def test_steps_are_counted(rank, size, comm):
     """For each set of options; a step that was given is gone on from."""
     everyone = gradients(size, 3000)
@@ -204,12 +245,14 @@ def test_ranks_that_disagree(rank, size, comm, what):
     (TypeError, "got torch.int32", {"x": torch.ones(5000, dtype=torch.int32)}),
     (TypeError, "NumPy array, got <class 'list'>", {"x": [1.0]}),
     (TypeError, "dense", {"x": torch.ones(50, 50).to_sparse()}),
-    (ValueError, "op must be one of", {"op": "max"}),
     (ValueError, "bits must be from 2 to 16 or .*, got 99", {"bits": 99}),
     (ValueError, "step must be from 0", {"step": -1}),
     (ValueError, "out must be like x", {"out": torch.ones(4)}),
     (ValueError, "out must be writeable", {"out": np.broadcast_to(np.float32(1), 5000)}),
-    (TypeError, "unexpected keyword", {"bit": 8}),
+    (TypeError, r"allreduce\(\) got an unknown option 'bit': did you mean 'bits'", {"bit": 8}),
+    (TypeError, r"allreduce\(\) takes no option 'bucket_mb': .* leave it out", {"bucket_mb": 25}),
+    (TypeError, r"allreduce\(\) takes no option 'min_numel': .* leave it out", {"min_numel": 1}),
+    *((kind, f"op must be .*MPI.SUM.*, {got}", {"op": op}) for kind, got, op in OTHER_OPS),
 ])  # fmt: skip
 def test_an_error_of_one_rank_is_one_on_all(rank, size, comm, error):
     kind, message, arguments = error
