@@ -155,7 +155,7 @@ class Layout(NamedTuple):
         The tiles of a bucket, counted through all of its tensors, are dealt out in runs that
         differ by one tile at most. With fewer tiles than ranks some ranks get none.
         """
-        return _segments(self, ranks)
+        return _segments(self.tensors, self.bits, self.norm_dtype, ranks)
 
 
 @functools.lru_cache(maxsize=256)  # the same buckets come step after step
@@ -172,8 +172,10 @@ def _slices(lengths: Iterable[int]) -> tuple[slice, ...]:
 
 
 @functools.lru_cache(maxsize=256)
-def _segments(layout: Layout, ranks: int) -> Segments:
-    tiles = [tiles_for(numel, block) for numel, block in layout.tensors]
+def _segments(
+    tensors: tuple[tuple[int, int], ...], bits: int, norm_dtype: torch.dtype, ranks: int
+) -> Segments:
+    tiles = [tiles_for(numel, block) for numel, block in tensors]
     left = [(tensor, 0) for tensor, count in enumerate(tiles) if count][::-1]
     words, means = [], [0]
     of_rank: list[tuple[Part, ...]] = []
@@ -187,7 +189,7 @@ def _segments(layout: Layout, ranks: int) -> Segments:
             if last < tiles[tensor]:
                 left.append((tensor, last))
             wanted -= last - first
-            num_words, num_means = _lengths(layout, tensor, first, last)
+            num_words, num_means = _lengths(*tensors[tensor], bits, norm_dtype, first, last)
             part = Part(
                 tensor, (first, last),
                 slice(word, word + num_words), slice(mean, mean + num_means),
@@ -201,9 +203,10 @@ def _segments(layout: Layout, ranks: int) -> Segments:
     return Segments(tuple(words), tuple(means), tuple(of_rank), tuple(map(tuple, of_tensor)))
 
 
-def _lengths(layout: Layout, tensor: int, first: int, last: int) -> tuple[int, int]:
+def _lengths(
+    numel: int, block: int, bits: int, norm_dtype: torch.dtype, first: int, last: int
+) -> tuple[int, int]:
     """Words, and elements of means, of a run of tiles."""
-    (numel, block), bits, norm_dtype = layout.tensors[tensor], layout.bits, layout.norm_dtype
     words = [words_before(tile, numel, block, bits) for tile in (first, last)]
     means = [means_before(tile, numel, block, bits, norm_dtype) for tile in (first, last)]
     return words[1] - words[0], means[1] - means[0]

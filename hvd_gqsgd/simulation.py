@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.engine.pipeline import Pipeline
+from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.options import FrontEnd, OptionKeywords
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
@@ -80,7 +81,10 @@ def simulate(
 
     resolved = FRONT_END.options(options)
     world = SimulatedWorld(len(gradients))
-    ranks = [Pipeline(resolved, world.transport(r), step=step) for r in range(world.size)]
+    ranks = [
+        Pipeline(resolved, world.transport(rank), steps=Steps(resolved.bits, step))
+        for rank in range(world.size)
+    ]
     rows = gradients.detach().contiguous()
     tickets = [rank.submit(row) for rank, row in zip(ranks, rows, strict=True)]
     for rank in ranks:

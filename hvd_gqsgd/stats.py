@@ -33,6 +33,8 @@ class Stats:
     """Bytes of the tensors that were not compressed, before and on the wire."""
     elements: int = 0
     """Elements of the tensors that were compressed."""
+    slots_filled: int = 0
+    """Operation slots under Horovod that no collective used; see ``engine/operation_slots.py``."""
     bits: int = 0
     """Lane width of the last step."""
 

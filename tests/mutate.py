@@ -126,9 +126,9 @@ MUTANTS = [
     Mutant("scale of n + 1 ranks", "hvd_gqsgd/simulation.py", "1 / world.size)",
            "1 / (world.size + 1))", (LEVEL, UNBIASED)),
     Mutant("contributors that have left are counted", "hvd_gqsgd/exchanges/allreduce.py",
-           "bucket.contribution.count, scale,\n", "self.size, scale,\n", (JOIN,)),
+           "self.contribution.count, scale)", "3, scale)", (JOIN,)),
     Mutant("L2: the largest sum instead of all", "hvd_gqsgd/exchanges/base.py",
-           "self._transport.sum_async(squares, name)", "self._transport.max_async(squares, name)",
+           "yield Sum(\"squares\", squares)", "yield Max(\"squares\", squares)",
            (EXPECTED,)),
 ]  # fmt: skip
 

@@ -29,6 +29,8 @@ from horovod.torch import mpi_ops
 from torch import nn
 
 from hvd_gqsgd import DynamicBits, GlobalQSGD
+from hvd_gqsgd.engine.operation_names import OperationNames
+from hvd_gqsgd.registry import horovod_states
 
 # How much each may grow a step, by a straight line through the second half.
 BOUNDS = {"objects": 0.01, "threads": 0.001, "files": 0.001, "in flight": 0.001}
@@ -75,18 +77,15 @@ def sample(compressor: GlobalQSGD) -> dict[str, float]:
     gc.collect()
     with open("/proc/self/statm") as file:
         pages = int(file.read().split()[1])
-    pipeline = compressor._pipeline
-    assert pipeline is not None
-    in_flight = (
-        pipeline._live, pipeline._filling, pipeline._in_flight, pipeline._orphans,
-        pipeline._turns._in_flight, pipeline._namespace.unfinished, mpi_ops._handle_map,
-    )  # fmt: skip
+    names = horovod_states(OperationNames)
+    in_flight = len(mpi_ops._handle_map) + sum(len(each.unfinished) for each in names)
+    in_flight += sum(pipeline.in_flight for each in names for pipeline in each.pipelines)
     return {
         "memory": pages * os.sysconf("SC_PAGE_SIZE"),
         "objects": len(gc.get_objects()),
         "threads": len(os.listdir("/proc/self/task")),
         "files": len(os.listdir("/proc/self/fd")),
-        "in flight": sum(map(len, in_flight)),
+        "in flight": in_flight,
     }
 
 
@@ -114,7 +113,7 @@ def make_model() -> nn.Sequential:
 def train(options: dict[str, Any], steps: int, leak: Leak | None) -> tuple[list[float], list[str]]:
     """Trains with one setting; returns what goes in the table, and what is wrong."""
     model = make_model()
-    # Each weight is a bucket, so that several are in flight, and turns are taken.
+    # Each weight is a bucket, so that several are in flight, and slots are used.
     compressor = GlobalQSGD(bucket_mb=0.03, **options)
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import AgreementError, simulate
-from hvd_gqsgd.engine.agreement import check, refuse
+from hvd_gqsgd.engine.agreement import Ahead, check, refuse
 from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports.simulated import SimulatedWorld
@@ -25,7 +25,8 @@ def pipelines(*options: dict[str, Any], ranks: int = 3) -> list[Pipeline]:
     world = SimulatedWorld(ranks)
     each = options if len(options) == ranks else options * ranks
     return [
-        Pipeline(Options(**each[rank]), world.transport(rank), ahead=True) for rank in range(ranks)
+        Pipeline(Options(**each[rank]), world.transport(rank), protocol=Ahead)
+        for rank in range(ranks)
     ]
 
 
@@ -107,7 +108,7 @@ def test_refusal() -> None:
     """And what is said in the place of an exchange."""
     world = SimulatedWorld(2)
     options = Options()
-    pipeline = Pipeline(options, world.transport(0), ahead=True)
+    pipeline = Pipeline(options, world.transport(0), protocol=Ahead)
     ticket = pipeline.submit(ROWS[0])
     pipeline.flush()
     refuse(world.transport(1), "gqsgd.0.0.0.header")

@@ -26,8 +26,9 @@ from torch import Tensor
 from hvd_gqsgd import AgreementError, DynamicBits, layout, simulate
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs.bit_schedule import WORD_MAX, Schedule
-from hvd_gqsgd.engine.buckets import Contribution, everyone
+from hvd_gqsgd.engine.agreement import Ahead, WithNorms
 from hvd_gqsgd.engine.pipeline import Pipeline
+from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.horovod import _problem
 from hvd_gqsgd.frontends.horovod_probe import Reading
 from hvd_gqsgd.options import Options, digest
@@ -212,7 +213,10 @@ def test_peers_that_lie_are_refused_or_believed(
         lie = replace(lie, longer=0)
     world = SimulatedWorld(n)
     ends = [LiedTo(world, rank) for rank in range(n)]
-    ranks = [Pipeline(Options(block_size=64, **options), end, ahead=ahead) for end in ends]
+    ranks = [
+        Pipeline(Options(block_size=64, **options), end, protocol=Ahead if ahead else WithNorms)
+        for end in ends
+    ]
     x = torch.ones(numel, dtype=dtype)
     for told in (lie, Lie("nothing", [], 0)):
         for end in ends:

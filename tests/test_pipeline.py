@@ -14,19 +14,33 @@ from reference import linear as reference
 from torch import Tensor
 
 from hvd_gqsgd import AgreementError
-from hvd_gqsgd.engine.buckets import AGREEMENT, CODE_HEADER, kind_of, rank_weight
+from hvd_gqsgd.bucket import kind_of
+from hvd_gqsgd.engine.agreement import HEADER
+from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.engine.buffer_pool import KEEP_STEPS, BufferPool
-from hvd_gqsgd.engine.operation_names import Namespace
+from hvd_gqsgd.engine.operation_names import OperationNames
+from hvd_gqsgd.engine.operation_slots import SlotFilling
 from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
-from hvd_gqsgd.engine.plan import BucketPlan
+from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.exchanges.contribution import MARKS, rank_weight
 from hvd_gqsgd.options import Options, digest
-from hvd_gqsgd.transports.base import Handle
+from hvd_gqsgd.transports.base import Done, Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
 CPU = torch.device("cpu")
 FLOAT = kind_of(torch.float32, CPU)
 
 Named = tuple[str | None, Tensor]
+
+
+class Elastic:
+    """A transport that can be moved to another world, as ``hvd.init()`` moves Horovod's."""
+
+    def __init__(self, world: SimulatedWorld, rank: int) -> None:
+        self.end = world.transport(rank)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.end, name)
 
 
 class Group:
@@ -44,15 +58,12 @@ class Group:
     ) -> None:
         self.world = SimulatedWorld(size)
         self.transports = [transport(self.world, rank) for rank in range(size)]
-        self.ranks = [
-            Pipeline(
-                Options(**everywhere, **(options[rank] if options else {})),
-                self.transports[rank],
-                plan=plan,
-                step=steps[rank] if steps else 0,
-            )
-            for rank in range(size)
-        ]
+        self.ranks = []
+        for rank, end in enumerate(self.transports):
+            resolved = Options(**everywhere, **(options[rank] if options else {}))
+            start = Steps(resolved.bits, steps[rank] if steps else 0)
+            filling = SlotFilling(end.fill_slot, 4) if isinstance(end, Watched) else None
+            self.ranks.append(Pipeline(resolved, end, plan=plan, steps=start, slot_filling=filling))
 
     def submit(self, tensors: Sequence[Sequence[Named]]) -> list[list[Ticket]]:
         """Hands in each rank's tensors, rank after rank."""
@@ -157,7 +168,6 @@ def test_widths(bits: int) -> None:
 class Watched(SimulatedTransport):
     """Notes what was started."""
 
-    turn_bytes: int = 4
     started: list[str] = field(default_factory=list)
 
     def max_async(self, tensor: Tensor, name: str) -> Handle:
@@ -168,9 +178,9 @@ class Watched(SimulatedTransport):
         self.started.append(name)
         return super().sum_async(tensor, name)
 
-    def pass_turn(self, name: str) -> Handle:
+    def fill_slot(self, name: str) -> Handle:
         self.started.append(name)
-        return super().pass_turn(name)
+        return Done()
 
 
 @pytest.mark.parametrize(
@@ -207,7 +217,7 @@ def test_bucket_boundaries(numels: list[int], sent_off: list[int]) -> None:
 
 @pytest.mark.parametrize("order", range(10))
 def test_operations_are_counted_alike(order: int) -> None:
-    """However the ranks take turns, they have started equally many operations at each point.
+    """However the ranks are interleaved, they have started equally many operations at each point.
 
     Horovod names what is left unnamed by such a count.
     """
@@ -405,25 +415,25 @@ def test_the_largest_step_counts(steps: tuple[int, ...]) -> None:
 
 def test_the_largest_step_is_remembered() -> None:
     """Even once the rank that brought it is gone."""
-    group = Group(3, steps=(0, 0, 50))
+    group = Group(3, steps=(0, 0, 50), transport=Elastic)
     tensors = gradients(3, [(None, 100)])
     check_unnamed(group.exchange(tensors), tensors, step=50)
     left = Group(2)
     left.ranks = group.ranks[:2]
-    for rank, pipeline in enumerate(left.ranks):
-        pipeline._transport = left.transports[rank]
+    for rank in range(2):
+        group.transports[rank].end = left.transports[rank]
     check_unnamed(left.exchange(tensors[:2]), tensors[:2], step=51)
 
 
 def test_the_world_changes_between_steps() -> None:
     """Ranks and levels are taken anew each step."""
-    pipelines = Group(3).ranks
+    first = Group(3, transport=Elastic)
     for step, size in enumerate((3, 2, 1, 3)):
         world = SimulatedWorld(size)
         group = Group(size)
-        group.ranks = pipelines[:size]
-        for rank, pipeline in enumerate(group.ranks):
-            pipeline._transport = SimulatedTransport(world, rank)
+        group.ranks = first.ranks[:size]
+        for rank in range(size):
+            first.transports[rank].end = SimulatedTransport(world, rank)
         tensors = gradients(size, [(None, 1000)])
         check_unnamed(group.exchange(tensors), tensors, step=step)
 
@@ -437,9 +447,9 @@ def test_two_pipelines_at_once() -> None:
     """Two optimizers' messages do not get mixed up, whichever is waited for first."""
     tensors = gradients(2, [(None, 1000)])
     world = SimulatedWorld(2)
-    spaces = [Namespace(), Namespace()]
+    spaces = [OperationNames(), OperationNames()]
     one, two = (
-        [Pipeline(Options(seed=seed), world.transport(r), namespace=spaces[r]) for r in range(2)]
+        [Pipeline(Options(seed=seed), world.transport(r), names=spaces[r]) for r in range(2)]
         for seed in (0, 1)
     )
     tickets = [
@@ -499,7 +509,7 @@ def test_a_rank_that_has_joined(scale: float) -> None:
 
 
 def test_bytes() -> None:
-    """Norms, words and headers are counted, and passed turns where a transport sends any."""
+    """Norms, words and headers are counted, and filled slots where there are any."""
     group = Group(2, bits=4, exchange="allreduce", block_size=100, transport=Watched)
     group.exchange(gradients(2, [(None, 1000), (None, 50)]))
     double = gradients(2, [(None, 10)], torch.float64)
@@ -509,8 +519,8 @@ def test_bytes() -> None:
         assert stats.steps == 2
         assert stats.compressed_bytes_before == 4 * 1050 + 8 * 10
         # 100 elements take 13 words of 8 lanes.
-        first = 4 * (AGREEMENT + 11) + 4 * (CODE_HEADER + 10 * 13 + 7)
-        second = 8 * (AGREEMENT + 1) + 4 * (CODE_HEADER + 2)
+        first = 4 * (HEADER + 11) + 4 * (MARKS + 10 * 13 + 7)
+        second = 8 * (HEADER + 1) + 4 * (MARKS + 2)
         assert stats.compressed_bytes_on_wire == first + second
 
 
@@ -531,7 +541,7 @@ class Broken:
 def test_failures_wait_for_wait(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing else raises: in a backward pass it would leave the other ranks waiting."""
     tensors = gradients(2, [(None, 1500)] * 10)
-    group = Group(2, bucket_mb=4096 / 2**20)
+    group = Group(2, bucket_mb=4096 / 2**20, transport=Elastic)
     with monkeypatch.context() as patch:
         patch.setattr(SimulatedTransport, operation, lambda self, tensor, name: Broken())
         tickets = group.submit(tensors)
@@ -544,8 +554,8 @@ def test_failures_wait_for_wait(operation: str, monkeypatch: pytest.MonkeyPatch)
                 pipeline.wait(own[0])
         del own, tickets
     group.world = SimulatedWorld(2)
-    for rank, pipeline in enumerate(group.ranks):
-        pipeline._transport = group.world.transport(rank)
+    for rank, transport in enumerate(group.transports):
+        transport.end = group.world.transport(rank)
     check_unnamed(group.exchange(tensors), tensors, step=1)
 
 
@@ -624,9 +634,9 @@ def test_buffers_are_given_back() -> None:
     del x
     for _ in range(KEEP_STEPS):
         pool.next_step()
-    assert pool._buffers
+    assert len(pool) == 1
     pool.next_step()
-    assert not pool._buffers
+    assert len(pool) == 0
     assert held.nbytes() == 400
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # The real thing, without a job: only the arithmetic of the reduction is done here.
-from hvd_gqsgd.engine.buckets import Contribution, everyone, rank_weight
+from hvd_gqsgd.exchanges.contribution import Contribution, everyone, rank_weight
 from hvd_gqsgd.frontends.horovod_probe import Reading, make_probe
 
 

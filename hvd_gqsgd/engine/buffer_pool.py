@@ -40,6 +40,10 @@ class BufferPool:
         )
         self._step = 0
 
+    def __len__(self) -> int:
+        """How many buffers are kept."""
+        return sum(map(len, self._buffers.values()))
+
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat tensor with undefined contents, in use until nothing refers to its memory."""
         if device.type != "cpu":  # PyTorch keeps this memory, and knows the streams that use it

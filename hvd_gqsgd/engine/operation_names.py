@@ -23,6 +23,10 @@ class Named(Protocol):
     def steps_begun(self) -> int:
         """How many steps it has begun."""
 
+    @property
+    def in_flight(self) -> int:
+        """How many buckets and operations are not complete."""
+
     def give_up(self) -> None:
         """Ends a step whose tickets were dropped."""
 
@@ -66,13 +70,22 @@ class OperationNames:
         """Begins the names of operations of the pipeline with this number."""
         return f"{self.label}.{number}.{self.failures}"
 
+    @property
+    def pipelines(self) -> list[Named]:
+        """The pipelines that have joined and still exist."""
+        return list(self._pipelines)
+
+    def complete_dropped_steps(self) -> None:
+        """Ends steps whose tickets were dropped, so that no other rank waits for them."""
+        for pipeline in list(self.unfinished):
+            if not pipeline.active:
+                pipeline.give_up()
+
     def join(self, pipeline: Named) -> int:
         """The smallest number that no other pipeline with tickets out has."""
         self._pipelines.add(pipeline)
         self._collect(pipeline)
-        for other in list(self.unfinished):
-            if other is not pipeline and not other.active:
-                other.give_up()  # its names must not come up again
+        self.complete_dropped_steps()  # their names must not come up again
         taken = {p.number for p in self._pipelines if p is not pipeline and p.active}
         return next(number for number in itertools.count() if number not in taken)
 

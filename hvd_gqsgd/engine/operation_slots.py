@@ -40,8 +40,7 @@ class OperationSlots:
         self._filling = filling
         self._stats = stats
         self._opened = 0
-        self.filled = 0
-        """Slots that were filled in this step."""
+        self._filled = 0
         self._in_flight: list[Handle] = []
 
     def open(self, count: int) -> range:
@@ -53,13 +52,14 @@ class OperationSlots:
     def fill(self, prefix: str) -> None:
         """Fills a slot; ``prefix`` begins the name of the operation."""
         assert self._filling is not None
-        self._in_flight.append(self._filling.start(f"{prefix}.pass.{self.filled}"))
-        self.filled += 1
+        self._in_flight.append(self._filling.start(f"{prefix}.pass.{self._filled}"))
+        self._filled += 1
+        self._stats.slots_filled += 1
         self._stats.compressed_bytes_on_wire += self._filling.nbytes
 
     def make_up(self, prefix: str) -> None:
         """Fills as many slots as were used."""
-        while self.filled < self._opened:
+        while self._filled < self._opened:
             self.fill(prefix)
 
     def done(self) -> bool:
@@ -71,7 +71,7 @@ class OperationSlots:
     def begin_step(self) -> list[Handle]:
         """Counts from zero; returns the fillings still in flight."""
         orphans, self._in_flight = self._in_flight, []
-        self._opened = self.filled = 0
+        self._opened = self._filled = 0
         return orphans
 
 

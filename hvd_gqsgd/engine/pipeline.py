@@ -129,11 +129,6 @@ class Pipeline:
         return self._way.messages
 
     @property
-    def slots_filled(self) -> int:
-        """Operation slots of this step that no collective used."""
-        return self._slots.filled
-
-    @property
     def in_flight(self) -> int:
         """Buckets without a result, and operations left over from earlier steps."""
         return len(self._filling) + len(self._in_flight) + len(self._orphans)

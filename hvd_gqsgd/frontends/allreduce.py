@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import weakref
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -13,16 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
-from hvd_gqsgd.engine.agreement import refuse
-from hvd_gqsgd.engine.operation_names import Namespace
-from hvd_gqsgd.engine.pipeline import Pipeline
+from hvd_gqsgd.frontends.endpoint import Endpoint
 from hvd_gqsgd.frontends.parameter_names import check_device, is_compressible
 from hvd_gqsgd.frontends.reduce_op import ReduceOp, reduction
-from hvd_gqsgd.options import FrontEnd, OptionKeywords, Options
-from hvd_gqsgd.transports.base import Transport
-from hvd_gqsgd.transports.devices import transport_for
-from hvd_gqsgd.transports.process_groups import has_nccl, host_group
-from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
+from hvd_gqsgd.options import FrontEnd, OptionKeywords
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -39,9 +30,6 @@ FRONT_END = FrontEnd(
     },
     over_mpi=True,
 )
-
-# Sets of options whose step numbers, schedules and buffers are kept for a communicator.
-MOST_PIPELINES = 16
 
 Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
@@ -98,7 +86,7 @@ def allreduce(
         mean = allreduce(x, MPI.COMM_WORLD, bits=4)
         allreduce(x, MPI.COMM_WORLD, MPI.SUM, out=x)  # in place
     """
-    endpoint = _Endpoint.of(comm)
+    endpoint = Endpoint.of(comm)
     try:
         mean = reduction(op) == "mean"
         given, result = _tensor("x", x), None if out is None else _tensor("out", out)
@@ -121,98 +109,6 @@ def allreduce(
     if target is None:
         result.copy_(decoded)
     return out
-
-
-class _Endpoint:
-    """This process's end of a communicator, and what is to be remembered from call to call."""
-
-    def __init__(self, transport: Transport, nccl: bool = True) -> None:
-        self.transport = transport
-        self._nccl = nccl  # for tensors on GPUs
-        self._transports: dict[torch.device, Transport] = {}
-        self._namespace = Namespace("gqsgd-allreduce")
-        self._pipelines: OrderedDict[tuple[Options, torch.device], Pipeline] = OrderedDict()
-
-    @staticmethod
-    def of(comm: MPI.Comm | dist.ProcessGroup | None) -> _Endpoint:
-        """The one of a communicator.
-
-        Raises:
-            TypeError: it is none.
-            ValueError: it cannot be used.
-        """
-        if comm is None:
-            return _of_horovod()
-        mpi = sys.modules.get("mpi4py.MPI")  # if it was not imported, this is none of its
-        if mpi is not None and isinstance(comm, mpi.Comm):
-            return _of_mpi(comm)
-        if isinstance(comm, dist.ProcessGroup):
-            return _of_process_group(comm)
-        raise TypeError(
-            "comm must be an mpi4py.MPI.Comm, a torch.distributed.ProcessGroup, or None for "
-            f"Horovod, got {comm!r}"
-        )
-
-    def pipeline(self, options: Options, device: torch.device) -> Pipeline:
-        """The one for these options. The same ones are forgotten on all ranks."""
-        key = (options, device)
-        pipeline = self._pipelines.pop(key, None)
-        if pipeline is None:
-            if device not in self._transports:
-                self._transports[device] = transport_for(device, self.transport, self._nccl)
-            pipeline = Pipeline(
-                options, self._transports[device], namespace=self._namespace, ahead=True
-            )
-        self._pipelines[key] = pipeline
-        if len(self._pipelines) > MOST_PIPELINES:
-            self._pipelines.popitem(last=False)
-        return pipeline
-
-    def refuse(self) -> None:
-        """Tells the other ranks, who may be waiting, that this one does not take part."""
-        self._namespace.renew(self.transport.session)
-        name = f"{self._namespace.prefix(0)}.0.header"
-        self._namespace.failures += 1
-        refuse(self.transport, name)
-
-
-_horovod: list[_Endpoint] = []
-_process_groups: weakref.WeakKeyDictionary[dist.ProcessGroup, _Endpoint] = (
-    weakref.WeakKeyDictionary()
-)
-_mpi_keyval: list[int] = []
-
-
-def _of_horovod() -> _Endpoint:
-    if not _horovod:
-        try:
-            from hvd_gqsgd.transports.horovod import HorovodTransport
-        except ImportError as error:
-            raise ImportError("comm is None, which stands for Horovod, which is missing") from error
-        _horovod.append(_Endpoint(HorovodTransport()))
-    return _horovod[0]
-
-
-def _of_process_group(group: dist.ProcessGroup) -> _Endpoint:
-    if group not in _process_groups:
-        transport = TorchDistributedTransport(host_group(group))
-        _process_groups[group] = _Endpoint(transport, has_nccl(group))
-    return _process_groups[group]
-
-
-def _of_mpi(comm: MPI.Comm) -> _Endpoint:
-    from mpi4py import MPI
-
-    from hvd_gqsgd.transports.mpi import MpiTransport
-
-    if not _mpi_keyval:
-        _mpi_keyval.append(MPI.Comm.Create_keyval())  # not copied by Dup
-    endpoint = comm.Get_attr(_mpi_keyval[0]) if comm != MPI.COMM_NULL else None
-    if endpoint is None:
-        endpoint = _Endpoint(MpiTransport(comm))
-        comm.Set_attr(_mpi_keyval[0], endpoint)
-    assert isinstance(endpoint, _Endpoint)
-    return endpoint
 
 
 def _tensor(name: str, value: object) -> Tensor:

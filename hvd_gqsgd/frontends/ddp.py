@@ -23,12 +23,10 @@ from torch import Tensor
 from torch.futures import Future
 
 from hvd_gqsgd._native import nccl as native_nccl
-from hvd_gqsgd.engine.agreement import check, refuse
-from hvd_gqsgd.engine.buckets import refusal
-from hvd_gqsgd.engine.buffer_pool import BufferPool
+from hvd_gqsgd.engine.agreement import Ahead, check, refusal, refuse
 from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
+from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import on
-from hvd_gqsgd.exchanges import make_exchange
 from hvd_gqsgd.frontends.parameter_names import check_device, is_compressible
 from hvd_gqsgd.options import FrontEnd, OptionKeywords
 from hvd_gqsgd.stats import Stats
@@ -114,11 +112,15 @@ class DDPState:
 
     @classmethod
     def of_compressor(
-        cls, process_group: dist.ProcessGroup | None, given: Mapping[str, Any], stats: Stats
+        cls,
+        process_group: dist.ProcessGroup | None,
+        given: Mapping[str, Any],
+        stats: Stats,
+        steps: Steps,
     ) -> "DDPState":
-        """The state of ``GlobalQSGD.ddp_state``, with the compressor's keywords and counts."""
+        """The state of ``GlobalQSGD.ddp_state``: of a compressor's keywords, counts and steps."""
         state = cls.__new__(cls)
-        state._connect(process_group, OF_COMPRESSOR, given, stats)
+        state._connect(process_group, OF_COMPRESSOR, given, stats, steps)
         return state
 
     def _connect(
@@ -127,6 +129,7 @@ class DDPState:
         front_end: FrontEnd,
         given: Mapping[str, Any],
         stats: Stats,
+        steps: Steps | None = None,
     ) -> None:
         _let_threads_leave()
         self._group = group
@@ -136,19 +139,21 @@ class DDPState:
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
         try:
             options = self.options = front_end.options(given)
-            exchange = make_exchange(options, self._on(host), BufferPool(), Stats(), ahead=True)
+            messages = Pipeline(options, self._on(host), protocol=Ahead).messages
         except (TypeError, ValueError):
             refuse(host, "options")
             raise
         check(host, options, "options")  # that buckets are compressed on all ranks or on none
-        messages = [stage.message for stage in exchange.stages]
         self._channels = take_channels(host.group, messages[:1] if nccl else messages)
         self._transport = self._on(
             TorchDistributedTransport(host.group, self._channels, self._progress)
         )
         self._host = host
         self._stats = stats
-        self._pipeline = Pipeline(options, self._transport, stats=self._stats, ahead=True)
+        self._steps = steps or Steps(options.bits)
+        self._pipeline = Pipeline(
+            options, self._transport, protocol=Ahead, steps=self._steps, stats=self._stats
+        )
         self._min_numel = options.min_numel
         self.world_size = host.size
         self._share = 1 / host.size
@@ -226,12 +231,12 @@ class DDPState:
     def state_dict(self) -> dict[str, Any]:
         """See ``GlobalQSGD.state_dict``."""
         with self._lock:
-            return self._pipeline.state_dict()
+            return self._steps.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``GlobalQSGD.load_state_dict``."""
         with self._lock:
-            self._pipeline.load_state_dict(state)
+            self._steps.load_state_dict(state)
 
     def __repr__(self) -> str:
         described = self.options.describe(self.world_size)

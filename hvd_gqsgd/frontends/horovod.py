@@ -7,7 +7,6 @@ exchange and makes the gradient.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -28,16 +27,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
-from hvd_gqsgd.engine.buckets import Contribution, everyone
-from hvd_gqsgd.engine.operation_names import Namespace
+from hvd_gqsgd.engine.agreement import ORDER
+from hvd_gqsgd.engine.failures import Ending
+from hvd_gqsgd.engine.operation_names import OperationNames
+from hvd_gqsgd.engine.operation_slots import SlotFilling
 from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
-from hvd_gqsgd.exchanges import ORDER
+from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES, Reading, make_probe
 from hvd_gqsgd.frontends.parameter_names import ParameterNames, check_device, is_compressible
 from hvd_gqsgd.options import FrontEnd, OptionsButBits, digest
+from hvd_gqsgd.registry import of_horovod
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.host_staging import StagedTransport
 
@@ -45,7 +47,7 @@ try:
     from horovod.torch import ProcessSet
     from horovod.torch.compression import Compressor
 
-    from hvd_gqsgd.transports.horovod import HorovodTransport
+    from hvd_gqsgd.transports.horovod import SLOT_BYTES, HorovodTransport
 except ImportError as error:
     # DistributedDataParallel does not need it.
     Compressor = object
@@ -63,10 +65,6 @@ FRONT_END = FrontEnd("GlobalQSGD()", own=("named_parameters", "process_set"))
 # Seconds to wait for a payload when not all ranks are behind a probe. All ranks that are have sent
 # their part already, or will at the end of their backward pass.
 PATIENCE = 30.0
-
-# By process set, and by the names of the parameters if there are any: not all ranks are in every
-# process set, and with names two compressors may be used in another order on another rank.
-_namespaces: dict[tuple[Any, str], Namespace] = {}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -156,7 +154,7 @@ class GlobalQSGD(Compressor):
         self._process_set = process_set
         self._world_size: int | None = None  # of the last exchange
         self._stats = Stats()
-        self._state: dict[str, Any] | None = None  # loaded before the first step
+        self._steps = Steps(self.options.bits)
         self._pipeline: Pipeline | None = None
 
     @classmethod
@@ -229,7 +227,7 @@ class GlobalQSGD(Compressor):
             contribution = self._pipeline.wait(ctx.ticket)
         problem = _problem(reading, contribution, everyone(ctx.world_size))
         if problem is not None or contribution is None:
-            self._pipeline.abandon()
+            self._pipeline.end_step(Ending.DISAGREEMENT)
             raise AgreementError(problem)
         scale = reading.scale(contribution.count, ctx.world_size)
         flat = self._pipeline.decode(ctx.ticket, scale)
@@ -253,7 +251,7 @@ class GlobalQSGD(Compressor):
                 no effect under DDP.
             Exception: as raised by ``DDPState``.
         """
-        state = DDPState.of_compressor(process_group, self._given, self._stats)
+        state = DDPState.of_compressor(process_group, self._given, self._stats, self._steps)
         self._world_size = state.world_size
         return state
 
@@ -269,30 +267,29 @@ class GlobalQSGD(Compressor):
 
     @_ClassOrInstanceMethod
     def state_dict(self) -> dict[str, Any]:
-        """The number of the next step, and the schedule of ``DynamicBits``, for a checkpoint.
+        """Returns the number of the next step and the schedule of ``DynamicBits``.
 
-        Plain numbers. All ranks have the same; it is enough to save that of one.
+        Both are plain numbers. The state is that of the training, whichever front end is used:
+        Horovod, or DDP by ``ddp_state()``. All ranks have the same; it is enough to save that of
+        one.
         """
-        if self._pipeline is None:
-            state = self._state or Steps(self.options.bits).state_dict()
-            return copy.deepcopy(state)
-        return self._pipeline.state_dict()
+        return self._steps.state_dict()
 
     @_ClassOrInstanceMethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on, with the next step, from what ``state_dict`` gave.
+        """Takes over a result of ``state_dict``; the next step continues from it.
 
-        A rank that does not, as a worker that joins later, takes over the state of the others.
+        Call it before or after ``ddp_state()``. A rank that does not call it, as a worker that
+        joins later, takes over the state of the others.
 
         Raises:
             TypeError: it is not a dict, or a value is not an int.
             ValueError: it is the state of something else.
             RuntimeError: gradients are in flight.
         """
-        Steps(self.options.bits).load_state_dict(state)  # raises here, not later
         if self._pipeline is not None:
-            self._pipeline.load_state_dict(state)
-        self._state = copy.deepcopy(state)
+            self._pipeline.restart()  # an exception's frames may hold tickets of a former session
+        self._steps.load_state_dict(state)
 
     def __repr__(self) -> str:
         given = [self.options.keywords()]
@@ -333,18 +330,19 @@ class GlobalQSGD(Compressor):
         if self._names is not None:
             label = f"gqsgd-{self._names.digest():08x}"
             plan = self._names.plan(self.options, self._is_large)
-        key = (self._transport.process_set, label)
         transport = self._transport
-        pipeline = Pipeline(
+        # By process set and label: not all ranks are in every process set, and with names two
+        # compressors may be used in another order on another rank.
+        key = ("names", transport.process_set, label)
+        return Pipeline(
             self.options,
             transport if transport.takes_gpu_tensors else StagedTransport(transport),
-            namespace=_namespaces.setdefault(key, Namespace(key[1])),
+            steps=self._steps,
+            names=of_horovod(key, lambda: OperationNames(label)),
             plan=plan,
+            slot_filling=SlotFilling(transport.fill_slot, SLOT_BYTES),
             stats=self._stats,
         )
-        if self._state is not None:
-            pipeline.load_state_dict(self._state)
-        return pipeline
 
 
 def _problem(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.engine.buckets import Contribution, rank_weight
+from hvd_gqsgd.exchanges.contribution import Contribution, rank_weight
 
 __all__ = ["PROBE_BYTES", "Reading", "make_probe"]
 

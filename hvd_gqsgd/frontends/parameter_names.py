@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd._native import ops
-from hvd_gqsgd.engine.buckets import kind_of
-from hvd_gqsgd.engine.plan import BucketPlan
+from hvd_gqsgd.bucket import kind_of
+from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.options import Options, digest
 
 __all__ = ["ParameterNames", "check_device", "is_compressible"]

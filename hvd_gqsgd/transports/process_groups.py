@@ -1,15 +1,13 @@
-"""Process groups beside the user's: of the same ranks, for the host, and one a kind of message.
-
-The one place of the package that remembers process groups: weakly, by the user's own.
-"""
+"""Process groups beside the user's: of the same ranks, for the host, and one a kind of message."""
 
 from __future__ import annotations
 
-import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
+
+from hvd_gqsgd.registry import of_process_group
 
 __all__ = ["give_back_channels", "has_nccl", "host_group", "take_channels"]
 
@@ -19,11 +17,6 @@ def has_nccl(group: dist.ProcessGroup | None) -> bool:
     return "nccl" in dist.get_backend_config(group)
 
 
-_hosts: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = (
-    weakref.WeakKeyDictionary()
-)
-
-
 def host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """The ranks as a process group that takes tensors on the CPU: ``group`` itself, or one over
     Gloo, which all ranks must then ask for."""
@@ -31,16 +24,7 @@ def host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup) or "cpu:" in dist.get_backend_config(group):
         return group
-    if group not in _hosts:
-        _hosts[group] = _new_group(group, "gloo", "host")
-    return _hosts[group]
-
-
-# Given back, and kept rather than destroyed: a new process group of the same ranks might get the
-# name of a destroyed one, and look for its members where those were.
-_spare: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[str, list[dist.ProcessGroup]]] = (
-    weakref.WeakKeyDictionary()
-)
+    return of_process_group(group, "host", lambda: _new_group(group, "gloo", "host"))
 
 
 def take_channels(
@@ -48,7 +32,7 @@ def take_channels(
 ) -> dict[str, dist.ProcessGroup]:
     """A process group of the ranks of ``group`` for each kind of message. All of its ranks must
     call this."""
-    spare = _spare.setdefault(group, defaultdict(list))
+    spare = _spare(group)
     return {
         message: spare[message].pop()
         if spare[message]
@@ -61,7 +45,13 @@ def give_back_channels(group: dist.ProcessGroup, channels: Mapping[str, dist.Pro
     """Leaves them to the next one who takes channels of ``group``. All ranks must call this, with
     nothing in flight."""
     for message, channel in channels.items():
-        _spare[group][message].append(channel)
+        _spare(group)[message].append(channel)
+
+
+def _spare(group: dist.ProcessGroup) -> defaultdict[str, list[dist.ProcessGroup]]:
+    """Channels that were given back. They are kept rather than destroyed: a new process group of
+    the same ranks might get the name of a destroyed one, and look for its members there."""
+    return of_process_group(group, "spare channels", lambda: defaultdict(list))
 
 
 def _new_group(group: dist.ProcessGroup, backend: str, use: str) -> dist.ProcessGroup:

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 
 from hvd_gqsgd import AgreementError, GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
-from hvd_gqsgd.frontends.horovod import _namespaces
+from hvd_gqsgd.engine.operation_names import OperationNames
+from hvd_gqsgd.registry import horovod_states
 
 BITS = 16
 MARKS = [
@@ -216,12 +217,11 @@ def complete_what_was_dropped() -> None:
     """As the next step would with the names of the program, if there were one: ranks that drop a
     step have started different operations of it, and Horovod 0.28.1 does not survive ``join()`` on
     a rank that has one in flight which another rank has not."""
-    unfinished = [p for namespace in _namespaces.values() for p in namespace.unfinished]
-    if unfinished:
+    names = [each for each in horovod_states(OperationNames) if each.unfinished]
+    if names:
         gc.collect()  # optimizers are in cycles with their hooks
-    for pipeline in unfinished:
-        if not pipeline.active:
-            pipeline.give_up()
+    for each in names:
+        each.complete_dropped_steps()
 
 
 def differs(ours: Outcome, theirs: Outcome) -> str | None:

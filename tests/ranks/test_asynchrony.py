@@ -66,7 +66,6 @@ def test_sums_start_during_the_backward_pass(rank, size):
         contexts.append((hvd.allreduce_async_(probe, name=f"probe{i}"), context))
         hvd.barrier()
         time.sleep(0.05)  # the norms of this tensor come back
-    passed = compressor._pipeline._turns.passed
-    assert passed < 12, "all turns were passed"
+    assert compressor.stats().slots_filled < 12, "no slot was used"
     for handle, context in contexts:
         compressor.decompress(hvd.synchronize(handle), context)

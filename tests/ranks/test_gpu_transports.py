@@ -15,6 +15,7 @@ from helpers import assert_same_on_all_ranks, gradients
 
 from hvd_gqsgd import AgreementError, simulate
 from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd.engine.agreement import Ahead, WithNorms
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports.horovod import HorovodTransport
@@ -86,7 +87,7 @@ def transport(request: pytest.FixtureRequest, base: object) -> object:
 
 def exchange(transport, x, ahead=True, **options):
     """What ``hvd_gqsgd.allreduce`` does with a tensor."""
-    pipeline = Pipeline(Options(**options), transport, ahead=ahead)
+    pipeline = Pipeline(Options(**options), transport, protocol=Ahead if ahead else WithNorms)
     ticket = pipeline.submit(x, scale=1 / transport.size)
     pipeline.wait(ticket)
     return pipeline.decode(ticket, 1 / transport.size)
