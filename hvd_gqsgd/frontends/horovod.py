@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import MethodType
 from typing import (
     TYPE_CHECKING,
@@ -119,7 +119,7 @@ class GlobalQSGD(Compressor):
     Raises:
         TypeError: an option is unknown or has the wrong type.
         ValueError: an option is out of range, does not go with another one, or has no effect here;
-            or ``named_parameters`` is empty.
+            or ``named_parameters`` is an iterator without elements.
     """
 
     _default_instance: ClassVar[GlobalQSGD]
@@ -137,13 +137,13 @@ class GlobalQSGD(Compressor):
         self.options = FRONT_END.options(self._given)
         self._names = None
         if named_parameters is not None:
-            self._given["named_parameters"] = named_parameters = list(named_parameters)
-            if not named_parameters:
+            named = self._given["named_parameters"] = list(named_parameters)
+            if isinstance(named_parameters, Iterator) and not named:
                 raise ValueError(
-                    "GlobalQSGD() got empty named_parameters: give it a model.named_parameters() "
-                    "of its own, as an iterator that was used before has nothing left"
+                    "GlobalQSGD() got named_parameters that yield nothing: an iterator that was "
+                    "used before does not start again, so give it model.named_parameters() anew"
                 )
-            self._names = ParameterNames(named_parameters)
+            self._names = ParameterNames(named)
         if process_set is not None:
             if _no_horovod is None and not isinstance(process_set, ProcessSet):
                 raise TypeError(
