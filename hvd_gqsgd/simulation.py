@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["simulate"]
 
-FRONT_END = FrontEnd(
-    "simulate()",
-    own=("step",),
-    without={
-        "min_numel": "it compresses tensors of any size; leave it out",
-        "bucket_mb": "it exchanges one tensor, in a bucket of its own; leave it out",
-    },
-)
+FRONT_END = FrontEnd("simulate()", own=("step",))
 
 
 @overload
@@ -49,8 +42,9 @@ def simulate(
         gradients: a tensor or an array of shape (world size, elements); float16, bfloat16, float32
             or float64.
         step: the number of the step, from 0 on. The dither depends on it.
-        options: see :class:`hvd_gqsgd.options.Options`. All but ``min_numel`` and ``bucket_mb``,
-            which have no effect on a single tensor.
+        options: see :class:`hvd_gqsgd.options.Options`. Those of a training can be passed as they
+            are: ``min_numel`` and ``bucket_mb`` are checked, and do not change the mean of a
+            tensor.
 
     Returns:
         The decoded mean, of shape (elements,) and the dtype of ``gradients``. It is a NumPy array

@@ -216,7 +216,7 @@ def test_keywords_are_the_options() -> None:
     [
         (GlobalQSGD, set()),
         (DDPState, {"bucket_mb"}),
-        (simulate, {"bucket_mb", "min_numel"}),
+        (simulate, set()),
         (allreduce, {"bucket_mb", "min_numel"}),
     ],
 )
@@ -257,14 +257,11 @@ def test_arguments_of_the_front_end_are_suggested_too() -> None:
         GlobalQSGD(named_params=[])  # type: ignore[call-arg]
 
 
-@pytest.mark.parametrize("option", ["bucket_mb", "min_numel"])
-def test_options_that_simulate_has_no_use_for(option: str) -> None:
-    """Even with their defaults."""
-    value = getattr(Options(), option)
-    with pytest.raises(
-        TypeError, match=rf"simulate\(\) takes no option '{option}': .*leave it out"
-    ):
-        simulate(ROWS, **{option: value})
+def test_simulate_takes_the_options_of_a_training() -> None:
+    """Those about buckets do not change a mean, and are checked."""
+    assert torch.equal(simulate(ROWS, bucket_mb=1, min_numel=0), simulate(ROWS))
+    with pytest.raises(ValueError, match="bucket_mb must be above 0"):
+        simulate(ROWS, bucket_mb=0)
 
 
 @pytest.mark.parametrize("name", FRONT_ENDS)
