@@ -76,15 +76,19 @@ class Flight:
         return True
 
     def give_up(self, last: int) -> list[Handle]:
-        """Starts the collectives up to number ``last``, with messages that mean nothing."""
+        """Starts the collectives up to number ``last``, with messages that mean nothing.
+
+        Returns:
+            Those in flight, but for the last one, which is ``handle`` then.
+        """
         self._terms.given_up = True
-        handles = []
+        before = []
         with on(self.bucket.stream):
             while self.started < last and self._sent is not None:
+                if self.handle is not None:
+                    before.append(self.handle)
                 self._start(self._running.send(self._sent.tensor))
-                assert self.handle is not None
-                handles.append(self.handle)
-        return handles
+        return before
 
     def abandon(self) -> None:
         """Drops all references, also to an exception, whose traceback leads back here."""

@@ -45,7 +45,7 @@ def load_kernels(cache: Path) -> None:
 def load_nccl(cache: Path, mpi: tuple[str, ...]) -> None:
     """Defines ``torch.classes.hvd_gqsgd_emulated.NcclCommunicator``, given what a compiler needs
     for MPI."""
-    sources = [*KERNELS, *sorted((NATIVE / "nccl").glob("*.cc")), HERE / "native_nccl.cc"]
+    sources = [*KERNELS, *sorted((NATIVE / "nccl").glob("*.cc")), HERE / "nccl_ops.cc"]
     torch.ops.load_library(_build(cache, sources, mpi))
 
 
