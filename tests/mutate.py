@@ -55,10 +55,10 @@ RANKS = ("tests/ranks/test_statistics.py", 2)
 SUMS = ("tests/ranks/test_allreduce.py -k test_linear_reductions", 2)
 JOIN = ("tests/ranks/test_join.py", 3)
 
-LINEAR = "native/include/gqsgd/linear.h"
-HASH = "native/include/gqsgd/hash.h"
-EXPONENTIAL_H = "native/include/gqsgd/exponential.h"
-CODES = "native/include/gqsgd/codes.h"
+LINEAR = "native/core/linear.h"
+HASH = "native/core/hash.h"
+EXPONENTIAL_H = "native/core/exponential.h"
+CODES = "native/core/codes.h"
 NORMS = "native/cpu/norms_inl.h"
 LEVELS = "hvd_gqsgd/codecs/linear.py"
 

@@ -3,7 +3,7 @@
 The ops write into buffers that the caller owns and reuses, all on one device. Norms are ``int32``
 (the bits of a float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block.
 Words are ``int32`` where the lane width divides 32 and ``int64`` otherwise;
-``native/include/gqsgd/lanes.h`` has the layout. All of them release the GIL while they run. On a
+``native/core/lanes.h`` has the layout. All of them release the GIL while they run. On a
 GPU they are enqueued on the current stream and return at once.
 """
 

@@ -27,7 +27,7 @@ ORDER = (
 
 ALIKE = "shapes, types, and whether the mean or the sum is asked for must be the same on all ranks"
 
-# Squares are summed in 64 bits, in the units of native/include/gqsgd/l2.h.
+# Squares are summed in 64 bits, in the units of native/core/l2.h.
 MOST_SQUARES = 2**33
 
 

@@ -2,7 +2,7 @@
 // that a caller may share the work among threads: the result does not depend on how it is cut.
 #pragma once
 
-#include "gqsgd/args.h"
+#include "core/args.h"
 
 namespace gqsgd {
 

@@ -1,7 +1,7 @@
 // Elements to codes in words, and sums of codes back. The threads with one y share a tile, and each
 // has some consecutive words of it: so it reads and writes consecutive elements of every lane.
 #include "codes.h"
-#include "gqsgd/hash.h"
+#include "core/hash.h"
 #include "kernels.h"
 
 namespace gqsgd {

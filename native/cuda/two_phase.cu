@@ -1,7 +1,7 @@
 // The middle and the end of a two-phase exchange; see cpu/two_phase_inl.h. The means of a tile stay
 // in the registers of one block of threads, a word's each, from the sums to the codes.
 #include "codes.h"
-#include "gqsgd/hash.h"
+#include "core/hash.h"
 #include "kernels.h"
 
 namespace gqsgd {

@@ -28,7 +28,7 @@ FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-x", "c++", "-fno-math-errno", "-ffp-contract=off"),
     # What CUDA does not forgive, and this processor would.
     *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
-    *("-Wno-unknown-pragmas", *(f"-I{folder}" for folder in (HERE, NATIVE, NATIVE / "include"))),
+    *("-Wno-unknown-pragmas", *(f"-I{folder}" for folder in (HERE, NATIVE))),
 ]
 
 
@@ -45,7 +45,7 @@ def load_kernels(cache: Path) -> None:
 def load_nccl(cache: Path, mpi: tuple[str, ...]) -> None:
     """Defines ``torch.classes.hvd_gqsgd_emulated.NcclCommunicator``, given what a compiler needs
     for MPI."""
-    sources = [*KERNELS, *sorted((NATIVE / "nccl").glob("*.cc")), HERE / "native_nccl.cc"]
+    sources = [*KERNELS, *sorted((NATIVE / "nccl").glob("*.cc")), HERE / "nccl_ops.cc"]
     torch.ops.load_library(_build(cache, sources, mpi))
 
 

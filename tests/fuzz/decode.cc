@@ -12,9 +12,9 @@
 #include <memory>
 #include <vector>
 
+#include "core/dtypes.h"
+#include "core/lanes.h"
 #include "cpu/kernels.h"
-#include "gqsgd/dtypes.h"
-#include "gqsgd/lanes.h"
 
 namespace {
 

@@ -2,11 +2,11 @@
 // the way from the types that are known at run time to those of templates.
 #pragma once
 
-#include "gqsgd/args.h"
-#include "gqsgd/dtypes.h"
-#include "gqsgd/exponential.h"
-#include "gqsgd/lanes.h"
-#include "gqsgd/linear.h"
+#include "core/args.h"
+#include "core/dtypes.h"
+#include "core/exponential.h"
+#include "core/lanes.h"
+#include "core/linear.h"
 
 namespace gqsgd {
 

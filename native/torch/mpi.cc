@@ -1,5 +1,5 @@
 // The allreduce over MPI as a torch op, in a library of its own: all else works without any MPI.
-// The schema stands in hvd_gqsgd/mpi_ops.py. The dispatcher calls this without the GIL.
+// The schema stands in hvd_gqsgd/_native/mpi.py. The dispatcher calls this without the GIL.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <mpi.h>
@@ -7,10 +7,10 @@
 
 #include <string>
 
-#include "gqsgd/lanes.h"
+#include "core/lanes.h"
 #include "mpi/allreduce.h"
 #include "mpi/errors.h"
-#include "tensors.h"
+#include "torch/checked_args.h"
 
 namespace {
 

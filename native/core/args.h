@@ -1,7 +1,7 @@
 // What kernels are told about a tensor, on whatever device it is.
 #pragma once
 
-#include "gqsgd/config.h"
+#include "core/config.h"
 
 namespace gqsgd {
 

@@ -1,5 +1,4 @@
-// The kernels on the CPU as torch ops. This file, the other bindings and the headers beside them
-// alone know torch.
+// The kernels on the CPU as torch ops.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -9,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "checked_ops.h"
 #include "cpu/kernels.h"
+#include "torch/checked_ops.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // The kernels as torch ops, for any device that has them: arguments are checked in full, so that no
-// kernel can leave its tensors. Schemas and fake kernels stand in hvd_gqsgd/_native/ops.py. The dispatcher
-// calls these without the GIL.
+// kernel can leave its tensors. Schemas and fake kernels stand in hvd_gqsgd/_native/ops.py. The
+// dispatcher calls these without the GIL.
 //
 // A device is a class with these, where `on` is a tensor on it and `kernels` has the functions of
 // struct Kernels:
@@ -15,9 +15,9 @@
 
 #include <algorithm>
 
-#include "gqsgd/hash.h"
-#include "gqsgd/lanes.h"
-#include "tensors.h"
+#include "core/hash.h"
+#include "core/lanes.h"
+#include "torch/checked_args.h"
 
 namespace gqsgd {
 

@@ -7,8 +7,8 @@
 #include <numeric>
 #include <optional>
 
-#include "checked_ops.h"
 #include "nccl/allreduce.h"
+#include "torch/checked_ops.h"
 
 namespace gqsgd {
 

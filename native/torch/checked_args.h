@@ -1,12 +1,12 @@
-// What the files with bindings need of tensors.
+// Checks of arguments that all bindings share.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
 
-#include "gqsgd/args.h"
-#include "gqsgd/lanes.h"
+#include "core/args.h"
+#include "core/lanes.h"
 
 namespace gqsgd {
 

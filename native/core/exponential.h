@@ -7,8 +7,8 @@
 // rounding is one integer addition to the bits of y, which carries into the exponent.
 #pragma once
 
-#include "gqsgd/config.h"
-#include "gqsgd/linear.h"
+#include "core/config.h"
+#include "core/linear.h"
 
 namespace gqsgd {
 

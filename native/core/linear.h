@@ -8,7 +8,7 @@
 // zero nor the maximum is ever moved by the dither.
 #pragma once
 
-#include "gqsgd/config.h"
+#include "core/config.h"
 
 namespace gqsgd {
 
