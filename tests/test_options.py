@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hvd_gqsgd import simulate
-from hvd_gqsgd.frontends.parameter_names import ParameterNames, check_device
+from hvd_gqsgd.codecs import check_device
+from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.options import Options, digest
 
 MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "

@@ -40,22 +40,23 @@ _library = torch.library.Library("hvd_gqsgd", "DEF")
 
 _library.define("block_max(Tensor x, int block_size, Tensor(a!) norms) -> ()")
 _library.define(
-    "quantize(Tensor x, Tensor norms, Tensor(a!) words, int block_size, int bits, int levels, "
-    "int seed, int step, int tensor_id, int rank, int world_size, bool correlated) -> ()"
+    "quantize(Tensor x, Tensor norms, Tensor(a!) words, int block_size, int kind, int bits, "
+    "int levels, int seed, int step, int tensor_id, int rank, int world_size, bool correlated) "
+    "-> ()"
 )
 _library.define(
-    "dequantize(Tensor words, Tensor norms, Tensor(a!) out, int block_size, int bits, int levels, "
-    "int contributors, float scale) -> ()"
+    "dequantize(Tensor words, Tensor norms, Tensor(a!) out, int block_size, int kind, int bits, "
+    "int levels, int contributors, float scale) -> ()"
 )
 _library.define("block_squares(Tensor x, Tensor norms, Tensor(a!) squares, int block_size) -> ()")
 _library.define("l2_norms(Tensor(a!) norms, Tensor squares) -> ()")
 _library.define(
     "requantize(Tensor received, Tensor norms, Tensor(a!) means, int numel, int block_size, "
-    "int bits, int levels, int first, int last, int seed, int step, int tensor_id) -> ()"
+    "int kind, int bits, int levels, int first, int last, int seed, int step, int tensor_id) -> ()"
 )
 _library.define(
-    "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int bits, "
-    "int levels, int first, int last, float scale) -> ()"
+    "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int kind, "
+    "int bits, int levels, int first, int last, float scale) -> ()"
 )
 _library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
 _library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
@@ -100,17 +101,18 @@ any number.
 """
 
 quantize = _ops.quantize.default
-"""``quantize(x, norms, words, block_size, bits, levels, seed, step, tensor_id, rank, world_size,
-correlated)``: rounds ``x`` stochastically to codes on the scale of ``norms`` and packs them.
+"""``quantize(x, norms, words, block_size, kind, bits, levels, seed, step, tensor_id, rank,
+world_size, correlated)``: rounds ``x`` stochastically to codes on the scale of ``norms`` and packs
+them.
 
-``levels`` is s, the number of levels a side of linear dithering, or 0 for exponential dithering.
-
-``norms`` must be at least the magnitudes of ``x``; values beyond them are cut off.
+``kind``, ``bits`` and ``levels``, here and below, are those of a ``Codec``. ``norms`` must be at
+least the magnitudes of ``x``; values beyond them are cut off.
 """
 
 dequantize = _ops.dequantize.default
-"""``dequantize(words, norms, out, block_size, bits, levels, contributors, scale)``: ``scale`` times
-the sum that the words of ``contributors`` ranks, added up, stand for. Linear dithering alone.
+"""``dequantize(words, norms, out, block_size, kind, bits, levels, contributors, scale)``: ``scale``
+times the sum that the words of ``contributors`` ranks, added up, stand for. For codes that can be
+added.
 """
 
 block_squares = _ops.block_squares.default
@@ -124,16 +126,16 @@ l2_norms = _ops.l2_norms.default
 """
 
 requantize = _ops.requantize.default
-"""``requantize(received, norms, means, numel, block_size, bits, levels, first, last, seed, step,
-tensor_id)``: averages the codes of tiles ``first`` to ``last`` (excluded) of a tensor of ``numel``
-elements and rounds the means stochastically to codes, on a norm of each tile's own.
+"""``requantize(received, norms, means, numel, block_size, kind, bits, levels, first, last, seed,
+step, tensor_id)``: averages the codes of tiles ``first`` to ``last`` (excluded) of a tensor of
+``numel`` elements and rounds the means stochastically to codes, on a norm of each tile's own.
 
 ``received`` has a row for each rank, with the words of just these tiles.
 """
 
 dequantize_means = _ops.dequantize_means.default
-"""``dequantize_means(means, norms, out, block_size, bits, levels, first, last, scale)``: ``scale``
-times the means of tiles ``first`` to ``last`` (excluded), to their places in ``out``.
+"""``dequantize_means(means, norms, out, block_size, kind, bits, levels, first, last, scale)``:
+``scale`` times the means of tiles ``first`` to ``last`` (excluded), to their places in ``out``.
 """
 
 combine = _ops.combine.default

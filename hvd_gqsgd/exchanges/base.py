@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.codecs import Codec, ExponentialCodec, LinearCodec, levels_for
+from hvd_gqsgd.codecs import Codec, make_codec
 from hvd_gqsgd.engine.buckets import AGREEMENT, Agreement, Bucket, Item
 from hvd_gqsgd.engine.buffer_pool import BufferPool
 from hvd_gqsgd.engine.streams import on
@@ -118,16 +118,8 @@ class Exchange(ABC):
         Raises:
             ValueError: they are too narrow.
         """
-        options = self.options
-        exponential = options.dither == "exponential"
-        return (ExponentialCodec if exponential else LinearCodec)(
-            bits=bits,
-            levels=0 if exponential else levels_for(bits, self.summands),
-            block_size=options.block_size,
-            correlated=options.correlated,
-            seed=options.seed,
-            rank=self.rank,
-            world_size=self.size,
+        return make_codec(
+            self.options, bits, summands=self.summands, rank=self.rank, world_size=self.size
         )
 
     def check(self, numel: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd._native import mpi as native_mpi
-from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.codecs import Codec, CodeKind
 from hvd_gqsgd.engine.buckets import Bucket, Item, everyone
 from hvd_gqsgd.exchanges.base import Exchange, Stage
 from hvd_gqsgd.options import Options
@@ -79,10 +79,10 @@ class MpiExchange(NativeExchange):
         assert item.x is not None and item.scale is not None
         block = codec.block(item.numel)
         native_mpi.allreduce(
-            item.x, out, self._comm, block, codec.bits, codec.levels,
+            item.x, out, self._comm, block, *codec.code,
             codec.seed, step, item.identity, codec.correlated, item.scale, native_mpi.CHUNK,
         )  # fmt: skip
-        if codec.levels == 0:
+        if codec.kind is CodeKind.EXPONENTIAL:
             codes = native_mpi.combined_bytes(item.numel, block, codec.bits, self.size)
         else:
             codes = codec.num_words(item.numel) * codec.word_dtype.itemsize
@@ -101,7 +101,7 @@ class NcclExchange(NativeExchange):
             squares = take(norms.numel(), torch.int64, device)
         words = take(codec.num_words(item.numel), codec.word_dtype, device)
         self._transport.nccl.connect().allreduce(
-            item.x, out, norms, squares, words, codec.block(item.numel), codec.bits, codec.levels,
+            item.x, out, norms, squares, words, codec.block(item.numel), *codec.code,
             codec.seed, step, item.identity, codec.correlated, item.scale,
         )  # fmt: skip
         return norms.nbytes + words.nbytes + (squares.nbytes if squares is not None else 0)

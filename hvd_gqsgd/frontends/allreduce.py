@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.checks import check_choice, check_int
+from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.engine.agreement import refuse
 from hvd_gqsgd.engine.operation_names import Namespace
 from hvd_gqsgd.engine.pipeline import Pipeline
-from hvd_gqsgd.frontends.parameter_names import check_device, is_compressible
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports.base import Transport
 from hvd_gqsgd.transports.devices import transport_for

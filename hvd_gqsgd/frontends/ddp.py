@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.futures import Future
 
 from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.engine.agreement import check, refuse
 from hvd_gqsgd.engine.buckets import refusal
 from hvd_gqsgd.engine.buffer_pool import BufferPool
 from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
 from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.exchanges import make_exchange
-from hvd_gqsgd.frontends.parameter_names import check_device, is_compressible
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Transport

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.engine.buckets import Contribution, everyone
 from hvd_gqsgd.engine.operation_names import Namespace
@@ -27,7 +28,7 @@ from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges import ORDER
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES, Reading, make_probe
-from hvd_gqsgd.frontends.parameter_names import ParameterNames, check_device, is_compressible
+from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.host_staging import StagedTransport

@@ -1,6 +1,20 @@
-// The codes as the loops over tensors see them: from an element to what a lane holds, and back. And
-// the way from the types that are known at run time to those of templates.
+// The kinds of codes, and the way from the types that are known at run time to those of templates.
+//
+// A code is a class template over the arithmetic type, which its header defines for all loops:
+//     kName, kWidths     what error messages call it and the widths that it has
+//     kBits              its width where that is part of the type; 0: any from 2 to 16
+//     levels_at(bits)    the levels a side that it may have; none, {0, 0}, if it has no such width
+//     most_ranks(bits, levels)  ranks whose codes can be put together in a lane
+//     grid(norm), encode(x, grid, dither)  from an element to what a lane holds
+//     bias()             what to add to each word of encoded elements
+//     decode(word, shift, top)  the number that one rank's lane holds, of the type Sum
+//     ratio(factor)      what to multiply a sum of decoded codes by to have it, times this factor,
+//                        as a share of the norm
+//     Sums               what ranks have made of their codes together, back in the units of the
+//                        gradient; Sums::kAdded says whether that is adding their words
 #pragma once
+
+#include <type_traits>
 
 #include "core/args.h"
 #include "core/dtypes.h"
@@ -10,110 +24,25 @@
 
 namespace gqsgd {
 
-// The two ditherings: `grid` for a norm, `encode` for one element, `decode` for the contents of one
-// lane that holds a single rank's code. A sum of n decoded codes times ratio(n) is a mean, as a
-// share of the norm.
-template <class Real>
-struct LinearCode {
-  using Sum = int32_t;
-  int bits;
-  int32_t levels;
-  int fraction;
-  bool unsigned_words;
-
-  GQSGD_MEMBER explicit LinearCode(const CodeArgs& args)
-      : bits(args.bits),
-        levels(args.levels),
-        fraction(fraction_bits(args.levels)),
-        unsigned_words(args.unsigned_words) {}
-  GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels, unsigned_words); }
-  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, levels, fraction); }
-  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
-    return quantize_element(x, grid, levels, fraction, dither);
-  }
-  // No more than the bits of a code count, whatever a word from another rank has above them: sums
-  // of what this gives must not overflow.
-  template <class Word>
-  GQSGD_MEMBER Sum decode(Word word, int shift, bool top) const {
-    const uint32_t lane = static_cast<uint32_t>(word >> shift) << (32 - bits);
-    return top ? static_cast<Sum>(lane) >> (32 - bits)
-               : static_cast<Sum>(lane >> (32 - bits)) - levels;
-  }
-  GQSGD_MEMBER double ratio(double factor) const { return factor / levels; }
+template <class T>
+struct Type {
+  using type = T;
 };
 
-template <class Real, int kBits>
-struct ExponentialCode {
-  using Sum = Real;
-  int bits = kBits;
-  float share;
-
-  GQSGD_MEMBER explicit ExponentialCode(const CodeArgs& args)
-      : share(power_of_two(-args.headroom)) {}
-  GQSGD_MEMBER uint64_t bias() const { return 0; }
-  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, 1, 0); }
-  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
-    const float place = static_cast<float>((x * grid.pre) * grid.scale);
-    return static_cast<int32_t>(exponential_code<kBits>(place * share, dither));
-  }
-  template <class Word>
-  GQSGD_MEMBER Sum decode(Word word, int shift, bool) const {
-    return exponential_level<kBits>(static_cast<uint32_t>(word >> shift));
-  }
-  GQSGD_MEMBER double ratio(double factor) const { return factor; }
-};
-
-// What ranks have made of their codes together, back in the units of the gradient: the linear codes
-// of `contributors` ranks, added up in their lanes...
-template <class Real>
-struct LinearSums {
-  int bits;
-  int32_t bias;
-  Real factor;
-  bool unsigned_words;
-
-  GQSGD_MEMBER LinearSums(const CodeArgs& args, int64_t contributors, double scale)
-      : bits(args.bits),
-        bias(static_cast<int32_t>(contributors * args.levels)),
-        factor(static_cast<Real>(scale / args.levels)),
-        unsigned_words(args.unsigned_words) {}
-  // The top lane of a signed word is signed, and has no bias.
-  GQSGD_MEMBER bool is_signed(bool top) const { return top && !unsigned_words; }
-  template <class Word>
-  GQSGD_MEMBER Real decode_signed(Word word, int shift, Real norm) const {
-    const SignedOf<Word> sum = static_cast<SignedOf<Word>>(word) >> shift;
-    return dequantize_element(static_cast<int32_t>(sum), factor, norm);
-  }
-  template <class Word>
-  GQSGD_MEMBER Real decode_biased(Word word, int shift, Real norm) const {
-    const Word sum = (word >> shift) & ((Word{1} << bits) - 1);
-    return dequantize_element(static_cast<int32_t>(sum) - bias, factor, norm);
-  }
-};
-
-// ... or their exponential codes, combined to one.
-template <class Real, int kBits>
-struct ExponentialSum {
-  int bits = kBits;
-  Real factor;
-
-  GQSGD_MEMBER ExponentialSum(const CodeArgs& args, int64_t, double scale)
-      : factor(static_cast<Real>(scale * power_of_two(args.headroom))) {}
-  GQSGD_MEMBER bool is_signed(bool) const { return false; }
-  template <class Word>
-  GQSGD_MEMBER Real decode_signed(Word word, int shift, Real norm) const {
-    return decode_biased(word, shift, norm);
-  }
-  template <class Word>
-  GQSGD_MEMBER Real decode_biased(Word word, int shift, Real norm) const {
-    const Real level = exponential_level<kBits>(static_cast<uint32_t>(word >> shift));
-    return (level * factor) * norm;
-  }
-};
-
-// From run time to templates: f gets a value of the type in question. Local to each source file, as
-// the CPU kernels are compiled once for each instruction set.
+// Below, f gets a value, or a Type, of what is asked for. Local to each source file, as the CPU
+// kernels are compiled once for each instruction set.
 namespace {
+
+// f(Type<code>), unless there is no such kind. This is the list of all kinds.
+template <class Real, class F>
+void with_code_type(CodeKind kind, int bits, F f) {
+  switch (kind) {
+    case CodeKind::kLinear:
+      return f(Type<LinearCode<Real>>{});
+    case CodeKind::kExponential:
+      return bits == 8 ? f(Type<ExponentialCode<Real, 8>>{}) : f(Type<ExponentialCode<Real, 4>>{});
+  }
+}
 
 template <class F>
 void with_type(DType dtype, F f) {
@@ -139,10 +68,12 @@ void with_real(DType dtype, F f) {
   }
 }
 
-// The type of the words that lanes are packed in.
-template <class F>
+// The type of the words that lanes are packed in; kBits: their width if it is known, or 0.
+template <int kBits, class F>
 void with_word(int bits, F f) {
-  if (fits_int32(bits)) {
+  if constexpr (kBits > 0) {
+    f(std::conditional_t<32 % kBits == 0, uint32_t, uint64_t>{});
+  } else if (fits_int32(bits)) {
     f(uint32_t{});
   } else {
     f(uint64_t{});
@@ -152,25 +83,20 @@ void with_word(int bits, F f) {
 // f(code, word)
 template <class Real, class F>
 void with_code(const CodeArgs& args, F f) {
-  if (args.levels > 0) {
-    with_word(args.bits, [&](auto word) { f(LinearCode<Real>(args), word); });
-  } else if (args.bits == 8) {
-    f(ExponentialCode<Real, 8>(args), uint32_t{});
-  } else {
-    f(ExponentialCode<Real, 4>(args), uint32_t{});
-  }
+  with_code_type<Real>(args.kind, args.bits, [&](auto type) {
+    using Code = typename decltype(type)::type;
+    with_word<Code::kBits>(args.bits, [&](auto word) { f(Code(args), word); });
+  });
 }
 
 // f(sums, word)
 template <class Real, class F>
 void with_sums(const CodeArgs& args, int64_t contributors, double scale, F f) {
-  if (args.levels > 0) {
-    with_word(args.bits, [&](auto word) { f(LinearSums<Real>(args, contributors, scale), word); });
-  } else if (args.bits == 8) {
-    f(ExponentialSum<Real, 8>(args, contributors, scale), uint32_t{});
-  } else {
-    f(ExponentialSum<Real, 4>(args, contributors, scale), uint32_t{});
-  }
+  with_code_type<Real>(args.kind, args.bits, [&](auto type) {
+    using Code = typename decltype(type)::type;
+    with_word<Code::kBits>(
+        args.bits, [&](auto word) { f(typename Code::Sums(args, contributors, scale), word); });
+  });
 }
 
 }  // namespace

@@ -4,8 +4,11 @@
 #include <ATen/core/Tensor.h>
 
 #include <algorithm>
+#include <limits>
+#include <string>
 
 #include "core/args.h"
+#include "core/codes.h"
 #include "core/lanes.h"
 
 namespace gqsgd {
@@ -51,9 +54,61 @@ inline Layout layout_of(int64_t numel, int64_t block_size, int64_t bits) {
   return {numel, block_size, lanes_per_word(static_cast<int>(bits))};
 }
 
-// Numbers of ranks whose linear codes fit into lanes: 2^bits - 1 over the codes that each one has.
-inline int64_t most_ranks(int64_t bits, int64_t levels) {
-  return ((int64_t{1} << bits) - 1) / (2 * levels);
+// f(Type<code>) for the kind of this number; returns whether there is one.
+template <class F>
+bool with_numbered_kind(int64_t kind, int64_t bits, F f) {
+  if (kind < 0 || kind > std::numeric_limits<int>::max()) return false;
+  bool known = false;
+  with_code_type<float>(static_cast<CodeKind>(kind), static_cast<int>(bits), [&](auto type) {
+    known = true;
+    f(type);
+  });
+  return known;
+}
+
+// Such as "0 (linear) or 1 (exponential)".
+inline std::string known_kinds() {
+  std::string text;
+  int64_t kind = 0;
+  const auto name = [&](auto type) {
+    text += (kind ? " or " : "") + std::to_string(kind) + " (" + decltype(type)::type::kName + ")";
+  };
+  while (with_numbered_kind(kind, 0, name)) ++kind;
+  return text;
+}
+
+// The kind of this number, for a width from 2 to 16 and levels that it has at this width.
+inline CodeKind checked_kind(int64_t kind, int64_t bits, int64_t levels) {
+  const bool known = with_numbered_kind(kind, bits, [&](auto type) {
+    using Code = typename decltype(type)::type;
+    const LevelRange range = Code::levels_at(static_cast<int>(bits));
+    TORCH_CHECK_VALUE(range.most > 0, "bits must be ", Code::kWidths, " for ", Code::kName,
+                      " codes, got ", bits);
+    const std::string least = std::to_string(range.least), most = std::to_string(range.most);
+    TORCH_CHECK_VALUE(range.least <= levels && levels <= range.most, "levels must be ",
+                      least == most ? most : "from " + least + " to " + most, " for ", Code::kName,
+                      " codes of ", bits, " bits, got ", levels);
+  });
+  TORCH_CHECK_VALUE(known, "kind must be ", known_kinds(), ", got ", kind);
+  return static_cast<CodeKind>(kind);
+}
+
+// How many ranks' codes can be put together in lanes.
+inline int64_t most_ranks(const CodeArgs& args) {
+  int64_t most = 0;
+  with_code_type<float>(args.kind, args.bits, [&](auto type) {
+    most = decltype(type)::type::most_ranks(args.bits, args.levels);
+  });
+  return most;
+}
+
+// That words can be added to have sums of codes.
+inline void check_added(const CodeArgs& args) {
+  with_code_type<float>(args.kind, args.bits, [&](auto type) {
+    using Code = typename decltype(type)::type;
+    TORCH_CHECK_VALUE(Code::Sums::kAdded, "kind must be one of codes that can be added, got ",
+                      static_cast<int>(args.kind), " (", Code::kName, ")");
+  });
 }
 
 }  // namespace gqsgd
