@@ -20,6 +20,7 @@ from hvd_gqsgd._native.loader import built, load
 __all__ = [
     "block_max",
     "block_squares",
+    "built_for_torch",
     "combine",
     "dequantize",
     "dequantize_means",
@@ -61,6 +62,7 @@ _library.define(
 _library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
 _library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
 _library.define("storage_use_count(Tensor tensor) -> int")
+_library.define("built_for_torch() -> str")
 _library.define("kernel_table() -> int")
 _library.define("instruction_sets() -> str[]")
 _library.define("instruction_set() -> str")
@@ -76,6 +78,17 @@ for _name in (
 
 load("_C")
 _ops = torch.ops.hvd_gqsgd
+
+built_for_torch = _ops.built_for_torch.default
+"""``built_for_torch() -> str``: the version of PyTorch that the library was compiled for."""
+
+# Another PyTorch may load the library all the same, and crash later.
+if built_for_torch().split(".")[:2] != torch.__version__.split(".")[:2]:
+    raise ImportError(
+        f"the native library of hvd_gqsgd was built for PyTorch {built_for_torch()}, and PyTorch "
+        f"{torch.__version__} is installed: run `pip install --no-build-isolation .` in the "
+        "repository of hvd_gqsgd again"
+    )
 
 
 @functools.cache
