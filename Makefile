@@ -195,10 +195,10 @@ $(STAMPS)/cuda: $(STAMPS)/torch $(NATIVE)
 	@mkdir -p $(VENV)/cuda
 	@flags=$$($(PY) -c 'from torch.utils.cpp_extension import include_paths as paths; \
 	    print(*("-isystem " + path for path in paths()))'); \
-	for source in native/cuda/*.cu native/cuda_bindings.cc; do \
+	for source in native/cuda/*.cu native/torch/cuda.cc; do \
 	    $(NVCC) -std=c++17 -O3 --fmad=false -t 0 -Xcompiler -Wall \
 	        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
-	        -DC10_USING_CUSTOM_GENERATED_MACROS -Inative/include -Inative $$flags \
+	        -DC10_USING_CUSTOM_GENERATED_MACROS -Inative $$flags \
 	        -c $$source -o $(VENV)/cuda/$$(basename $$source).o; \
 	done
 	@touch $@

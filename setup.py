@@ -133,7 +133,7 @@ class Build(BuildExtension):
 
 
 # Absolute, as the compiler runs in another folder.
-INCLUDE = [os.path.abspath("native/include"), os.path.abspath("native")]
+INCLUDE = [os.path.abspath("native")]
 HEADERS = glob("native/**/*.h", recursive=True)
 CXXFLAGS = [
     "-std=c++17",
@@ -163,11 +163,11 @@ def library(name: str, sources: list[str], flags: list[str] | None = None) -> Cp
 
 def cuda_library() -> CUDAExtension:
     """The kernels for GPUs and, if it was found, NCCL."""
-    sources = ["native/cuda_bindings.cc", *sorted(glob("native/cuda/*.cu"))]
+    sources = ["native/torch/cuda.cc", *sorted(glob("native/cuda/*.cu"))]
     include, link = [], []
     if not isinstance(NCCL, str):
         include, link = NCCL
-        sources += ["native/nccl_bindings.cc", *sorted(glob("native/nccl/*.cc"))]
+        sources += ["native/torch/nccl.cc", *sorted(glob("native/nccl/*.cc"))]
     return CUDAExtension(
         "hvd_gqsgd._native._cuda",
         sources=sources,
@@ -182,9 +182,9 @@ def cuda_library() -> CUDAExtension:
     )
 
 
-libraries = [library("_C", ["native/bindings.cc", *sorted(glob("native/cpu/*.cc"))])]
+libraries = [library("_C", ["native/torch/cpu.cc", *sorted(glob("native/cpu/*.cc"))])]
 if isinstance(MPI, list):
-    sources = ["native/mpi_bindings.cc", *sorted(glob("native/mpi/*.cc"))]
+    sources = ["native/torch/mpi.cc", *sorted(glob("native/mpi/*.cc"))]
     libraries.append(library("_mpi", sources, MPI))
 if isinstance(CUDA, Path):
     libraries.append(cuda_library())

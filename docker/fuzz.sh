@@ -14,7 +14,7 @@ set -euo pipefail
 mkdir -p "$1/corpus"
 work=$(realpath "$1")
 seconds=${2:-60}
-flags=(-std=c++17 -O1 -g1 -fno-math-errno -ffp-contract=off -Inative -Inative/include
+flags=(-std=c++17 -O1 -g1 -fno-math-errno -ffp-contract=off -Inative
     -fsanitize=address,undefined -fno-sanitize-recover=all)
 clang=${CLANGXX:-clang++}
 

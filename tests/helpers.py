@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from reference import linear as reference
 from reference import two_phase as reference_two_phase
+from reference.kinds import Code, exponential, two_phase_code
 from torch import Tensor
 
 from hvd_gqsgd import layout
@@ -24,9 +25,9 @@ Array = NDArray[Any]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WIDTHS = range(2, 17)
 TWO_PHASE_CODES = [
-    ("exponential", 4),
-    ("exponential", 8),
-    *(("linear", b) for b in (2, 3, 5, 8, 11, 16)),
+    exponential(4),
+    exponential(8),
+    *(two_phase_code("linear", bits) for bits in (2, 3, 5, 8, 11, 16)),
 ]
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -140,28 +141,26 @@ def norms(x: Tensor, block_size: int | None) -> Tensor:
 
 
 def encode(
-    x: Tensor, norms: Tensor, block_size: int | None, bits: int, levels: int, *, seed: int = 0,
+    x: Tensor, norms: Tensor, block_size: int | None, code: Code, *, seed: int = 0,
     step: int = 0, tensor_id: int = 0, rank: int = 0, world_size: int = 1, correlated: bool = True,
 ) -> Tensor:  # fmt: skip
     """Native words, written over rubbish."""
     block = block_size or max(x.numel(), 1)
     words = torch.full(
-        (layout.words_for(x.numel(), block, bits),), -77, dtype=layout.word_dtype(bits)
+        (layout.words_for(x.numel(), block, code.bits),), -77, dtype=layout.word_dtype(code.bits)
     )
-    ops.quantize(
-        x, norms, words, block, bits, levels, seed, step, tensor_id, rank, world_size, correlated
-    )
+    ops.quantize(x, norms, words, block, *code, seed, step, tensor_id, rank, world_size, correlated)
     return words
 
 
 def decode(
-    words: Tensor, norms: Tensor, like: Tensor, block_size: int | None, bits: int, levels: int,
+    words: Tensor, norms: Tensor, like: Tensor, block_size: int | None, code: Code,
     contributors: int = 1, scale: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Native gradient, written over rubbish."""
     out = torch.full_like(like, -77)
     block = block_size or max(like.numel(), 1)
-    ops.dequantize(words, norms, out, block, bits, levels, contributors, scale)
+    ops.dequantize(words, norms, out, block, *code, contributors, scale)
     return out
 
 
@@ -173,18 +172,17 @@ def squares(x: Tensor, norms: Tensor, block_size: int | None) -> Tensor:
 
 
 def requantize(
-    received: Tensor, norms: Tensor, numel: int, block_size: int | None, bits: int, levels: int, *,
+    received: Tensor, norms: Tensor, numel: int, block_size: int | None, code: Code, *,
     cuts: Iterable[int] | None = None, seed: int = 0, step: int = 0, tensor_id: int = 0,
 ) -> Tensor:  # fmt: skip
     """Native means of all tiles, written over rubbish: in segments between the tiles ``cuts``."""
     block = block_size or max(numel, 1)
     # To have the offsets from the reference here makes it a test of the native ones.
     norm_type = f"i{norms.element_size()}"
-    offsets = reference_two_phase.tile_offsets(numel, block_size, bits, norm_type)
-    tile = reference.places(numel, block_size, bits).tile
-    word = reference.places(numel, block_size, bits).word
+    offsets = reference_two_phase.tile_offsets(numel, block_size, code.bits, norm_type)
+    at = reference.places(numel, block_size, code.bits)
     ends = np.zeros(len(offsets), np.int64)  # of the words of the tiles before
-    np.maximum.at(ends, tile + 1, word + 1)
+    np.maximum.at(ends, at.tile + 1, at.word + 1)
     edges = [0, *(cuts or ()), len(offsets) - 1]
     wide = 8 in (norms.element_size(), received.element_size())
     parts = []
@@ -192,15 +190,13 @@ def requantize(
         size = int(offsets[last] - offsets[first])
         part = torch.full((size,), -77, dtype=torch.int64 if wide else torch.int32)
         piece = received[:, ends[first] : ends[last]]
-        ops.requantize(
-            piece, norms, part, numel, block, bits, levels, first, last, seed, step, tensor_id
-        )
+        ops.requantize(piece, norms, part, numel, block, *code, first, last, seed, step, tensor_id)
         parts.append(part)
     return torch.cat(parts)
 
 
 def decode_means(
-    means: Tensor, norms: Tensor, like: Tensor, block_size: int | None, bits: int, levels: int,
+    means: Tensor, norms: Tensor, like: Tensor, block_size: int | None, code: Code,
     scale: float = 1.0, cuts: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """Native gradient from means, written over rubbish; in parts that end at the tiles ``cuts``."""
@@ -209,10 +205,10 @@ def decode_means(
     edges = [0, *cuts, layout.tiles_for(like.numel(), block)]
     for first, last in pairwise(edges):
         begin, end = (
-            layout.means_before(tile, like.numel(), block, bits, norms.dtype)
+            layout.means_before(tile, like.numel(), block, code.bits, norms.dtype)
             for tile in (first, last)
         )
-        ops.dequantize_means(means[begin:end], norms, out, block, bits, levels, first, last, scale)
+        ops.dequantize_means(means[begin:end], norms, out, block, *code, first, last, scale)
     return out
 
 
@@ -234,28 +230,26 @@ def shared_norms(rows: Tensor, block_size: int | None, norm: str) -> Tensor:
     return largest
 
 
-def send(
-    rows: Tensor, shared: Tensor, block_size: int | None, bits: int, s: int, **at: Any
-) -> Tensor:
+def send(rows: Tensor, shared: Tensor, block_size: int | None, code: Code, **at: Any) -> Tensor:
     """Native words, a row for each rank."""
     return torch.stack(
         [
-            encode(x, shared, block_size, bits, s, rank=rank, world_size=len(rows), **at)
+            encode(x, shared, block_size, code, rank=rank, world_size=len(rows), **at)
             for rank, x in enumerate(rows)
         ]
     )
 
 
 def exchange(
-    rows: Tensor, code: tuple[str, int], block_size: int | None, norm: str = "max",
+    rows: Tensor, code: Code, block_size: int | None, norm: str = "max",
     correlated: bool = True, cuts: list[int] | None = None, **at: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """All native: norms, words, means, and what each rank decodes."""
-    s, bits, numel = reference_two_phase.two_phase_levels(*code), code[1], rows.shape[1]
+    numel = rows.shape[1]
     shared = shared_norms(rows, block_size, norm)
-    words = send(rows, shared, block_size, bits, s, correlated=correlated, **at)
-    means = requantize(words, shared, numel, block_size, bits, s, cuts=cuts, **at)
-    return shared, words, means, decode_means(means, shared, rows[0], block_size, bits, s)
+    words = send(rows, shared, block_size, code, correlated=correlated, **at)
+    means = requantize(words, shared, numel, block_size, code, cuts=cuts, **at)
+    return shared, words, means, decode_means(means, shared, rows[0], block_size, code)
 
 
 def tiles_of(numel: int, block_size: int | None, bits: int) -> int:

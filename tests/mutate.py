@@ -55,10 +55,9 @@ RANKS = ("tests/ranks/test_statistics.py", 2)
 SUMS = ("tests/ranks/test_allreduce.py -k test_linear_reductions", 2)
 JOIN = ("tests/ranks/test_join.py", 3)
 
-LINEAR = "native/include/gqsgd/linear.h"
-HASH = "native/include/gqsgd/hash.h"
-EXPONENTIAL_H = "native/include/gqsgd/exponential.h"
-CODES = "native/include/gqsgd/codes.h"
+LINEAR = "native/core/linear.h"
+HASH = "native/core/hash.h"
+EXPONENTIAL_H = "native/core/exponential.h"
 NORMS = "native/cpu/norms_inl.h"
 LEVELS = "hvd_gqsgd/codecs/linear.py"
 
@@ -90,9 +89,9 @@ MUTANTS = [
            (CUT_OFF,)),
     Mutant("the maximum may be moved", LINEAR, "< one ? next_up(scale) : scale",
            "< one ? scale : scale", (MAXIMA,)),
-    Mutant("n s not subtracted", CODES, "static_cast<int32_t>(contributors * args.levels)", "0",
+    Mutant("n s not subtracted", LINEAR, "static_cast<int32_t>(contributors * args.levels)", "0",
            (LEVEL, UNBIASED)),
-    Mutant("(n - 1) s subtracted", CODES, "(contributors * args.levels)",
+    Mutant("(n - 1) s subtracted", LINEAR, "(contributors * args.levels)",
            "((contributors - 1) * args.levels)", (LEVEL, UNBIASED)),
     Mutant("means over n + 1 ranks", "native/cpu/two_phase_inl.h",
            "static_cast<double>(received.ranks)", "static_cast<double>(received.ranks + 1)",

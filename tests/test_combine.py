@@ -92,7 +92,7 @@ def test_zeros_do_not_count() -> None:
 
 def test_what_cannot_be_summed_is_refused() -> None:
     byte = torch.zeros(4, dtype=torch.uint8)
-    with pytest.raises(ValueError, match="4 or 8 bits, got 5"):
+    with pytest.raises(ValueError, match="bits must be 4 or 8 for exponential codes, got 5"):
         ops.combine(byte, byte.clone(), 5, 0)
     with pytest.raises(ValueError, match="to must have 4 elements, got 3"):
         ops.combine(byte, byte[:3].clone(), 8, 0)

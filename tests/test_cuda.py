@@ -16,6 +16,7 @@ from hvd_gqsgd import GlobalQSGD, allreduce, build_info, ddp_hook, layout, simul
 from hvd_gqsgd._native import nccl as native_nccl
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import gpu
+from hvd_gqsgd.codecs import CodeKind
 from hvd_gqsgd.engine.pipeline import Pipeline
 
 pytestmark = pytest.mark.cuda
@@ -116,7 +117,8 @@ def test_graphs() -> None:
     x, out = (torch.zeros(numel, device=device) for _ in range(2))
     norms = torch.zeros(-(-numel // 1024), dtype=torch.int32, device=device)
     words = torch.zeros(layout.words_for(numel, 1024, 8), dtype=torch.int32, device=device)
-    place = (1024, 8, 127, 1, 2, 3, True, 1.0)
+    code = (1024, CodeKind.LINEAR, 8, 127)
+    place = (*code, 1, 2, 3, True, 1.0)
     communicator.allreduce(x, out, norms, None, words, *place)  # NCCL allocates at first
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -128,8 +130,8 @@ def test_graphs() -> None:
         expected = torch.empty(numel)
         host = x.cpu(), norms.cpu().zero_(), words.cpu().zero_(), expected
         ops.block_max(host[0], 1024, host[1])
-        ops.quantize(host[0], host[1], host[2], 1024, 8, 127, 1, 2, 3, 0, 1, True)
-        ops.dequantize(host[2], host[1], expected, 1024, 8, 127, 1, 1.0)
+        ops.quantize(host[0], host[1], host[2], *code, 1, 2, 3, 0, 1, True)
+        ops.dequantize(host[2], host[1], expected, *code, 1, 1.0)
         assert torch.equal(out.cpu(), expected)
 
 

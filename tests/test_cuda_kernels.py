@@ -12,17 +12,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, TWO_PHASE_CODES, WIDTHS, name, random_place, several, special_values
+from reference.kinds import LINEAR, Code, exponential, linear
+from reference.linear import levels
 from torch import Tensor
 
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
-from hvd_gqsgd.codecs import levels_for
 
 BLOCKS = [256, 1000, 1024, 1500, 2048, None]
 SIZES = [0, 1, 3, 255, 1025, 4096, 5003]
 # Emulated threads are slow, and small blocks take one or more for each block.
 SHAPES = [*itertools.product(BLOCKS, SIZES), (1, 70), (7, 300), (16, 1024)]
-CODES = [*(("linear", bits) for bits in WIDTHS), ("exponential", 4), ("exponential", 8)]
+CODES = [*(linear(bits, 1) for bits in WIDTHS), exponential(4), exponential(8)]
 MARGIN = 64  # elements around a buffer
 
 
@@ -104,14 +105,15 @@ def test_norms(gpu: Gpu, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("code", CODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_codes(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
+def test_codes(gpu: Gpu, dtype: torch.dtype, code: Code) -> None:
     """Elements to words, and sums of words back."""
-    dither, bits = code
+    bits, added = code.bits, code.kind == LINEAR
     rng = np.random.default_rng(bits)
     kinds = itertools.cycle(range(5))
     for block_size, numel in SHAPES:
         ranks = int(rng.integers(1, min(4, 2 ** (bits - 1))))
-        levels = levels_for(bits, ranks) if dither == "linear" else 0
+        if added:
+            code = linear(bits, levels(bits, ranks))
         kind, offset = next(kinds), int(rng.integers(0, 3))
         rows = several(rng, kind, (ranks, numel), dtype)
         block, what = block_size or max(numel, 1), (block_size, numel, ranks, kind, offset)
@@ -123,28 +125,27 @@ def test_codes(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
         for rank, x in enumerate(rows):
             place = random_place(rng, rank, ranks, kind % 2 == 0).values()
             words = torch.empty_like(total)
-            ops.quantize(x, norms, words, block, bits, levels, *place)
+            ops.quantize(x, norms, words, block, *code, *place)
             found = Buffer(gpu, words.numel(), words.dtype, offset)
             given = on_device(gpu, x, offset), norms.to(gpu.device)
-            gpu.ops.quantize(*given, found.view, block, bits, levels, *place)
+            gpu.ops.quantize(*given, found.view, block, *code, *place)
             found.assert_same(words, what)
             total += words
-        if dither == "exponential":
+        if not added:
             continue
         mean = torch.empty(numel, dtype=dtype)
-        ops.dequantize(total, norms, mean, block, bits, levels, ranks, 1 / ranks)
+        ops.dequantize(total, norms, mean, block, *code, ranks, 1 / ranks)
         decoded = Buffer(gpu, numel, dtype, offset)
         summed = on_device(gpu, total, offset), norms.to(gpu.device)
-        gpu.ops.dequantize(*summed, decoded.view, block, bits, levels, ranks, 1 / ranks)
+        gpu.ops.dequantize(*summed, decoded.view, block, *code, ranks, 1 / ranks)
         decoded.assert_same(mean, what)
 
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_two_phase(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
+def test_two_phase(gpu: Gpu, dtype: torch.dtype, code: Code) -> None:
     """Means of what ranks have sent, rounded once more, for any run of tiles; and back."""
-    dither, bits = code
-    levels = 2 ** (bits - 1) - 1 if dither == "linear" else 0
+    bits = code.bits
     rng = np.random.default_rng(bits)
     norm_dtype, word_dtype = layout.norm_dtype(dtype), layout.word_dtype(bits)
     for block_size, numel in SHAPES:
@@ -164,18 +165,16 @@ def test_two_phase(gpu: Gpu, dtype: torch.dtype, code: tuple[str, int]) -> None:
         begin, end = (layout.means_before(t, numel, block, bits, norm_dtype) for t in (first, last))
         means = torch.empty(end - begin, dtype=layout.means_dtype(bits, norm_dtype))
         at = list(random_place(rng, 0, 1, True).values())[:3]
-        ops.requantize(received, norms, means, numel, block, bits, levels, first, last, *at)
+        ops.requantize(received, norms, means, numel, block, *code, first, last, *at)
         found = Buffer(gpu, means.numel(), means.dtype)
         given = received.to(gpu.device), norms.to(gpu.device)
-        gpu.ops.requantize(*given, found.view, numel, block, bits, levels, first, last, *at)
+        gpu.ops.requantize(*given, found.view, numel, block, *code, first, last, *at)
         found.assert_same(means, what)
 
         out = torch.full((numel,), 77, dtype=dtype)
-        ops.dequantize_means(means, norms, out, block, bits, levels, first, last, 0.5)
+        ops.dequantize_means(means, norms, out, block, *code, first, last, 0.5)
         decoded = Buffer(gpu, numel, dtype, offset)
-        gpu.ops.dequantize_means(
-            found.view, given[1], decoded.view, block, bits, levels, first, last, 0.5
-        )
+        gpu.ops.dequantize_means(found.view, given[1], decoded.view, block, *code, first, last, 0.5)
         decoded.assert_same(out, what)
 
 
@@ -212,13 +211,13 @@ def test_special_values(gpu: Gpu) -> None:
         ops.block_max(x, 256, norms)
         words = torch.empty(layout.words_for(x.numel(), 256, 8), dtype=torch.int32)
         mean = torch.empty_like(x)
-        place = (5, 6, 7, 0, 1, True)
-        ops.quantize(x, norms, words, 256, 8, 127, *place)
-        ops.dequantize(words, norms, mean, 256, 8, 127, 1, 3.0)
+        place, code = (5, 6, 7, 0, 1, True), linear(8, 127)
+        ops.quantize(x, norms, words, 256, *code, *place)
+        ops.dequantize(words, norms, mean, 256, *code, 1, 3.0)
         given = x.to(gpu.device)
         found = [t.to(gpu.device) for t in map(torch.zeros_like, (norms, words, mean))]
         gpu.ops.block_max(given, 256, found[0])
-        gpu.ops.quantize(given, found[0], found[1], 256, 8, 127, *place)
-        gpu.ops.dequantize(found[1], found[0], found[2], 256, 8, 127, 1, 3.0)
+        gpu.ops.quantize(given, found[0], found[1], 256, *code, *place)
+        gpu.ops.dequantize(found[1], found[0], found[2], 256, *code, 1, 3.0)
         for a, b in zip(found, (norms, words, mean), strict=True):
             assert same_bits(a.cpu(), b), dtype

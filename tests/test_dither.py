@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers import Array, chi_square_z, encode, norms, threshold
 from reference import linear as reference
+from reference.kinds import linear
 
 LIMIT = threshold(1e-9)
 ELEMENTS = 2**19
@@ -139,7 +140,7 @@ def test_codes_go_up_as_often_as_they_should(fraction: float, bits: int, correla
     x = torch.full((numel,), (s // 2 + fraction) / s, dtype=torch.float64)
     x[::1024] = 1
     place = {"rank": 2, "world_size": 3, "correlated": correlated}
-    words = encode(x, norms(x, 1024), 1024, bits, s, seed=11, **place)
+    words = encode(x, norms(x, 1024), 1024, linear(bits, s), seed=11, **place)
     codes = reference.unpack(words.numpy(), numel, 1024, bits, s, 1)
     up = codes[x.numpy() < 1] - s // 2
     assert set(up) == {0, 1}
@@ -160,7 +161,8 @@ def test_each_of_them_counts_in_the_native_kernel(other: dict[str, int]) -> None
     place = {"seed": 0, "step": 0, "tensor_id": 0, "rank": 0}
 
     def codes(**at: int) -> Array:
-        words = encode(x, norms(x, 1024), 1024, 8, s, world_size=3, correlated=False, **at)
+        code = linear(8, s)
+        words = encode(x, norms(x, 1024), 1024, code, world_size=3, correlated=False, **at)
         return reference.unpack(words.numpy(), numel, 1024, 8, s, 1)
 
     lag = other.get("lag", 0)

@@ -34,6 +34,7 @@ from helpers import (
     threshold,
 )
 from reference import linear as reference
+from reference.kinds import EXPONENTIAL, Code, exponential
 from reference.two_phase import exponential_codes, exponential_levels
 from torch import Tensor
 
@@ -49,16 +50,17 @@ WORLDS = [(0, 1, True), (0, 1, False), (1, 2, True), (2, 3, False), (2, 3, True)
 
 def native_codes(x: Tensor, norms: Tensor, block_size: int | None, bits: int, **at: Any) -> Array:
     """Codes of one rank, out of native words."""
-    words = encode(x, norms, block_size, bits, 0, **at)
+    words = encode(x, norms, block_size, exponential(bits), **at)
     return reference.unpack(words.numpy(), x.numel(), block_size, bits, 0, 1) % (1 << bits)
 
 
 def comes_back(x: Tensor, block_size: int | None, bits: int, seed: int = 0) -> Tensor:
     """What one rank alone decodes: its second rounding finds nothing to round."""
     maxima = norms(x, block_size)
-    words = encode(x, maxima, block_size, bits, 0, seed=seed)[None]
-    means = requantize(words, maxima, x.numel(), block_size, bits, 0, seed=seed)
-    return decode_means(means, maxima, x, block_size, bits, 0)
+    code = exponential(bits)
+    words = encode(x, maxima, block_size, code, seed=seed)[None]
+    means = requantize(words, maxima, x.numel(), block_size, code, seed=seed)
+    return decode_means(means, maxima, x, block_size, code)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -81,7 +83,7 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
         assert codes.max(initial=0) < 2**bits
         for isa in ops.instruction_sets():
             with instruction_set(isa):
-                got = encode(x, torch.from_numpy(shared), block_size, bits, 0, **place)
+                got = encode(x, torch.from_numpy(shared), block_size, exponential(bits), **place)
                 assert_same(got, words, (isa, block_size, numel, kind, place))
 
 
@@ -272,14 +274,19 @@ def test_correlated_ranks_have_less_variance() -> None:
 
 # --- errors --------------------------------------------------------------------------------------
 
+WIDTHS_MESSAGE = "bits must be 4 or 8 for exponential codes, got "
+LEVELS_MESSAGE = "levels must be 127 for exponential codes of 8 bits, got "
 X = torch.ones(100)
 NORMS = torch.zeros(10, dtype=torch.int32)
 WORDS = torch.zeros(30, dtype=torch.int32)
 
 
-def quantize(norms: Tensor = NORMS, words: Tensor = WORDS, bits: int = 8, levels: int = 0) -> None:
+CODE = exponential(8)
+
+
+def quantize(norms: Tensor = NORMS, words: Tensor = WORDS, code: Code = CODE) -> None:
     """A valid call, of which each test spoils one argument."""
-    ops.quantize(X, norms, words, 10, bits, levels, 0, 0, 0, 0, 1, True)
+    ops.quantize(X, norms, words, 10, *code, 0, 0, 0, 0, 1, True)
 
 
 def test_the_call_that_the_errors_below_start_from_is_valid() -> None:
@@ -290,14 +297,17 @@ def test_the_call_that_the_errors_below_start_from_is_valid() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: quantize(bits=2), ValueError, "exponential dithering has 4 or 8 bits, got 2"),
-        (lambda: quantize(bits=16), ValueError, "exponential dithering has 4 or 8 bits, got 16"),
-        (lambda: quantize(bits=4), ValueError, "words must have 20 elements, got 30"),
+        (lambda: quantize(code=exponential(2)), ValueError, WIDTHS_MESSAGE + "2"),
+        (lambda: quantize(code=exponential(16)), ValueError, WIDTHS_MESSAGE + "16"),
+        (lambda: quantize(code=Code(EXPONENTIAL, 8, 0)), ValueError, LEVELS_MESSAGE + "0"),
+        (lambda: quantize(code=Code(EXPONENTIAL, 8, 126)), ValueError, LEVELS_MESSAGE + "126"),
+        (lambda: quantize(code=Code(EXPONENTIAL, 8, 128)), ValueError, LEVELS_MESSAGE + "128"),
+        (lambda: quantize(code=exponential(4)), ValueError, "words must have 20 elements, got 30"),
         (lambda: quantize(words=WORDS.long()), TypeError, "words must be Int, got Long"),
         (lambda: quantize(norms=NORMS[1:]), ValueError, "norms must have 10 elements, got 9"),
         (
-            lambda: ops.dequantize(WORDS, NORMS, X.clone(), 10, 8, 0, 1, 1.0), ValueError,
-            "levels must be at least 1, got 0",
+            lambda: ops.dequantize(WORDS, NORMS, X.clone(), 10, *CODE, 1, 1.0), ValueError,
+            "kind must be one of codes that can be added, got 1 (exponential)",
         ),
     ],
 )  # fmt: skip

@@ -288,10 +288,10 @@ INTEGERS = st.one_of(
 
 @given(
     st.integers(0, 80), st.sampled_from(DTYPES),
-    # What goes well, or anything: block, bits, levels, contributors, tiles.
+    # What goes well, or anything: block, kind, bits, levels, contributors, tiles.
     st.tuples(*(
         st.one_of(st.integers(low, high), st.integers(low, high), INTEGERS)
-        for low, high in ((1, 30), (2, 16), (0, 3), (1, 2), (0, 1), (1, 3))
+        for low, high in ((1, 30), (0, 1), (2, 16), (0, 7), (1, 2), (0, 1), (1, 3))
     )),
     st.lists(st.sampled_from([0] * 12 + [1, -1]), min_size=4, max_size=4),
 )  # fmt: skip
@@ -299,7 +299,8 @@ def test_ops_take_or_refuse_any_arguments(
     numel: int, dtype: torch.dtype, arguments: tuple[int, ...], wrong: list[int]
 ) -> None:
     """With buffers of the right length or of another one: ``make sanitize`` sees who leaves one."""
-    block, bits, levels, contributors, first, last = arguments
+    block, *code, contributors, first, last = arguments
+    bits = code[1]
     norm, word = layout.norm_dtype(dtype), torch.int32
     lengths = [5, 5, 5, 5]
     if block > 0 and 2 <= bits <= 16:
@@ -321,11 +322,11 @@ def test_ops_take_or_refuse_any_arguments(
     )
     x = torch.ones(numel, dtype=dtype)
     for call in (
-        lambda: ops.quantize(x, shared, whole, block, bits, levels, 0, 0, 0, first, last, True),
-        lambda: ops.dequantize(whole, shared, x, block, bits, levels, contributors, 0.5),
-        lambda: ops.dequantize_means(mean, shared, x, block, bits, levels, first, last, 0.5),
+        lambda: ops.quantize(x, shared, whole, block, *code, 0, 0, 0, first, last, True),
+        lambda: ops.dequantize(whole, shared, x, block, *code, contributors, 0.5),
+        lambda: ops.dequantize_means(mean, shared, x, block, *code, first, last, 0.5),
         lambda: ops.requantize(
-            part.expand(3, -1), shared, mean, numel, block, bits, levels, first, last, 0, 0, 0
+            part.expand(3, -1), shared, mean, numel, block, *code, first, last, 0, 0, 0
         ),
     ):
         try:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hvd_gqsgd._native import loader, ops
 from hvd_gqsgd._native import mpi as native_mpi
@@ -77,3 +78,19 @@ def test_native_parts_that_cannot_be_loaded(
 def test_a_part_for_another_mpi_is_not_used() -> None:
     code = "from hvd_gqsgd._native import mpi; print(mpi.usable_with('MPICH 1'))"
     assert python(code) == "False"
+
+
+@pytest.mark.timeout(150)
+def test_a_library_for_another_pytorch_is_refused() -> None:
+    """It may load, and crash later."""
+    assert ops.built_for_torch().split(".")[:2] == torch.__version__.split(".")[:2]
+    refused = python("""
+import torch
+torch.__version__ = torch.torch_version.TorchVersion("1.13.0")
+try:
+    import hvd_gqsgd._native.ops
+except ImportError as error:
+    print(error)
+""")
+    assert f"was built for PyTorch {ops.built_for_torch()}" in refused
+    assert "PyTorch 1.13.0 is installed: run `pip install --no-build-isolation .`" in refused

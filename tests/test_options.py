@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from hvd_gqsgd import DynamicBits, GlobalQSGD, allreduce, simulate
+from hvd_gqsgd.codecs import check_device
 from hvd_gqsgd.frontends.ddp import DDPState, GQSGDState
-from hvd_gqsgd.frontends.parameter_names import ParameterNames, check_device
+from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.options import OptionKeywords, Options, digest
 
 MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "

@@ -28,6 +28,7 @@ from helpers import (
     tiles_of,
 )
 from reference import two_phase as reference_two_phase
+from reference.kinds import Code, exponential, linear
 from torch import Tensor
 
 from hvd_gqsgd import layout
@@ -40,9 +41,9 @@ RANKS = [1, 2, 3, 5, 7]
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_same_bits_as_reference(dtype: torch.dtype, code: tuple[str, int]) -> None:
+def test_same_bits_as_reference(dtype: torch.dtype, code: Code) -> None:
     """All sizes and blocks, any cut into segments, on every instruction set."""
-    rng = np.random.default_rng(code[1])
+    rng = np.random.default_rng(code.bits)
     cases = itertools.cycle(itertools.product(RANKS, range(5), ["max", "l2"], [True, False]))
     for block_size, numel in itertools.product(BLOCKS, SIZES):
         for _ in range(7):  # so that sizes next to each other meet with different numbers and ranks
@@ -57,10 +58,10 @@ def test_same_bits_as_reference(dtype: torch.dtype, code: tuple[str, int]) -> No
         }
         what = (block_size, numel, n, kind, norm, correlated, at)
         expected = reference_two_phase.two_phase_mean(
-            as_numpy(rows), dither=code[0], bits=code[1], block_size=block_size, norm=norm,
+            as_numpy(rows), dither=code.dither, bits=code.bits, block_size=block_size, norm=norm,
             correlated=correlated, **at,
         )  # fmt: skip
-        tiles = tiles_of(numel, block_size, code[1])
+        tiles = tiles_of(numel, block_size, code.bits)
         cuts = sorted(int(cut) for cut in rng.integers(0, tiles + 1, 3))
         whole = exchange(rows, code, block_size, norm, correlated, **at)
         for isa in ops.instruction_sets():
@@ -71,37 +72,35 @@ def test_same_bits_as_reference(dtype: torch.dtype, code: tuple[str, int]) -> No
 
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
-def test_empty_ranges(code: tuple[str, int]) -> None:
+def test_empty_ranges(code: Code) -> None:
     """An owner of no tiles has nothing to do, at the beginning, in the middle and at the end."""
-    s, bits = reference_two_phase.two_phase_levels(*code), code[1]
     shared = torch.zeros(2, dtype=torch.int32)
-    words = torch.zeros(3, 0, dtype=layout.word_dtype(bits))
+    words = torch.zeros(3, 0, dtype=layout.word_dtype(code.bits))
     means = torch.zeros(0, dtype=words.dtype)
     for tile in range(5):
-        ops.requantize(words, shared, means, 2100, 1500, bits, s, tile % 4, tile % 4, 0, 0, 0)
+        ops.requantize(words, shared, means, 2100, 1500, *code, tile % 4, tile % 4, 0, 0, 0)
     whole = exchange(torch.ones(3, 2100), code, 1500)
     cut = exchange(torch.ones(3, 2100), code, 1500, cuts=[0, 0, 1, 1, 3, 3])
     assert torch.equal(whole[2], cut[2])
 
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
-def test_rows_may_lie_apart(code: tuple[str, int]) -> None:
+def test_rows_may_lie_apart(code: Code) -> None:
     """As columns of a bigger buffer, or all the same one."""
     rng = np.random.default_rng(0)
-    s, bits = reference_two_phase.two_phase_levels(*code), code[1]
     rows = several(rng, 0, (3, 3000), torch.float32)
     shared, words, means, _ = exchange(rows, code, 1500)
     wide = torch.full((3, words.shape[1] + 9), -77, dtype=words.dtype)
     wide[:, 4:-5] = words
-    assert torch.equal(requantize(wide[:, 4:-5], shared, 3000, 1500, bits, s), means)
+    assert torch.equal(requantize(wide[:, 4:-5], shared, 3000, 1500, code), means)
     same = words[:1].expand(3, -1)
-    expected = requantize(same.contiguous(), shared, 3000, 1500, bits, s)
-    assert torch.equal(requantize(same, shared, 3000, 1500, bits, s), expected)
+    expected = requantize(same.contiguous(), shared, 3000, 1500, code)
+    assert torch.equal(requantize(same, shared, 3000, 1500, code), expected)
 
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_special_values(dtype: torch.dtype, code: tuple[str, int]) -> None:
+def test_special_values(dtype: torch.dtype, code: Code) -> None:
     """What all ranks agree on comes back as it is, if it is a maximum; NaN and infinity as NaN."""
     x = special_values(dtype)
     *_, back = exchange(x.expand(4, -1), code, 1)
@@ -113,9 +112,7 @@ def test_special_values(dtype: torch.dtype, code: tuple[str, int]) -> None:
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
 @pytest.mark.parametrize("norm", ["max", "l2"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_zeros_and_blocks_that_are_not_finite(
-    dtype: torch.dtype, norm: str, code: tuple[str, int]
-) -> None:
+def test_zeros_and_blocks_that_are_not_finite(dtype: torch.dtype, norm: str, code: Code) -> None:
     """Those of one rank make that block NaN; zeros stay zeros; others are as without them."""
     rows = several(np.random.default_rng(0), 0, (3, 100), dtype)
     rows[:, 10:20] = 0
@@ -132,7 +129,7 @@ def test_zeros_and_blocks_that_are_not_finite(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
-def test_magnitudes_do_not_matter(code: tuple[str, int], dtype: torch.dtype) -> None:
+def test_magnitudes_do_not_matter(code: Code, dtype: torch.dtype) -> None:
     """From subnormal to 3e38: a gradient times a power of two gives the mean times it."""
     rows = several(np.random.default_rng(0), 0, (3, 1000), dtype)
     rows = rows / rows.abs().max()
@@ -150,32 +147,32 @@ def test_magnitudes_do_not_matter(code: tuple[str, int], dtype: torch.dtype) -> 
 @pytest.mark.parametrize(
     ("code", "norm"),
     [
-        (("exponential", 8), "max"),
-        (("exponential", 8), "l2"),
-        (("linear", 8), "max"),
-        (("linear", 8), "l2"),
-        (("linear", 3), "max"),
+        (exponential(8), "max"),
+        (exponential(8), "l2"),
+        (linear(8, 127), "max"),
+        (linear(8, 127), "l2"),
+        (linear(3, 3), "max"),
     ],
     ids=str,
 )
-def test_unbiased(code: tuple[str, int], norm: str) -> None:
+def test_unbiased(code: Code, norm: str) -> None:
     """The whole exchange: an element's errors over steps average out.
 
     The squared z scores of 64 elements add up to a chi-square. Each of the 5 comparisons alarms
     falsely in one of 10^6 cases. If the second rounding takes the same dither in all steps, its
     errors do not average out, and the same comparison says so.
     """
-    bits, s, limit = code[1], reference_two_phase.two_phase_levels(*code), threshold(1e-6)
+    limit = threshold(1e-6)
     rng = np.random.default_rng(3)
     rows = torch.from_numpy(rng.choice([-1, 1], 64) * rng.uniform(0.3, 1, (3, 64))).float()
     exact = rows.double().mean(0)
     shared = shared_norms(rows, None, norm)
     fair, stuck = [], []
     for step in range(1000):
-        words = send(rows, shared, None, bits, s, step=step)
+        words = send(rows, shared, None, code, step=step)
         for decoded, second in ((fair, step), (stuck, 0)):
-            means = requantize(words, shared, 64, None, bits, s, step=second)
-            decoded.append(decode_means(means, shared, rows[0], None, bits, s))
+            means = requantize(words, shared, 64, None, code, step=second)
+            decoded.append(decode_means(means, shared, rows[0], None, code))
     assert bias(torch.stack(fair), exact) < limit
     assert bias(torch.stack(stuck), exact) > limit
 
@@ -187,26 +184,25 @@ def bias(decoded: Tensor, exact: Tensor) -> float:
     return chi_square_normal(float((z**2).sum()), len(exact))
 
 
-@pytest.mark.parametrize("code", [("exponential", 4), ("exponential", 8), ("linear", 8)], ids=str)
-def test_the_second_rounding_has_a_dither_of_its_own(code: tuple[str, int]) -> None:
+@pytest.mark.parametrize("code", [exponential(4), exponential(8), linear(8, 127)], ids=str)
+def test_the_second_rounding_has_a_dither_of_its_own(code: Code) -> None:
     """Of seed, step, tensor and tile, each of which counts, and of nothing else."""
-    bits, s = code[1], reference_two_phase.two_phase_levels(*code)
     rows = several(np.random.default_rng(0), 0, (3, 1024), torch.float32).repeat(1, 2)
     shared = shared_norms(rows, 1024, "max")
-    words = send(rows, shared, 1024, bits, s)
+    words = send(rows, shared, 1024, code)
     halves = words.chunk(2, dim=1)
     words = torch.cat([halves[0], halves[0]], dim=1)  # the same in both tiles
     seen = []
     for at in ({}, {"seed": 1}, {"step": 1}, {"tensor_id": 1}):
-        seen += requantize(words, shared, 2048, 1024, bits, s, **at).chunk(2)
+        seen += requantize(words, shared, 2048, 1024, code, **at).chunk(2)
     for one, other in itertools.combinations(seen, 2):
         assert one[0] == other[0]  # the same norm of the means
         assert not torch.equal(one, other)
-    assert torch.equal(seen[0], requantize(words, shared, 2048, 1024, bits, s).chunk(2)[0])
+    assert torch.equal(seen[0], requantize(words, shared, 2048, 1024, code).chunk(2)[0])
 
 
-@pytest.mark.parametrize("code", [("exponential", 8), ("linear", 5)], ids=str)
-def test_threads_do_not_matter(code: tuple[str, int], thread_count: Callable[[int], None]) -> None:
+@pytest.mark.parametrize("code", [exponential(8), linear(5, 15)], ids=str)
+def test_threads_do_not_matter(code: Code, thread_count: Callable[[int], None]) -> None:
     """Enough elements for several threads."""
     rows = several(np.random.default_rng(0), 0, (2, 200_001), torch.float32)
     results = []

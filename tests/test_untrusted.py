@@ -27,6 +27,7 @@ from helpers import (
 )
 from reference import linear as reference
 from reference import two_phase as reference_two_phase
+from reference.kinds import EXPONENTIAL, Code, exponential, linear
 from torch import Tensor
 
 from hvd_gqsgd import layout
@@ -35,57 +36,55 @@ from hvd_gqsgd._native import ops
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
-def test_any_words_have_the_reference_s_means(dtype: torch.dtype, code: tuple[str, int]) -> None:
+def test_any_words_have_the_reference_s_means(dtype: torch.dtype, code: Code) -> None:
     """To the bit, padding and blocks that are not finite too, whatever ranks have sent."""
     rng = np.random.default_rng(0)
-    s, bits = reference_two_phase.two_phase_levels(*code), code[1]
-    info = torch.iinfo(layout.word_dtype(bits))
+    info = torch.iinfo(layout.word_dtype(code.bits))
     for block_size, numel, n in [(1, 50, 2), (7, 300, 3), (1500, 5000, 5), (None, 3333, 1)]:
         rows = several(rng, 3, (1, numel), dtype)
         shared = norms(rows[0], block_size)
         # Lanes of all contents, and the top one with more than one rank could fill it with.
         words = torch.from_numpy(
             rng.integers(
-                info.min, info.max, (n, layout.words_for(numel, block_size or numel, bits)),
+                info.min, info.max, (n, layout.words_for(numel, block_size or numel, code.bits)),
                 dtype=f"int{info.bits}", endpoint=True,
             )
         )  # fmt: skip
         expected = reference_two_phase.requantize(
-            words.numpy(), shared.numpy(), numel, block_size, bits, s, seed=1, step=2, tensor_id=3
+            words.numpy(), shared.numpy(), numel, block_size, code, seed=1, step=2, tensor_id=3
         )
         for isa in ops.instruction_sets():
             with instruction_set(isa):
                 means = requantize(
-                    words, shared, numel, block_size, bits, s, seed=1, step=2, tensor_id=3
+                    words, shared, numel, block_size, code, seed=1, step=2, tensor_id=3
                 )
             assert_same(means, expected, (isa, block_size, numel))
 
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_any_means_decode_as_in_the_reference(dtype: torch.dtype, code: tuple[str, int]) -> None:
+def test_any_means_decode_as_in_the_reference(dtype: torch.dtype, code: Code) -> None:
     """Norms of tiles of any bits too: what a peer sends may be anything."""
     rng = np.random.default_rng(1)
-    s, bits = reference_two_phase.two_phase_levels(*code), code[1]
     for block_size, numel in [(1, 500), (7, 300), (1500, 5000), (None, 3333)]:
         like = data(rng, 3, numel, dtype)
         shared = norms(like, block_size)
-        wide = 8 in (shared.element_size(), layout.word_dtype(bits).itemsize)
+        wide = 8 in (shared.element_size(), layout.word_dtype(code.bits).itemsize)
         info = torch.iinfo(torch.int64 if wide else torch.int32)
         norm_type = f"i{shared.element_size()}"
-        offsets = reference_two_phase.tile_offsets(numel, block_size, bits, norm_type)
+        offsets = reference_two_phase.tile_offsets(numel, block_size, code.bits, norm_type)
         fuzz = rng.integers(info.min, info.max, offsets[-1], dtype=f"int{info.bits}", endpoint=True)
         for scale in (1.0, -0.3, 1e30):
             with np.errstate(all="ignore"):
                 expected = reference_two_phase.decode_means(
-                    fuzz, shared.numpy(), numel, block_size, bits, s, scale, as_numpy(like).dtype
+                    fuzz, shared.numpy(), numel, block_size, code, scale, as_numpy(like).dtype
                 )
             expected = torch.from_numpy(expected.view(f"i{expected.itemsize}")).view(dtype)
             for isa in ops.instruction_sets():
                 with instruction_set(isa):
                     cuts = sorted(int(cut) for cut in rng.integers(0, len(offsets), 2))
                     got = decode_means(
-                        torch.from_numpy(fuzz), shared, like, block_size, bits, s, scale, cuts
+                        torch.from_numpy(fuzz), shared, like, block_size, code, scale, cuts
                     )
                 # NaNs may differ in their bits: those of a peer's norm come through.
                 assert torch.equal(got.isnan(), expected.isnan())
@@ -101,26 +100,27 @@ def within(rubbish: Tensor, content: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_buffers_are_not_left(dtype: torch.dtype, code: tuple[str, int]) -> None:
+def test_buffers_are_not_left(dtype: torch.dtype, code: Code) -> None:
     """Any bits as words, means and norms: nothing around the outputs is written to, and nothing
     around the inputs has an influence.
     """
     rng = np.random.default_rng(2)
-    s, bits = reference_two_phase.two_phase_levels(*code), code[1]
 
     def fuzz(dtype: torch.dtype, *shape: int) -> Tensor:
         info = torch.iinfo(dtype)
         bits = rng.integers(info.min, info.max, shape, dtype=f"int{info.bits}", endpoint=True)
         return torch.from_numpy(bits)
 
-    norm_type, word_type = layout.norm_dtype(dtype), layout.word_dtype(bits)
+    norm_type, word_type = layout.norm_dtype(dtype), layout.word_dtype(code.bits)
     unit = max(norm_type, word_type, key=lambda type: type.itemsize)
     for block, numel, n in [(7, 300, 3), (1500, 3000, 2), (5000, 1025, 1), (2**63 - 1, 10, 2)]:
         shared = fuzz(norm_type, -(-numel // block))
-        tiles = tiles_of(numel, block, bits)
+        tiles = tiles_of(numel, block, code.bits)
         first, last = tiles // 3, tiles - tiles // 4
-        size = reference_two_phase.tile_offsets(numel, block, bits, f"i{shared.element_size()}")
-        at = reference.places(numel, block, bits)
+        size = reference_two_phase.tile_offsets(
+            numel, block, code.bits, f"i{shared.element_size()}"
+        )
+        at = reference.places(numel, block, code.bits)
         inside = np.unique(at.word[(first <= at.tile) & (at.tile < last)]).size
         words, means = fuzz(word_type, n, inside), fuzz(unit, size[-1])
         outputs = []
@@ -131,8 +131,8 @@ def test_buffers_are_not_left(dtype: torch.dtype, code: tuple[str, int]) -> None
             edge, float_edge = fuzz(unit, 128), from_bits(torch.arange(128), dtype)
             part, around = within(edge, torch.zeros(size[last] - size[first], dtype=unit))
             out, around_out = within(float_edge, torch.zeros(numel, dtype=dtype))
-            ops.requantize(received, near_norms, part, numel, block, bits, s, first, last, 1, 2, 3)
-            ops.dequantize_means(to_decode, near_norms, out, block, bits, s, 0, tiles, 0.5)
+            ops.requantize(received, near_norms, part, numel, block, *code, first, last, 1, 2, 3)
+            ops.dequantize_means(to_decode, near_norms, out, block, *code, 0, tiles, 0.5)
             assert torch.equal(around[:64], edge[:64])
             assert torch.equal(around[-64:], edge[64:])
             assert torch.equal(bits_of(around_out[:64]), bits_of(float_edge[:64]))
@@ -148,26 +148,25 @@ X = torch.ones(100)
 NORMS = torch.zeros(10, dtype=torch.int32)
 WORDS = torch.zeros(2, 30, dtype=torch.int32)
 MEANS = torch.zeros(40, dtype=torch.int32)
+CODE = linear(8, 127)
 ROWS = "received must be a row of 30 words for each rank, got "
 
 
 def requantize_call(
     received: Tensor = WORDS, norms: Tensor = NORMS, means: Tensor = MEANS, numel: int = 100,
-    block_size: int = 10, bits: int = 8, levels: int = 127, first: int = 0, last: int = 10,
+    block_size: int = 10, code: Code = CODE, first: int = 0, last: int = 10,
 ) -> None:  # fmt: skip
     """A valid call, of which each test spoils one argument."""
-    ops.requantize(
-        received, norms, means.clone(), numel, block_size, bits, levels, first, last, 0, 0, 0
-    )
+    ops.requantize(received, norms, means.clone(), numel, block_size, *code, first, last, 0, 0, 0)
 
 
 def decode_call(
     means: Tensor = MEANS, norms: Tensor = NORMS, out: Tensor = X, block_size: int = 10,
-    bits: int = 8, levels: int = 0, first: int = 0, last: int = 10,
+    code: Code = CODE, first: int = 0, last: int = 10,
 ) -> None:  # fmt: skip
     """The same for the other direction."""
     out = out.clone() if out is X else out
-    ops.dequantize_means(means, norms, out, block_size, bits, levels, first, last, 1.0)
+    ops.dequantize_means(means, norms, out, block_size, *code, first, last, 1.0)
 
 
 def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
@@ -199,10 +198,18 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         (lambda: requantize_call(numel=-1), ValueError, "numel must be at least 0, got -1"),
         (lambda: requantize_call(numel=101), ValueError, "norms must have 11 elements, got 10"),
         (lambda: requantize_call(block_size=0), ValueError, "block_size must be at least 1, got 0"),
-        (lambda: requantize_call(bits=17), ValueError, "bits must be from 2 to 16, got 17"),
-        (lambda: requantize_call(levels=128), ValueError, "levels must be from 1 to 127 for 8"),
-        (lambda: requantize_call(levels=-1), ValueError, "levels must be from 1 to 127 for 8"),
-        (lambda: requantize_call(bits=7, levels=0), ValueError, "has 4 or 8 bits, got 7"),
+        (lambda: requantize_call(code=linear(17, 1)), ValueError, "from 2 to 16, got 17"),
+        (lambda: requantize_call(code=linear(8, 128)), ValueError, "from 1 to 127 for linear"),
+        (lambda: requantize_call(code=linear(8, -1)), ValueError, "from 1 to 127 for linear"),
+        (lambda: requantize_call(code=exponential(7)), ValueError, "bits must be 4 or 8 for exp"),
+        (
+            lambda: requantize_call(code=Code(EXPONENTIAL, 4, 8)), ValueError,
+            "levels must be 7 for exponential codes of 4 bits, got 8",
+        ),
+        (
+            lambda: requantize_call(code=Code(-1, 8, 127)), ValueError,
+            "kind must be 0 (linear) or 1 (exponential), got -1",
+        ),
         (lambda: requantize_call(first=-1), ValueError, "tiles must be within 0 to 10, got -1 to"),
         (lambda: requantize_call(last=11), ValueError, "tiles must be within 0 to 10, got 0 to 11"),
         (lambda: requantize_call(first=7, last=6), ValueError, "got 7 to 6"),
@@ -217,7 +224,8 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         (lambda: decode_call(block_size=0), ValueError, "block_size must be at least 1, got 0"),
         (lambda: decode_call(first=3, last=11), ValueError, "within 0 to 10, got 3 to 11"),
         (lambda: decode_call(first=1), ValueError, "means must have 36 elements, got 40"),
-        (lambda: decode_call(bits=16), ValueError, "exponential dithering has 4 or 8 bits"),
+        (lambda: decode_call(code=exponential(16)), ValueError, "bits must be 4 or 8 for exp"),
+        (lambda: decode_call(code=linear(16, 2**15)), ValueError, "from 1 to 32767 for linear"),
     ],
 )  # fmt: skip
 def test_errors(call: Callable[[], None], error: type[Exception], message: str) -> None:
@@ -227,16 +235,13 @@ def test_errors(call: Callable[[], None], error: type[Exception], message: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=name)
-@pytest.mark.parametrize("code", [("exponential", 4), ("linear", 5)], ids=str)
-def test_opcheck(dtype: torch.dtype, code: tuple[str, int]) -> None:
+@pytest.mark.parametrize("code", [exponential(4), linear(5, 15)], ids=str)
+def test_opcheck(dtype: torch.dtype, code: Code) -> None:
     """Schemas tell what is written, and the ops pass through ``torch.compile``."""
-    bits, s = code[1], reference_two_phase.two_phase_levels(*code)
     rows = several(np.random.default_rng(0), 0, (2, 1500), dtype)
     shared, words, means, _ = exchange(rows, code, 1024)
     empty = torch.zeros_like(means)
+    torch.library.opcheck(ops.requantize, (words, shared, empty, 1500, 1024, *code, 0, 2, 7, 8, 9))
     torch.library.opcheck(
-        ops.requantize, (words, shared, empty, 1500, 1024, bits, s, 0, 2, 7, 8, 9)
-    )
-    torch.library.opcheck(
-        ops.dequantize_means, (means, shared, torch.zeros_like(rows[0]), 1024, bits, s, 0, 2, 0.5)
+        ops.dequantize_means, (means, shared, torch.zeros_like(rows[0]), 1024, *code, 0, 2, 0.5)
     )

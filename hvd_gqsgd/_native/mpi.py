@@ -19,19 +19,19 @@ _log = logging.getLogger("hvd_gqsgd")
 
 _library = torch.library.Library("hvd_gqsgd", "FRAGMENT")
 _library.define(
-    "mpi_allreduce(Tensor x, Tensor(a!) out, int comm, int block_size, int bits, int levels, "
-    "int seed, int step, int tensor_id, bool correlated, float scale, int chunk) -> ()"
+    "mpi_allreduce(Tensor x, Tensor(a!) out, int comm, int block_size, int kind, int bits, "
+    "int levels, int seed, int step, int tensor_id, bool correlated, float scale, int chunk) -> ()"
 )
 _library.define("mpi_library_version() -> str")
 torch.library.register_fake("hvd_gqsgd::mpi_allreduce", lambda *args: None, lib=_library)
 
 allreduce = torch.ops.hvd_gqsgd.mpi_allreduce.default
-"""``mpi_allreduce(x, out, comm, block_size, bits, levels, seed, step, tensor_id, correlated, scale,
-chunk)``: ``scale`` times the sum over the ranks, to ``out``, which may be ``x``.
+"""``mpi_allreduce(x, out, comm, block_size, kind, bits, levels, seed, step, tensor_id, correlated,
+scale, chunk)``: ``scale`` times the sum over the ranks, to ``out``, which may be ``x``.
 
-``comm`` is an MPI communicator's Fortran handle, ``levels`` is s for linear dithering and 0 for
-exponential dithering, ``chunk`` how many elements travel in one message. All but ``x`` must be the
-same on all ranks. Blocks, without the GIL. MPI's errors are raised as ``RuntimeError``.
+``comm`` is the Fortran handle of an MPI communicator; ``kind``, ``bits`` and ``levels`` are those
+of a ``Codec``; ``chunk`` is the number of elements in one message. All but ``x`` must be the same
+on all ranks. Blocks, without the GIL. MPI's errors are raised as ``RuntimeError``.
 """
 
 

@@ -31,11 +31,12 @@ def communicator(unique_id: Tensor, rank: int, size: int, device: torch.device) 
     rank and of each rank; and the whole exchange of a tensor, ``scale`` times the sum over the
     ranks to ``out``, which may be ``x``::
 
-        allreduce(x, out, norms, squares, words, block_size, bits, levels, seed, step, tensor_id,
-                  correlated, scale)
+        allreduce(x, out, norms, squares, words, block_size, kind, bits, levels, seed, step,
+                  tensor_id, correlated, scale)
 
-    with memory for norms, for sums of squares (or None: then norms are largest magnitudes), and for
-    words. All are enqueued on the current stream of the device. All ranks call them in one order.
+    for codes that can be added, with memory for norms, for sums of squares (or None: then norms are
+    largest magnitudes), and for words. All are enqueued on the current stream of the device. All
+    ranks call them in one order.
 
     Raises:
         RuntimeError: with NCCL's own text; two ranks with one GPU, say.

@@ -3,7 +3,7 @@
 The ops write into buffers that the caller owns and reuses, all on one device. Norms are ``int32``
 (the bits of a float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block.
 Words are ``int32`` where the lane width divides 32 and ``int64`` otherwise;
-``native/include/gqsgd/lanes.h`` has the layout. All of them release the GIL while they run. On a
+``native/core/lanes.h`` has the layout. All of them release the GIL while they run. On a
 GPU they are enqueued on the current stream and return at once.
 """
 
@@ -20,6 +20,7 @@ from hvd_gqsgd._native.loader import built, load
 __all__ = [
     "block_max",
     "block_squares",
+    "built_for_torch",
     "combine",
     "dequantize",
     "dequantize_means",
@@ -40,26 +41,28 @@ _library = torch.library.Library("hvd_gqsgd", "DEF")
 
 _library.define("block_max(Tensor x, int block_size, Tensor(a!) norms) -> ()")
 _library.define(
-    "quantize(Tensor x, Tensor norms, Tensor(a!) words, int block_size, int bits, int levels, "
-    "int seed, int step, int tensor_id, int rank, int world_size, bool correlated) -> ()"
+    "quantize(Tensor x, Tensor norms, Tensor(a!) words, int block_size, int kind, int bits, "
+    "int levels, int seed, int step, int tensor_id, int rank, int world_size, bool correlated) "
+    "-> ()"
 )
 _library.define(
-    "dequantize(Tensor words, Tensor norms, Tensor(a!) out, int block_size, int bits, int levels, "
-    "int contributors, float scale) -> ()"
+    "dequantize(Tensor words, Tensor norms, Tensor(a!) out, int block_size, int kind, int bits, "
+    "int levels, int contributors, float scale) -> ()"
 )
 _library.define("block_squares(Tensor x, Tensor norms, Tensor(a!) squares, int block_size) -> ()")
 _library.define("l2_norms(Tensor(a!) norms, Tensor squares) -> ()")
 _library.define(
     "requantize(Tensor received, Tensor norms, Tensor(a!) means, int numel, int block_size, "
-    "int bits, int levels, int first, int last, int seed, int step, int tensor_id) -> ()"
+    "int kind, int bits, int levels, int first, int last, int seed, int step, int tensor_id) -> ()"
 )
 _library.define(
-    "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int bits, "
-    "int levels, int first, int last, float scale) -> ()"
+    "dequantize_means(Tensor means, Tensor norms, Tensor(a!) out, int block_size, int kind, "
+    "int bits, int levels, int first, int last, float scale) -> ()"
 )
 _library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
 _library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
 _library.define("storage_use_count(Tensor tensor) -> int")
+_library.define("built_for_torch() -> str")
 _library.define("kernel_table() -> int")
 _library.define("instruction_sets() -> str[]")
 _library.define("instruction_set() -> str")
@@ -75,6 +78,17 @@ for _name in (
 
 load("_C")
 _ops = torch.ops.hvd_gqsgd
+
+built_for_torch = _ops.built_for_torch.default
+"""``built_for_torch() -> str``: the version of PyTorch that the library was compiled for."""
+
+# Another PyTorch may load the library all the same, and crash later.
+if built_for_torch().split(".")[:2] != torch.__version__.split(".")[:2]:
+    raise ImportError(
+        f"the native library of hvd_gqsgd was built for PyTorch {built_for_torch()}, and PyTorch "
+        f"{torch.__version__} is installed: run `pip install --no-build-isolation .` in the "
+        "repository of hvd_gqsgd again"
+    )
 
 
 @functools.cache
@@ -100,17 +114,18 @@ any number.
 """
 
 quantize = _ops.quantize.default
-"""``quantize(x, norms, words, block_size, bits, levels, seed, step, tensor_id, rank, world_size,
-correlated)``: rounds ``x`` stochastically to codes on the scale of ``norms`` and packs them.
+"""``quantize(x, norms, words, block_size, kind, bits, levels, seed, step, tensor_id, rank,
+world_size, correlated)``: rounds ``x`` stochastically to codes on the scale of ``norms`` and packs
+them.
 
-``levels`` is s, the number of levels a side of linear dithering, or 0 for exponential dithering.
-
-``norms`` must be at least the magnitudes of ``x``; values beyond them are cut off.
+``kind``, ``bits`` and ``levels``, here and below, are those of a ``Codec``. ``norms`` must be at
+least the magnitudes of ``x``; values beyond them are cut off.
 """
 
 dequantize = _ops.dequantize.default
-"""``dequantize(words, norms, out, block_size, bits, levels, contributors, scale)``: ``scale`` times
-the sum that the words of ``contributors`` ranks, added up, stand for. Linear dithering alone.
+"""``dequantize(words, norms, out, block_size, kind, bits, levels, contributors, scale)``: ``scale``
+times the sum that the words of ``contributors`` ranks, added up, stand for. For codes that can be
+added.
 """
 
 block_squares = _ops.block_squares.default
@@ -124,16 +139,16 @@ l2_norms = _ops.l2_norms.default
 """
 
 requantize = _ops.requantize.default
-"""``requantize(received, norms, means, numel, block_size, bits, levels, first, last, seed, step,
-tensor_id)``: averages the codes of tiles ``first`` to ``last`` (excluded) of a tensor of ``numel``
-elements and rounds the means stochastically to codes, on a norm of each tile's own.
+"""``requantize(received, norms, means, numel, block_size, kind, bits, levels, first, last, seed,
+step, tensor_id)``: averages the codes of tiles ``first`` to ``last`` (excluded) of a tensor of
+``numel`` elements and rounds the means stochastically to codes, on a norm of each tile's own.
 
 ``received`` has a row for each rank, with the words of just these tiles.
 """
 
 dequantize_means = _ops.dequantize_means.default
-"""``dequantize_means(means, norms, out, block_size, bits, levels, first, last, scale)``: ``scale``
-times the means of tiles ``first`` to ``last`` (excluded), to their places in ``out``.
+"""``dequantize_means(means, norms, out, block_size, kind, bits, levels, first, last, scale)``:
+``scale`` times the means of tiles ``first`` to ``last`` (excluded), to their places in ``out``.
 """
 
 combine = _ops.combine.default

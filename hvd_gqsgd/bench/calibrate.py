@@ -18,6 +18,7 @@ import torch
 from hvd_gqsgd import GlobalQSGD
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench.rounds import interleaved, progress_bar
+from hvd_gqsgd.codecs import CodeKind
 from hvd_gqsgd.tools.cost_model import Machine
 from hvd_gqsgd.tools.launch import add_arguments, is_rank, launch
 
@@ -91,7 +92,8 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
             kernels()
         hvd.synchronize(handle)
 
-    place = (1024, 8, 127, 0, 0, 0, 0, 1, True)
+    code = (1024, CodeKind.LINEAR, 8, 127)
+    place = (0, 0, 0, 0, 1, True)
     calls: dict[str, Callable[[], object]] = {
         **{
             f"sum {size}": functools.partial(hvd.allreduce_, tensor, op=hvd.Sum, name="sum")
@@ -101,8 +103,8 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
         "plain": lambda: exchange(False),
         "compressed": lambda: exchange(True),
         "norm": lambda: ops.block_max(x, 1024, norms),
-        "quantize": lambda: ops.quantize(x, norms, codes, *place),
-        "dequantize": lambda: ops.dequantize(codes, norms, out, 1024, 8, 127, 1, 1.0),
+        "quantize": lambda: ops.quantize(x, norms, codes, *code, *place),
+        "dequantize": lambda: ops.dequantize(codes, norms, out, *code, 1, 1.0),
         "kernels": kernels,
         "beside": beside,
         "cast": lambda: half.copy_(x),

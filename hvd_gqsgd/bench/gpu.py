@@ -19,7 +19,7 @@ from hvd_gqsgd import layout
 from hvd_gqsgd._native import nccl as native_nccl
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.codecs.linear import levels_for
+from hvd_gqsgd.codecs import CodeKind, ExponentialCodec, LinearCodec
 
 __all__ = ["measure", "show"]
 
@@ -98,7 +98,8 @@ def _passes(
 ) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
     """What is measured, and the bytes that the kernels and the copy move."""
     numel, device = x.numel(), x.device
-    levels, most = levels_for(bits, 1), 2 ** (bits - 1) - 1
+    levels = LinearCodec.levels_for(bits, 1)
+    code = (CodeKind.LINEAR, bits, levels)
     norm_type, word_type = layout.norm_dtype(x.dtype), layout.word_dtype(bits)
     place = (0, 0, 0, 0, 1, True)  # seed, step, tensor, rank, world size, correlated
     out, norms = torch.empty_like(x), torch.empty(
@@ -111,35 +112,37 @@ def _passes(
         dtype=layout.means_dtype(bits, norm_type), device=device,
     )  # fmt: skip
     ops.block_max(x, block_size, norms)
-    ops.quantize(x, norms, words, block_size, bits, levels, *place)
+    ops.quantize(x, norms, words, block_size, *code, *place)
     received = words.expand(RANKS, -1)
     codes, data = words.nbytes + norms.nbytes, x.nbytes
-    linear = (numel, block_size, bits, most, 0, tiles, 0, 0, 0)
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "copy": (lambda: out.copy_(x), 2 * data),
         "block_max": (lambda: ops.block_max(x, block_size, norms), data + norms.nbytes),
         "quantize": (
-            lambda: ops.quantize(x, norms, words, block_size, bits, levels, *place),
+            lambda: ops.quantize(x, norms, words, block_size, *code, *place),
             data + codes,
         ),
         "dequantize": (
-            lambda: ops.dequantize(words, norms, out, block_size, bits, levels, 1, 1.0),
+            lambda: ops.dequantize(words, norms, out, block_size, *code, 1, 1.0),
             codes + data,
         ),
         "requantize": (
-            lambda: ops.requantize(received, norms, means, *linear),
+            lambda: ops.requantize(
+                received, norms, means, numel, block_size, *code, 0, tiles, 0, 0, 0
+            ),
             RANKS * words.nbytes + norms.nbytes + means.nbytes,
         ),
         "dequantize_means": (
             lambda: ops.dequantize_means(
-                means, norms, out, block_size, bits, most, 0, tiles, 1.0
+                means, norms, out, block_size, *code, 0, tiles, 1.0
             ),
             means.nbytes + norms.nbytes + data,
         ),
     }  # fmt: skip
     if bits in (4, 8):
+        exponential = (CodeKind.EXPONENTIAL, bits, ExponentialCodec.levels_for(bits, 1))
         calls["quantize, exponential"] = (
-            lambda: ops.quantize(x, norms, words, block_size, bits, 0, *place),
+            lambda: ops.quantize(x, norms, words, block_size, *exponential, *place),
             data + codes,
         )
         other = words.clone().view(torch.uint8)
@@ -151,9 +154,9 @@ def _passes(
     if native_nccl.built():
         group = native_nccl.communicator(native_nccl.unique_id(), 0, 1, device)
         passes["allreduce"] = lambda: group.allreduce(
-            x, out, norms, None, words, block_size, bits, levels, 0, 0, 0, True, 1.0
+            x, out, norms, None, words, block_size, *code, 0, 0, 0, True, 1.0
         )
-    passes["plain torch"] = lambda: _plain(x, most)
+    passes["plain torch"] = lambda: _plain(x, levels)
     return passes, {name: moved for name, (_, moved) in calls.items()}
 
 

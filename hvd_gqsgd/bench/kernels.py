@@ -24,7 +24,7 @@ from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import gpu
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.codecs.linear import levels_for
+from hvd_gqsgd.codecs import CodeKind, levels_for
 
 __all__ = ["main", "measure"]
 
@@ -84,6 +84,7 @@ def measure(
         What was measured on what, and ``ratio_to_memcpy`` of the instruction set in use.
     """
     levels = levels_for(bits, 1)
+    code = (CodeKind.LINEAR, bits, levels)
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
     # All buffers are written to here, so that no page fault falls into the timing.
     copy, out = torch.zeros_like(x), torch.zeros_like(x)
@@ -100,8 +101,8 @@ def measure(
     }
     calls: dict[str, Callable[[], object]] = {
         "block_max": lambda: ops.block_max(x, block_size, norms),
-        "quantize": lambda: ops.quantize(x, norms, words, block_size, bits, levels, *place),
-        "dequantize": lambda: ops.dequantize(words, norms, out, block_size, bits, levels, 1, 1.0),
+        "quantize": lambda: ops.quantize(x, norms, words, block_size, *code, *place),
+        "dequantize": lambda: ops.dequantize(words, norms, out, block_size, *code, 1, 1.0),
     }
     passes: dict[tuple[str, str], Callable[[], object]] = {("", "memcpy"): lambda: copy.copy_(x)}
     passes |= {(isa, name): calls[name] for isa in ops.instruction_sets() for name in KERNELS}

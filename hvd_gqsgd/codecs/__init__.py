@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
-from hvd_gqsgd.codecs.base import Codec
+from typing import TYPE_CHECKING
+
+from hvd_gqsgd.codecs.base import Codec, CodeKind
 from hvd_gqsgd.codecs.exponential import ExponentialCodec
 from hvd_gqsgd.codecs.linear import LinearCodec, levels_for
+from hvd_gqsgd.codecs.support import check_device, is_compressible
 
-__all__ = ["Codec", "ExponentialCodec", "LinearCodec", "levels_for"]
+if TYPE_CHECKING:
+    from hvd_gqsgd.options import Options
+
+__all__ = [
+    "CODECS",
+    "CodeKind",
+    "Codec",
+    "ExponentialCodec",
+    "LinearCodec",
+    "check_device",
+    "is_compressible",
+    "levels_for",
+    "make_codec",
+]
+
+CODECS: dict[str, type[Codec]] = {
+    "linear": LinearCodec,
+    "exponential": ExponentialCodec,
+}
+"""The class for each value of the option ``dither``."""
 
 
-def make_codec(options, bits, *, summands, rank, world_size):  # type: ignore
-    cls = {"linear": LinearCodec, "exponential": ExponentialCodec}[options.dither]
-    levels = 0 if options.dither == "exponential" else levels_for(bits, summands)
-    return cls(bits, levels, options.block_size, options.correlated, options.seed, rank, world_size)
+def make_codec(options: Options, bits: int, *, summands: int, rank: int, world_size: int) -> Codec:
+    """A rank's codec for lanes of ``bits`` bits that must hold the sum of ``summands`` codes.
+
+    Raises:
+        ValueError: the lanes are too narrow.
+    """
+    codec = CODECS[options.dither]
+    return codec(
+        bits=bits,
+        levels=codec.levels_for(bits, summands),
+        block_size=options.block_size,
+        correlated=options.correlated,
+        seed=options.seed,
+        rank=rank,
+        world_size=world_size,
+    )

@@ -1,4 +1,4 @@
-"""What both ditherings share: norms, places in a message, and the rounding of means.
+"""The codec interface, and what all codecs share: norms, sizes of messages, rounding of means.
 
 Every method works on flat, contiguous tensors. A *tile* is a block of at most 1024 elements, or a
 part of a larger block; it is the least that a rank can own in a two-phase exchange.
@@ -6,7 +6,10 @@ part of a larger block; it is the least that a rank can own in a two-phase excha
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,21 +17,44 @@ from torch import Tensor
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 
-__all__ = ["Codec"]
+__all__ = ["CodeKind", "Codec"]
+
+
+class CodeKind(IntEnum):
+    """The kinds of codes, numbered as ``CodeKind`` of ``native/core/args.h``."""
+
+    LINEAR = 0
+    EXPONENTIAL = 1
 
 
 @dataclass(frozen=True)
-class Codec:
+class Codec(ABC):
     """One rank's encoder and decoder for codes of one width."""
+
+    kind: ClassVar[CodeKind]
 
     bits: int
     levels: int
-    """s, the levels a side of linear dithering; 0 for exponential dithering."""
+    """Levels a side; see ``levels_for``."""
     block_size: int | None
     correlated: bool
     seed: int
     rank: int
     world_size: int
+
+    @classmethod
+    @abstractmethod
+    def levels_for(cls, bits: int, summands: int) -> int:
+        """Levels a side of codes in lanes that must hold the sum of ``summands`` codes.
+
+        Raises:
+            ValueError: the lanes are too narrow.
+        """
+
+    @property
+    def code(self) -> tuple[CodeKind, int, int]:
+        """Kind, bits and levels, in the order of the native operators."""
+        return self.kind, self.bits, self.levels
 
     @property
     def word_dtype(self) -> torch.dtype:
@@ -70,7 +96,7 @@ class Codec:
         correlated, the rank.
         """
         ops.quantize(
-            x, norms, words, self.block(x.numel()), self.bits, self.levels,
+            x, norms, words, self.block(x.numel()), *self.code,
             self.seed, step, tensor_id, self.rank, self.world_size, self.correlated,
         )  # fmt: skip
 
@@ -84,7 +110,7 @@ class Codec:
         (excluded). The dither does not depend on the rank, so neither does the result.
         """
         ops.requantize(
-            received, norms, means, numel, self.block(numel), self.bits, self.levels,
+            received, norms, means, numel, self.block(numel), *self.code,
             *tiles, self.seed, step, tensor_id,
         )  # fmt: skip
 
@@ -93,6 +119,4 @@ class Codec:
     ) -> None:
         """Writes ``scale`` times the mean over the ranks to tiles ``tiles[0]`` to ``tiles[1]``
         (excluded) of ``out``, given the means of just these."""
-        ops.dequantize_means(
-            means, norms, out, self.block(out.numel()), self.bits, self.levels, *tiles, scale
-        )
+        ops.dequantize_means(means, norms, out, self.block(out.numel()), *self.code, *tiles, scale)

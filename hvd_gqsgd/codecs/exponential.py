@@ -8,10 +8,17 @@ variance is at most 1/8 of its square, however small it is.
 
 from __future__ import annotations
 
-from hvd_gqsgd.codecs.base import Codec
+from hvd_gqsgd.codecs.base import Codec, CodeKind
 
 __all__ = ["ExponentialCodec"]
 
 
 class ExponentialCodec(Codec):
-    """Codes of 4 or 8 bits; ``levels`` is 0."""
+    """Codes of 4 or 8 bits."""
+
+    kind = CodeKind.EXPONENTIAL
+
+    @classmethod
+    def levels_for(cls, bits: int, summands: int) -> int:
+        """Levels a side: all that the exponent counts, as sums are codes again."""
+        return (1 << bits - 1) - 1

@@ -15,7 +15,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from hvd_gqsgd._native import ops
-from hvd_gqsgd.codecs.base import Codec
+from hvd_gqsgd.codecs.base import Codec, CodeKind
 
 __all__ = ["LinearCodec", "levels_for"]
 
@@ -40,11 +40,17 @@ def levels_for(bits: int, ranks: int) -> int:
 class LinearCodec(Codec):
     """Codes from -s to s, in lanes that can be added."""
 
+    kind = CodeKind.LINEAR
+
+    @classmethod
+    def levels_for(cls, bits: int, summands: int) -> int:
+        """See the function ``levels_for``."""
+        return levels_for(bits, summands)
+
     def decode(
         self, words: Tensor, norms: Tensor, out: Tensor, contributors: int, scale: float
     ) -> None:
         """Writes ``scale`` times the sum over ``contributors`` ranks to ``out``."""
         ops.dequantize(
-            words, norms, out, self.block(out.numel()), self.bits, self.levels,
-            contributors, scale,
+            words, norms, out, self.block(out.numel()), *self.code, contributors, scale
         )  # fmt: skip

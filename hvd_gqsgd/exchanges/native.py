@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.codecs import Codec, CodeKind
 from hvd_gqsgd.exchanges.base import Exchange, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import NativeCall
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
@@ -84,12 +84,12 @@ class MpiExchange(NativeExchange):
     def _reduce(self, item: Item, out: Tensor, codec: Codec, step: int) -> None:
         assert item.scale is not None
         native_mpi.allreduce(
-            item.x, out, self._comm, codec.block(item.numel), codec.bits, codec.levels,
+            item.x, out, self._comm, codec.block(item.numel), *codec.code,
             codec.seed, step, item.identity, codec.correlated, item.scale, native_mpi.CHUNK,
         )  # fmt: skip
 
     def _nbytes(self, item: Item, codec: Codec) -> int:
-        if self.options.dither == "linear":
+        if codec.kind is CodeKind.LINEAR:
             return super()._nbytes(item, codec)
         norms = codec.num_norms(item.numel) * codec.norm_dtype(item.dtype).itemsize
         return norms + native_mpi.combined_bytes(
@@ -114,7 +114,7 @@ class NcclExchange(NativeExchange):
             squares = take(norms.numel(), torch.int64, device)
         words = take(codec.num_words(item.numel), codec.word_dtype, device)
         self._nccl.connect().allreduce(
-            item.x, out, norms, squares, words, codec.block(item.numel), codec.bits, codec.levels,
+            item.x, out, norms, squares, words, codec.block(item.numel), *codec.code,
             codec.seed, step, item.identity, codec.correlated, item.scale,
         )  # fmt: skip
 

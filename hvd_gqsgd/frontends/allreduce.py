@@ -10,8 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.frontends.endpoint import Endpoint
-from hvd_gqsgd.frontends.parameter_names import check_device, is_compressible
 from hvd_gqsgd.frontends.reduce_op import ReduceOp, reduction
 from hvd_gqsgd.options import FrontEnd, OptionKeywords
 

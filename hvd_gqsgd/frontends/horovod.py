@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.engine.agreement import ORDER
 from hvd_gqsgd.engine.failures import Ending
@@ -37,7 +38,7 @@ from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES, Reading, make_probe
-from hvd_gqsgd.frontends.parameter_names import ParameterNames, check_device, is_compressible
+from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.options import FrontEnd, OptionsButBits, digest
 from hvd_gqsgd.registry import of_horovod
 from hvd_gqsgd.stats import Stats

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-import torch
 from torch import Tensor
 
-from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.options import Options, digest
 
-__all__ = ["ParameterNames", "check_device", "is_compressible"]
+__all__ = ["ParameterNames"]
 
 
 class ParameterNames:
@@ -78,20 +76,3 @@ class ParameterNames:
             ),
             options.bucket_bytes,
         )
-
-
-def check_device(what: str, tensor: Tensor) -> None:
-    """That there are kernels for the device of a tensor; ``what`` begins the message.
-
-    Raises:
-        NotImplementedError: there are none.
-    """
-    if tensor.device.type not in ops.devices():
-        raise NotImplementedError(
-            f"{what} on {tensor.device}; this build has kernels for: {', '.join(ops.devices())}"
-        )
-
-
-def is_compressible(dtype: torch.dtype) -> bool:
-    """Whether there are kernels for elements of this type."""
-    return dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)

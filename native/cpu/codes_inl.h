@@ -1,8 +1,8 @@
 // Codes to lanes and back, a tile at a time. Included by kernels_inl.h alone.
 #pragma once
 
-#include "gqsgd/codes.h"
-#include "gqsgd/hash.h"
+#include "core/codes.h"
+#include "core/hash.h"
 #include "kernels.h"
 
 namespace gqsgd {

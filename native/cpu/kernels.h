@@ -2,7 +2,7 @@
 // that a caller may share the work among threads: the result does not depend on how it is cut.
 #pragma once
 
-#include "gqsgd/args.h"
+#include "core/args.h"
 
 namespace gqsgd {
 
@@ -22,7 +22,7 @@ struct Kernels {
   void (*quantize)(const CodeArgs&, const void* x, uint64_t key, uint32_t offset, void* words,
                    int64_t begin, int64_t end);
   // out = (sum of codes) * scale / levels * norm for tiles [begin, end), where `contributors` ranks
-  // have added or, with exponential dithering, combined their words. Blocks with a norm that is not
+  // have added or, of exponential codes, combined their words. Blocks with a norm that is not
   // finite become NaN.
   void (*dequantize)(const CodeArgs&, const void* words, int64_t contributors, double scale,
                      void* out, int64_t begin, int64_t end);

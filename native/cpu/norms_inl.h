@@ -1,9 +1,9 @@
 // Norms of blocks. Included by kernels_inl.h alone.
 #pragma once
 
-#include "gqsgd/dtypes.h"
-#include "gqsgd/l2.h"
-#include "gqsgd/linear.h"
+#include "core/dtypes.h"
+#include "core/l2.h"
+#include "core/linear.h"
 #include "kernels.h"
 
 namespace gqsgd {

@@ -1,7 +1,7 @@
 // Elements to codes in words, and sums of codes back. The threads with one y share a tile, and each
 // has some consecutive words of it: so it reads and writes consecutive elements of every lane.
 #include "codes.h"
-#include "gqsgd/hash.h"
+#include "core/hash.h"
 #include "kernels.h"
 
 namespace gqsgd {
@@ -55,10 +55,9 @@ __global__ void quantize_kernel(Layout layout, Code code, const typename Traits<
   });
 }
 
-template <int kBits, class T, class Word>
-__global__ void dequantize_kernel(Layout layout, LinearSums<typename Traits<T>::Real> sums,
-                                  const typename Traits<T>::Norm* norms, const Word* words, T* out,
-                                  int64_t begin, int64_t end) {
+template <int kBits, class T, class Word, class Sums>
+__global__ void dequantize_kernel(Layout layout, Sums sums, const typename Traits<T>::Norm* norms,
+                                  const Word* words, T* out, int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
   constexpr int kWords = words_of_thread<T, Word>;
   if (kBits) sums.bits = kBits;
@@ -120,10 +119,11 @@ void CudaKernels::quantize(const CodeArgs& args, const void* x, uint64_t key, ui
     using T = decltype(type);
     with_code<typename Traits<T>::Real>(args, [&](auto code, auto word) {
       using Word = decltype(word);
-      with_bits<Word>(code, [&](auto bits) {
+      using Code = decltype(code);
+      with_bits<Code::kBits, Word>(code.bits, [&](auto bits) {
         const Runs runs = runs_for(layout, words_of_thread<T, Word>, end - begin);
         launch(stream, runs.grid, runs.threads,
-               quantize_kernel<decltype(bits)::value, T, Word, decltype(code)>, layout, code,
+               quantize_kernel<decltype(bits)::value, T, Word, Code>, layout, code,
                static_cast<const typename Traits<T>::Norm*>(args.norms), static_cast<const T*>(x),
                key, offset, static_cast<Word*>(words), begin, end);
       });
@@ -136,15 +136,18 @@ void CudaKernels::dequantize(const CodeArgs& args, const void* words, int64_t co
   const Layout layout(args.numel, args.block, lanes_per_word(args.bits));
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
-    with_word(args.bits, [&](auto word) {
+    with_sums<typename Traits<T>::Real>(args, contributors, scale, [&](auto sums, auto word) {
       using Word = decltype(word);
-      const LinearSums<typename Traits<T>::Real> sums(args, contributors, scale);
-      with_bits<Word>(sums, [&](auto bits) {
-        const Runs runs = runs_for(layout, words_of_thread<T, Word>, end - begin);
-        launch(stream, runs.grid, runs.threads, dequantize_kernel<decltype(bits)::value, T, Word>,
-               layout, sums, static_cast<const typename Traits<T>::Norm*>(args.norms),
-               static_cast<const Word*>(words), static_cast<T*>(out), begin, end);
-      });
+      using Sums = decltype(sums);
+      if constexpr (Sums::kAdded) {  // all others come back as means
+        with_bits<0, Word>(sums.bits, [&](auto bits) {
+          const Runs runs = runs_for(layout, words_of_thread<T, Word>, end - begin);
+          launch(stream, runs.grid, runs.threads,
+                 dequantize_kernel<decltype(bits)::value, T, Word, Sums>, layout, sums,
+                 static_cast<const typename Traits<T>::Norm*>(args.norms),
+                 static_cast<const Word*>(words), static_cast<T*>(out), begin, end);
+        });
+      }
     });
   });
 }

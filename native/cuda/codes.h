@@ -94,13 +94,13 @@ __device__ __forceinline__ void store_lanes(const Layout& layout, const Layout::
   });
 }
 
-// f(width as a constant, 0 where it is left to run time)
-template <class Word, class Code, class F>
-void with_bits(const Code& code, F f) {
-  if constexpr (sizeof(Word) == 8) {
-    f(std::integral_constant<int, 0>{});
+// f(width as a constant, 0 where it is left to run time); kBits: the width if it is known, or 0
+template <int kBits, class Word, class F>
+void with_bits(int bits, F f) {
+  if constexpr (kBits > 0 || sizeof(Word) == 8) {
+    f(std::integral_constant<int, kBits>{});
   } else {
-    switch (code.bits) {
+    switch (bits) {
       case 2:
         return f(std::integral_constant<int, 2>{});
       case 4:
@@ -111,10 +111,6 @@ void with_bits(const Code& code, F f) {
         return f(std::integral_constant<int, 16>{});
     }
   }
-}
-template <class Word, class Real, int kBits, class F>
-void with_bits(const ExponentialCode<Real, kBits>&, F f) {
-  f(std::integral_constant<int, kBits>{});
 }
 
 }  // namespace

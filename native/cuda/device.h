@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "gqsgd/codes.h"
+#include "core/codes.h"
 #include "launch.h"
 
 namespace gqsgd {

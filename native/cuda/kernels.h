@@ -5,7 +5,7 @@
 
 #include <cuda_runtime.h>
 
-#include "gqsgd/args.h"
+#include "core/args.h"
 
 namespace gqsgd {
 

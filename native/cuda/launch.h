@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "gqsgd/config.h"
+#include "core/config.h"
 
 namespace gqsgd {
 

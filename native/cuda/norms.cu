@@ -1,7 +1,7 @@
 // Norms of blocks: one warp a tile. The tiles of a larger block meet in its norm, by atomic
 // operations on integers, whose result has no order to depend on.
+#include "core/l2.h"
 #include "device.h"
-#include "gqsgd/l2.h"
 #include "kernels.h"
 
 namespace gqsgd {

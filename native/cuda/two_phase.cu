@@ -1,7 +1,7 @@
 // The middle and the end of a two-phase exchange; see cpu/two_phase_inl.h. The means of a tile stay
 // in the registers of one block of threads, a word's each, from the sums to the codes.
 #include "codes.h"
-#include "gqsgd/hash.h"
+#include "core/hash.h"
 #include "kernels.h"
 
 namespace gqsgd {
@@ -134,10 +134,11 @@ void CudaKernels::requantize(const CodeArgs& args, const Received& received, uin
     using Real = decltype(real);
     with_code<Real>(args, [&](auto code, auto word) {
       using Word = decltype(word);
+      using Code = decltype(code);
       const MeansLayout at = means_layout<Real, Word>(layout);
-      with_bits<Word>(code, [&](auto bits) {
+      with_bits<Code::kBits, Word>(code.bits, [&](auto bits) {
         launch(stream, grid_for(end - begin, 1), dim3(static_cast<unsigned>(threads)),
-               requantize_kernel<decltype(bits)::value, Real, Word, decltype(code)>, at, code,
+               requantize_kernel<decltype(bits)::value, Real, Word, Code>, at, code,
                static_cast<const typename Traits<Real>::Norm*>(args.norms), received, key,
                static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks))),
                static_cast<unsigned char*>(means), layout.word(first), at.begin(first), begin, end);
@@ -154,11 +155,12 @@ void CudaKernels::dequantize_means(const CodeArgs& args, const void* means, doub
     using Real = typename Traits<T>::Real;
     with_code<Real>(args, [&](auto code, auto word) {
       using Word = decltype(word);
+      using Code = decltype(code);
       const MeansLayout at = means_layout<Real, Word>(layout);
-      with_bits<Word>(code, [&](auto bits) {
+      with_bits<Code::kBits, Word>(code.bits, [&](auto bits) {
         const Runs runs = runs_for(layout, words_of_thread<T, Word>, end - begin);
         launch(stream, runs.grid, runs.threads,
-               dequantize_means_kernel<decltype(bits)::value, T, Word, decltype(code)>, at, code,
+               dequantize_means_kernel<decltype(bits)::value, T, Word, Code>, at, code,
                static_cast<const typename Traits<T>::Norm*>(args.norms),
                static_cast<const unsigned char*>(means), static_cast<Real>(code.ratio(scale)),
                static_cast<T*>(out), at.begin(first), begin, end);

@@ -1,8 +1,8 @@
 // What both allreduces do first: who is there, and the norms of all blocks over all ranks.
 #pragma once
 
-#include "gqsgd/hash.h"
-#include "gqsgd/lanes.h"
+#include "core/hash.h"
+#include "core/lanes.h"
 #include "mpi/allreduce.h"
 #include "mpi/errors.h"
 #include "mpi/memory.h"

@@ -1,7 +1,7 @@
 #include "nccl/allreduce.h"
 
-#include "gqsgd/hash.h"
-#include "gqsgd/lanes.h"
+#include "core/hash.h"
+#include "core/lanes.h"
 
 namespace gqsgd {
 

@@ -28,7 +28,7 @@ FLAGS = [
     *("-std=c++17", "-O1", "-fPIC", "-x", "c++", "-fno-math-errno", "-ffp-contract=off"),
     # What CUDA does not forgive, and this processor would.
     *("-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"),
-    *("-Wno-unknown-pragmas", *(f"-I{folder}" for folder in (HERE, NATIVE, NATIVE / "include"))),
+    *("-Wno-unknown-pragmas", *(f"-I{folder}" for folder in (HERE, NATIVE))),
 ]
 
 

@@ -1,4 +1,4 @@
-// In place of cuda_device.h.
+// In place of native/torch/cuda_device.h.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,6 @@
-// The ops of cuda_bindings.cc on emulated CUDA, for tensors on the CPU.
-#include "checked_ops.h"
+// The ops of native/torch/cuda.cc on emulated CUDA, for tensors on the CPU.
 #include "emulated_device.h"
+#include "torch/checked_ops.h"
 
 namespace {
 

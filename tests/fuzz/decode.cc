@@ -12,9 +12,9 @@
 #include <memory>
 #include <vector>
 
+#include "core/dtypes.h"
+#include "core/lanes.h"
 #include "cpu/kernels.h"
-#include "gqsgd/dtypes.h"
-#include "gqsgd/lanes.h"
 
 namespace {
 
@@ -130,11 +130,12 @@ struct Case {
     if (in.flip()) {
       const int bits = in.flip() ? 4 : 8;
       const auto headroom = static_cast<int>(in.number(0, (1 << (bits - 1)) - 2));
-      return {dtype, numel, block, bits, 0, nullptr, false, headroom};
+      const int32_t levels = (1 << (bits - 1)) - 1;
+      return {dtype, numel, block, CodeKind::kExponential, bits, levels, nullptr, false, headroom};
     }
     const auto bits = static_cast<int>(in.number(2, 16));
     const auto levels = static_cast<int32_t>(in.number(1, ((1 << bits) - 1) / 2));
-    return {dtype, numel, block, bits, levels, nullptr, in.flip()};
+    return {dtype, numel, block, CodeKind::kLinear, bits, levels, nullptr, in.flip()};
   }
   // The largest of some magnitudes has no sign, but who knows what a peer makes of it.
   Memory norms_of(Input& in) const {
@@ -183,7 +184,8 @@ bool same_bytes(const Memory& a, const Memory& b) { return a == b; }
 // What peers have summed, or combined, to the gradient.
 void dequantize(Input& in) {
   const Case c(in);
-  const int64_t most = c.args.levels ? ((1 << c.args.bits) - 1) / (2 * c.args.levels) : 128;
+  const int64_t most =
+      c.args.kind == CodeKind::kLinear ? ((1 << c.args.bits) - 1) / (2 * c.args.levels) : 128;
   const int64_t contributors = in.number(1, most);
   const auto scale = in.take<double>();
   const Memory words = in.payload(c.layout.words() * c.word_size);

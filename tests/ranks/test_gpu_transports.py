@@ -15,6 +15,7 @@ from helpers import assert_same_on_all_ranks, gradients
 
 from hvd_gqsgd import AgreementError, simulate
 from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd.codecs import CodeKind
 from hvd_gqsgd.engine.agreement import Ahead, WithNorms
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
@@ -153,7 +154,8 @@ def test_a_communicator_checks_its_arguments(rank, size, nccl):
     group = NcclTransport(MpiTransport(MPI.COMM_WORLD), CPU).nccl.connect()
     x, words = torch.ones(3000), torch.ones(750, dtype=torch.int32)
     norms = torch.ones(3, dtype=torch.int32)
-    place = (1024, 8, 1, 0, 0, 0, True, 1.0)  # block, bits, levels, seed, step, tensor, ...
+    block, rest = 1024, (0, 0, 0, True, 1.0)  # seed, step, tensor, correlated, scale
+    place = (block, CodeKind.LINEAR, 8, 1, *rest)
     for call, error, match in [
         (lambda: group.max(x), TypeError, "must be Int or Long, got Float"),
         (lambda: group.sum(words[::2]), ValueError, "must be contiguous"),
@@ -163,6 +165,18 @@ def test_a_communicator_checks_its_arguments(rank, size, nccl):
         (lambda: group.allreduce(x, x, norms, None, words[1:], *place), ValueError, "words must"),
         (lambda: group.allreduce(x, x.double(), norms, None, words, *place), TypeError, "out mu"),
         (lambda: group.allreduce(x, x, norms, norms, words, *place), TypeError, "squares must"),
+        (
+            lambda: group.allreduce(x, x, norms, None, words, block, 2, 8, 1, *rest),
+            ValueError,
+            "kind must be 0 .linear. or 1 .exponential., got 2",
+        ),
+        (
+            lambda: group.allreduce(
+                x, x, norms, None, words, block, CodeKind.EXPONENTIAL, 8, 127, *rest
+            ),
+            ValueError,
+            "kind must be one of codes that can be added, got 1 .exponential.",
+        ),
         (
             lambda: native_nccl.communicator(torch.zeros(128, dtype=torch.uint8), size, size, CPU),
             ValueError,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import assert_same_on_all_ranks, gradients
 from reference import combine as reference_combine
+from reference.kinds import EXPONENTIAL, Code, exponential, linear
 
 from hvd_gqsgd import allreduce, build_info, simulate
 from hvd_gqsgd._native import mpi as native_mpi
@@ -86,19 +87,29 @@ def test_intercommunicators_are_refused(rank, size):
     half.Free()
 
 
-def native(x, out, comm, bits=8, levels=15, chunk=1024, block=1024):
-    native_mpi.allreduce(x, out, comm, block, bits, levels, 0, 0, 0, True, 1.0, chunk)
+CODE = linear(8, 15)
+
+
+def native(x, out, comm, code=CODE, chunk=1024, block=1024):
+    native_mpi.allreduce(x, out, comm, block, *code, 0, 0, 0, True, 1.0, chunk)
 
 
 @pytest.mark.few
-def test_errors_of_the_native_op():
+def test_errors_of_the_native_op(size):
     x, world = torch.ones(5), MPI.COMM_WORLD.py2f()
     with pytest.raises(RuntimeError, match="MPI_Comm_size failed: MPI_ERR_COMM"):
         native(x, x, MPI.COMM_NULL.py2f())
     for message, arguments in {
-        "bits must be from 2 to 16, got 17": {"bits": 17},
-        "levels must be at least 1, or 0": {"bits": 5, "levels": 0},
-        "can be summed at 8 bits and 200 levels": {"levels": 200},
+        "bits must be from 2 to 16, got 17": {"code": linear(17, 1)},
+        "levels must be from 1 to 15 for linear codes of 5 bits, got 0": {"code": linear(5, 0)},
+        "levels must be from 1 to 127 for linear codes of 8 bits, got 200": {
+            "code": linear(8, 200)
+        },
+        "levels must be 127 for exponential codes of 8 bits, got 0": {
+            "code": Code(EXPONENTIAL, 8, 0)
+        },
+        "bits must be 4 or 8 for exponential codes, got 5": {"code": exponential(5)},
+        "kind must be 0 .linear. or 1 .exponential., got 2": {"code": Code(2, 8, 1)},
         "chunk must be from 1": {"chunk": 0},
         "block_size must be at least 1, got 0": {"block": 0},
     }.items():
@@ -106,6 +117,9 @@ def test_errors_of_the_native_op():
             native(x, x, world, **arguments)
     with pytest.raises(ValueError, match="out must have 5 elements, got 4"):
         native(x, x[:4].clone(), world)
+    if size > 1:
+        with pytest.raises(ValueError, match=f"at most 1 ranks .* and 127 levels, got {size}"):
+            native(x, x, world, linear(8, 127))
 
 
 @pytest.mark.few

@@ -1,4 +1,4 @@
-"""Sums of exponential codes that are codes again, in plain NumPy; after ``reference_two_phase.py``.
+"""Sums of exponential codes that are codes again, in plain NumPy; after ``two_phase.py``.
 
 The reduction of Global-QSGD (arXiv 2305.18627) for exponential dithering. Two levels a and b, with
 a = 2^d b in magnitude, add up to no level, so the sum is rounded to one of the neighbours, which is

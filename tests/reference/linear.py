@@ -11,7 +11,7 @@ Train Fast", arXiv 2305.18627) with one norm a block, the maximum norm or, in th
 norm of the block over all ranks. Dither is independent
 between ranks or correlated (Suresh, Sun, Ro, Yu: "Correlated Quantization for Distributed Mean
 Estimation and Optimization", ICML 2022, arXiv 2203.04925), and either way a hash of the element's
-place. Exponential dithering and the two-phase exchange stand in ``reference_two_phase.py``.
+place. Exponential dithering and the two-phase exchange stand in ``two_phase.py``.
 
 Arithmetic is in float32, for float64 gradients in float64, one rounding an operation. NumPy has no
 bfloat16: its bit patterns stand in for it, so a ``uint16`` array is a bfloat16 tensor. A
@@ -207,7 +207,7 @@ def pack(c: Array, block_size: int | None, bits: int, s: int) -> Array:
     """Words: c + s in lanes of ``bits`` bits, but the bare c in the top lane, which has the sign.
 
     Adding the words of n ranks adds their codes, and no lane and no word can overflow. Lanes behind
-    the last element hold the code 0. With s = 0, codes lie in all lanes as they are.
+    the last element hold the code 0. Codes that are not added have no bias: for them s is 0 here.
     """
     at, lanes = places(c.size, block_size, bits), lanes_of(bits)
     digits = np.zeros((at.word.max(initial=-1) + 1, lanes), np.int64)

@@ -1,4 +1,4 @@
-"""Exponential dithering and the two-phase exchange in plain NumPy: ``reference.py`` goes on here.
+"""Exponential dithering and the two-phase exchange in plain NumPy: ``linear.py`` goes on here.
 
 Exponential dithering has the levels 0 and +-2^-k, k = 0, 1, ..., K. A share y = x / M with |y|
 between neighbouring levels a < b becomes, with a sign in front,
@@ -19,8 +19,7 @@ of
 and all ranks decode code * R * M. Linear codes can travel this way too, with as many levels as
 their lanes hold, however many ranks there are.
 
-As in the native ops, s = 0 levels a side stand for exponential dithering, and arrays and types are
-those of ``reference.py``.
+Arrays and types are those of ``linear.py``.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from reference.kinds import LINEAR, Code, two_phase_code
 from reference.linear import (
     Array,
     codes,
@@ -52,16 +52,10 @@ __all__ = [
     "exponential_levels",
     "requantize",
     "tile_offsets",
-    "two_phase_levels",
     "two_phase_mean",
 ]
 
 REQUANTIZE_STREAM = 2**64 - 1  # of the dither of the second rounding, which is one for all ranks
-
-
-def two_phase_levels(dither: str, bits: int) -> int:
-    """s of linear codes that are not added up, 0 for exponential ones."""
-    return {"linear": (1 << (bits - 1)) - 1, "exponential": 0}[dither]
 
 
 def exponential_codes(
@@ -119,18 +113,22 @@ def tile_offsets(numel: int, block_size: int | None, bits: int, norm_type: Any) 
     return _means_places(numel, block_size, bits, norm_type).offsets
 
 
-def _encode(x: Array, norms: Array, block_size: int | None, bits: int, s: int, xi: Array) -> Array:
-    if s:
-        return codes(x, norms, block_size, s, xi)
-    return exponential_codes(x, norms, block_size, bits, xi)
+def _encode(x: Array, norms: Array, block_size: int | None, code: Code, xi: Array) -> Array:
+    if code.kind == LINEAR:
+        return codes(x, norms, block_size, code.levels, xi)
+    return exponential_codes(x, norms, block_size, code.bits, xi)
 
 
-def _contents(
-    words: Array, numel: int, block_size: int | None, bits: int, s: int, real: Any
-) -> Array:
+def _one(code: Code) -> int:
+    """What the norm itself is as a number of ``_contents``."""
+    return code.levels if code.kind == LINEAR else 1
+
+
+def _contents(words: Array, numel: int, block_size: int | None, code: Code, real: Any) -> Array:
     """The codes of one rank, as numbers: from -s to s, or levels from -1 to 1."""
-    c = unpack(words, numel, block_size, bits, s, 1)
-    if not s:
+    bits = code.bits
+    c = unpack(words, numel, block_size, bits, code.bias, 1)
+    if code.kind != LINEAR:
         return exponential_levels(c % (1 << bits), bits).astype(real)
     # The top lane is signed. No word that ranks make has anything above it.
     top = places(numel, block_size, bits).lane == lanes_of(bits) - 1
@@ -139,20 +137,21 @@ def _contents(
 
 
 def requantize(
-    received: Array, norms: Array, numel: int, block_size: int | None, bits: int, s: int, *,
+    received: Array, norms: Array, numel: int, block_size: int | None, code: Code, *,
     seed: int, step: int, tensor_id: int,
 ) -> Array:  # fmt: skip
     """The means of all tiles, from the words of n ranks, one row each.
 
     Levels are added up in the order of the rows. Tiles whose M is not finite are all zeros.
     """
+    bits = code.bits
     at = places(numel, block_size, bits)
     finite = np.isfinite(floats(norms))[at.block]
     real = floats(norms).dtype.type
-    total = np.zeros(numel, np.int64 if s else real)
+    total = np.zeros(numel, np.int64 if code.kind == LINEAR else real)
     for words in received:
-        total += _contents(words, numel, block_size, bits, s, real)
-    mean = total.astype(real) * real(1 / len(received) / (s or 1))
+        total += _contents(words, numel, block_size, code, real)
+    mean = total.astype(real) * real(1 / len(received) / _one(code))
     mean = np.where(finite, mean, real(0))
 
     largest = np.zeros(at.tile.max(initial=-1) + 1, real)
@@ -161,7 +160,7 @@ def requantize(
         numel, block_size, seed=seed, step=step, tensor_id=tensor_id, stream=REQUANTIZE_STREAM
     )
     of_element = largest.view(norms.dtype)[at.tile]  # so that blocks of one element have a norm
-    words = pack(_encode(mean, of_element, 1, bits, s, xi), block_size, bits, s)
+    words = pack(_encode(mean, of_element, 1, code, xi), block_size, bits, code.bias)
     words[at.word[~finite]] = 0
 
     to = _means_places(numel, block_size, bits, norms.dtype)
@@ -173,18 +172,18 @@ def requantize(
 
 
 def decode_means(
-    means: Array, norms: Array, numel: int, block_size: int | None, bits: int, s: int,
+    means: Array, norms: Array, numel: int, block_size: int | None, code: Code,
     scale: float, dtype: Any,
 ) -> Array:  # fmt: skip
     """scale * code * R * M, with code / s for linear codes; NaN where M is not finite."""
-    at = places(numel, block_size, bits)
-    where = _means_places(numel, block_size, bits, norms.dtype)
+    at = places(numel, block_size, code.bits)
+    where = _means_places(numel, block_size, code.bits, norms.dtype)
     largest, maxima = floats(means.view(norms.dtype)[where.norm]), floats(norms)[at.block]
     real = maxima.dtype.type
-    words = means.view(word_type(bits))[where.word]
-    c = _contents(words, numel, block_size, bits, s, real).astype(real)
+    words = means.view(word_type(code.bits))[where.word]
+    c = _contents(words, numel, block_size, code, real).astype(real)
     with np.errstate(over="ignore", invalid="ignore"):
-        out = ((c * real(scale / (s or 1))) * largest[at.tile]) * maxima
+        out = ((c * real(scale / _one(code))) * largest[at.tile]) * maxima
     return narrow(np.where(np.isfinite(maxima), out, real(np.nan)), dtype)
 
 
@@ -197,12 +196,12 @@ def two_phase_mean(
     ``dither`` is "linear" or "exponential", ``norm`` "max" or "l2".
     """
     n, numel = rows.shape
-    s = two_phase_levels(dither, bits)
+    code = two_phase_code(dither, bits)
     shared = shared_norms(rows, block_size, norm)
     at = {"seed": seed, "step": step, "tensor_id": tensor_id}
     sent = []
     for rank, x in enumerate(rows):
         xi = dither_of_rank(numel, block_size, rank=rank, world_size=n, correlated=correlated, **at)
-        sent.append(pack(_encode(x, shared, block_size, bits, s, xi), block_size, bits, s))
-    means = requantize(np.array(sent), shared, numel, block_size, bits, s, **at)
-    return decode_means(means, shared, numel, block_size, bits, s, 1.0, rows.dtype)
+        sent.append(pack(_encode(x, shared, block_size, code, xi), block_size, bits, code.bias))
+    means = requantize(np.array(sent), shared, numel, block_size, code, **at)
+    return decode_means(means, shared, numel, block_size, code, 1.0, rows.dtype)

@@ -1,6 +1,6 @@
 // The kernels as torch ops, for any device that has them: arguments are checked in full, so that no
-// kernel can leave its tensors. Schemas and fake kernels stand in hvd_gqsgd/_native/ops.py. The dispatcher
-// calls these without the GIL.
+// kernel can leave its tensors. Schemas and fake kernels stand in hvd_gqsgd/_native/ops.py. The
+// dispatcher calls these without the GIL.
 //
 // A device is a class with these, where `on` is a tensor on it and `kernels` has the functions of
 // struct Kernels:
@@ -15,9 +15,9 @@
 
 #include <algorithm>
 
-#include "gqsgd/hash.h"
-#include "gqsgd/lanes.h"
-#include "tensors.h"
+#include "core/hash.h"
+#include "core/lanes.h"
+#include "torch/checked_args.h"
 
 namespace gqsgd {
 
@@ -39,29 +39,26 @@ inline at::ScalarType word_dtype(int64_t bits) {
   return fits_int32(static_cast<int>(bits)) ? at::kInt : at::kLong;
 }
 
-// Checks all but the values in the buffers, so that no kernel can leave them.
-// On `device`.
-inline CodeArgs code_args(DType dtype, const Layout& layout, const Tensor& norms, int64_t bits,
-                          int64_t levels, at::Device device) {
-  const int64_t most = ((int64_t{1} << bits) - 1) / 2;
-  TORCH_CHECK_VALUE(levels >= 0 && levels <= most, "levels must be from 1 to ", most, " for ", bits,
-                    " bits, or 0 for exponential dithering, got ", levels);
-  TORCH_CHECK_VALUE(levels > 0 || bits == 4 || bits == 8,
-                    "exponential dithering has 4 or 8 bits, got ", bits);
+// Checks all but the values in the buffers, which must be on `device`, so that no kernel can leave
+// them.
+inline CodeArgs code_args(DType dtype, const Layout& layout, const Tensor& norms, int64_t kind,
+                          int64_t bits, int64_t levels, at::Device device) {
+  const CodeKind checked = checked_kind(kind, bits, levels);
   check_buffer(norms, "norms", norm_dtype(dtype), layout.blocks(), device);
   return {dtype,
           layout.numel,
           layout.block,
+          checked,
           static_cast<int>(bits),
           static_cast<int32_t>(levels),
           norms.const_data_ptr()};
 }
 
 inline CodeArgs code_args(const Tensor& x, const Tensor& norms, const Tensor& words,
-                          const Layout& layout, int64_t bits, int64_t levels) {
+                          const Layout& layout, int64_t kind, int64_t bits, int64_t levels) {
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
   const CodeArgs args =
-      code_args(dtype_of(x, "the tensor"), layout, norms, bits, levels, x.device());
+      code_args(dtype_of(x, "the tensor"), layout, norms, kind, bits, levels, x.device());
   check_buffer(words, "words", word_dtype(bits), layout.words(), x.device());
   return args;
 }
@@ -109,7 +106,8 @@ struct CheckedOps {
     const Layout layout{x.numel(), block_size, 1};
     check_buffer(norms, "norms", norm_dtype(dtype), layout.blocks(), x.device());
     check_buffer(squares, "squares", at::kLong, layout.blocks(), x.device());
-    const CodeArgs args{dtype, x.numel(), block_size, 0, 0, norms.const_data_ptr()};
+    const CodeArgs args{
+        dtype, x.numel(), block_size, CodeKind::kLinear, 0, 0, norms.const_data_ptr()};
     Device::run(x, 0, layout.blocks(), grain(block_size),
                 [&](const auto& kernels, int64_t begin, int64_t end) {
                   kernels.block_squares(args, x.const_data_ptr(),
@@ -130,14 +128,14 @@ struct CheckedOps {
   }
 
   static void quantize(const Tensor& x, const Tensor& norms, Tensor words, int64_t block_size,
-                       int64_t bits, int64_t levels, int64_t seed, int64_t step, int64_t tensor_id,
-                       int64_t rank, int64_t world_size, bool correlated) {
+                       int64_t kind, int64_t bits, int64_t levels, int64_t seed, int64_t step,
+                       int64_t tensor_id, int64_t rank, int64_t world_size, bool correlated) {
     TORCH_CHECK_VALUE(1 <= world_size && world_size <= INT32_MAX, "world_size must be from 1 to ",
                       INT32_MAX, ", got ", world_size);
     TORCH_CHECK_VALUE(0 <= rank && rank < world_size, "rank must be from 0 to ", world_size - 1,
                       ", got ", rank);
     const Layout layout = layout_of(x.numel(), block_size, bits);
-    const CodeArgs args = code_args(x, norms, words, layout, bits, levels);
+    const CodeArgs args = code_args(x, norms, words, layout, kind, bits, levels);
     const RankDither dither = rank_dither(seed, step, tensor_id, static_cast<uint32_t>(rank),
                                           static_cast<uint32_t>(world_size), correlated);
     Device::run(x, 0, layout.tiles(), grain(kTile),
@@ -148,11 +146,12 @@ struct CheckedOps {
   }
 
   static void dequantize(const Tensor& words, const Tensor& norms, Tensor out, int64_t block_size,
-                         int64_t bits, int64_t levels, int64_t contributors, double scale) {
+                         int64_t kind, int64_t bits, int64_t levels, int64_t contributors,
+                         double scale) {
     const Layout layout = layout_of(out.numel(), block_size, bits);
-    TORCH_CHECK_VALUE(levels >= 1, "levels must be at least 1, got ", levels);
-    const CodeArgs args = code_args(out, norms, words, layout, bits, levels);
-    const int64_t most = most_ranks(bits, levels);
+    const CodeArgs args = code_args(out, norms, words, layout, kind, bits, levels);
+    check_added(args);
+    const int64_t most = most_ranks(args);
     TORCH_CHECK_VALUE(contributors >= 1 && contributors <= most, "contributors must be from 1 to ",
                       most, " for ", bits, " bits and ", levels, " levels, got ", contributors);
     Device::run(out, 0, layout.tiles(), grain(kTile),
@@ -163,12 +162,13 @@ struct CheckedOps {
   }
 
   static void requantize(const Tensor& received, const Tensor& norms, Tensor means, int64_t numel,
-                         int64_t block_size, int64_t bits, int64_t levels, int64_t first,
-                         int64_t last, int64_t seed, int64_t step, int64_t tensor_id) {
+                         int64_t block_size, int64_t kind, int64_t bits, int64_t levels,
+                         int64_t first, int64_t last, int64_t seed, int64_t step,
+                         int64_t tensor_id) {
     const Layout layout = layout_of(numel, block_size, bits);
     const DType dtype = arithmetic_of(norms);
     const at::Device device = norms.device();
-    const CodeArgs args = code_args(dtype, layout, norms, bits, levels, device);
+    const CodeArgs args = code_args(dtype, layout, norms, kind, bits, levels, device);
     check_tiles(layout, first, last);
     const int64_t words = layout.word(last) - layout.word(first);
     TORCH_CHECK_TYPE(received.scalar_type() == word_dtype(bits), "received must be ",
@@ -193,12 +193,12 @@ struct CheckedOps {
   }
 
   static void dequantize_means(const Tensor& means, const Tensor& norms, Tensor out,
-                               int64_t block_size, int64_t bits, int64_t levels, int64_t first,
-                               int64_t last, double scale) {
+                               int64_t block_size, int64_t kind, int64_t bits, int64_t levels,
+                               int64_t first, int64_t last, double scale) {
     check_geometry(out, block_size);
     const Layout layout = layout_of(out.numel(), block_size, bits);
     const DType dtype = dtype_of(out, "the tensor");
-    const CodeArgs args = code_args(dtype, layout, norms, bits, levels, out.device());
+    const CodeArgs args = code_args(dtype, layout, norms, kind, bits, levels, out.device());
     check_tiles(layout, first, last);
     check_means(means, layout, dtype, bits, first, last, out.device());
     Device::run(out, first, last, grain(kTile),
@@ -209,7 +209,8 @@ struct CheckedOps {
   }
 
   static void combine(const Tensor& from, Tensor to, int64_t bits, int64_t key) {
-    TORCH_CHECK_VALUE(bits == 4 || bits == 8, "exponential dithering has 4 or 8 bits, got ", bits);
+    TORCH_CHECK_VALUE(bits == 4 || bits == 8, "bits must be 4 or 8 for exponential codes, got ",
+                      bits);
     check_buffer(from, "from", at::kByte, from.numel(), to.device());
     check_buffer(to, "to", at::kByte, from.numel(), to.device());
     Device::run(to, [&](const auto& kernels) {

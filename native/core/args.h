@@ -1,20 +1,29 @@
 // What kernels are told about a tensor, on whatever device it is.
 #pragma once
 
-#include "gqsgd/config.h"
+#include "core/config.h"
 
 namespace gqsgd {
 
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// Numbered as CodeKind of hvd_gqsgd/codecs/base.py; codes.h has the code of each kind.
+enum class CodeKind { kLinear, kExponential };
+
+// Numbers of levels a side.
+struct LevelRange {
+  int32_t least, most;
+};
 
 // What both directions of a code need to know of a tensor. `norms` has one entry a block: int32
 // bits of a float, for float64 tensors int64 bits of a double.
 struct CodeArgs {
   DType dtype;
   int64_t numel;
-  int64_t block;   // elements that share a norm
-  int bits;        // lane width, 2 to 16; 4 or 8 for exponential dithering
-  int32_t levels;  // s: levels a side, 1 to 2^15 - 1; 0 for exponential dithering
+  int64_t block;  // elements that share a norm
+  CodeKind kind;
+  int bits;        // lane width: 2 to 16
+  int32_t levels;  // a side, in the range that the kind has at this width
   const void* norms;
   // Linear: the top lane of a word is biased like the others, for sums of unsigned integers.
   bool unsigned_words = false;

@@ -15,7 +15,7 @@
 // Codes that are not added, those of exponential dithering, lie in their lanes as they are.
 #pragma once
 
-#include "gqsgd/config.h"
+#include "core/config.h"
 
 namespace gqsgd {
 

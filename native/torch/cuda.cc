@@ -2,8 +2,8 @@
 // enqueued on the current stream, and the host waits for nothing.
 #include <ATen/ops/empty.h>
 
-#include "checked_ops.h"
-#include "cuda_device.h"
+#include "torch/checked_ops.h"
+#include "torch/cuda_device.h"
 
 namespace {
 

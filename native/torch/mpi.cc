@@ -1,5 +1,5 @@
 // The allreduce over MPI as a torch op, in a library of its own: all else works without any MPI.
-// The schema stands in hvd_gqsgd/mpi_ops.py. The dispatcher calls this without the GIL.
+// The schema stands in hvd_gqsgd/_native/mpi.py. The dispatcher calls this without the GIL.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <mpi.h>
@@ -7,10 +7,10 @@
 
 #include <string>
 
-#include "gqsgd/lanes.h"
+#include "core/lanes.h"
 #include "mpi/allreduce.h"
 #include "mpi/errors.h"
-#include "tensors.h"
+#include "torch/checked_args.h"
 
 namespace {
 
@@ -27,9 +27,9 @@ void parallel_for(int64_t begin, int64_t end, const std::function<void(int64_t, 
   at::parallel_for(begin, end, gqsgd::grain(gqsgd::kTile), run);
 }
 
-void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size, int64_t bits,
-                   int64_t levels, int64_t seed, int64_t step, int64_t tensor_id, bool correlated,
-                   double scale, int64_t chunk) {
+void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size, int64_t kind,
+                   int64_t bits, int64_t levels, int64_t seed, int64_t step, int64_t tensor_id,
+                   bool correlated, double scale, int64_t chunk) {
   constexpr int64_t kMostChunk = int64_t{1} << 28;  // MPI counts in ints
   TORCH_CHECK_VALUE(x.is_contiguous(), "the tensor must be contiguous");
   gqsgd::check_buffer(out, "out", x.scalar_type(), x.numel(), x.device());
@@ -43,19 +43,21 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
   const MPI_Comm group = MPI_Comm_f2c(static_cast<MPI_Fint>(comm));
   int size;
   gqsgd::check_mpi(MPI_Comm_size(group, &size), "MPI_Comm_size");
-  const int64_t most = levels > 0 ? gqsgd::most_ranks(bits, levels) : (1 << (bits - 1)) - 1;
-  TORCH_CHECK_VALUE(levels > 0 || (levels == 0 && (bits == 4 || bits == 8)),
-                    "levels must be at least 1, or 0 for exponential dithering, which has 4 or 8 "
-                    "bits; got ",
-                    levels, " at ", bits, " bits");
+  const gqsgd::CodeArgs args{gqsgd::dtype_of(x, "the tensor"),
+                             layout.numel,
+                             layout.block,
+                             gqsgd::checked_kind(kind, bits, levels),
+                             static_cast<int>(bits),
+                             static_cast<int32_t>(levels),
+                             nullptr};
+  const int64_t most = gqsgd::most_ranks(args);
   TORCH_CHECK_VALUE(size <= most, "at most ", most, " ranks can be summed at ", bits, " bits and ",
                     levels, " levels, got ", size);
 
   gqsgd::Reduction reduction{
       kernels(),
       parallel_for,
-      {gqsgd::dtype_of(x, "the tensor"), layout.numel, layout.block, static_cast<int>(bits),
-       static_cast<int32_t>(levels), nullptr},
+      args,
       x.const_data_ptr(),
       out.mutable_data_ptr(),
       static_cast<uint64_t>(seed),
@@ -64,10 +66,11 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
       correlated,
       scale,
   };
-  if (levels > 0) {
-    gqsgd::linear_allreduce(reduction, chunk, group);
-  } else {
-    gqsgd::exponential_allreduce(reduction, group);
+  switch (args.kind) {
+    case gqsgd::CodeKind::kLinear:
+      return gqsgd::linear_allreduce(reduction, chunk, group);
+    case gqsgd::CodeKind::kExponential:
+      return gqsgd::exponential_allreduce(reduction, group);
   }
 }
 

@@ -7,8 +7,9 @@
 // rounding is one integer addition to the bits of y, which carries into the exponent.
 #pragma once
 
-#include "gqsgd/config.h"
-#include "gqsgd/linear.h"
+#include "core/args.h"
+#include "core/config.h"
+#include "core/linear.h"
 
 namespace gqsgd {
 
@@ -68,5 +69,58 @@ GQSGD_INLINE uint32_t exponential_sum(uint32_t a, uint32_t b, uint32_t dither) {
   const uint32_t both = !same_sign && apart == 0 ? 0 : sum | sign;
   return small == 0 ? (large ? large | sign : 0) : both;
 }
+
+// A code that ranks have combined theirs to, back in the units of the gradient.
+template <class Real, int kWidth>
+struct ExponentialSum {
+  static constexpr bool kAdded = false;
+  int bits = kWidth;
+  Real factor;
+
+  GQSGD_MEMBER ExponentialSum(const CodeArgs& args, int64_t, double scale)
+      : factor(static_cast<Real>(scale * power_of_two(args.headroom))) {}
+  GQSGD_MEMBER bool is_signed(bool) const { return false; }
+  template <class Word>
+  GQSGD_MEMBER Real decode_signed(Word word, int shift, Real norm) const {
+    return decode_biased(word, shift, norm);
+  }
+  template <class Word>
+  GQSGD_MEMBER Real decode_biased(Word word, int shift, Real norm) const {
+    const Real level = exponential_level<kWidth>(static_cast<uint32_t>(word >> shift));
+    return (level * factor) * norm;
+  }
+};
+
+// One rank's codes; see codes.h. Those of a width have all of its levels.
+template <class Real, int kWidth>
+struct ExponentialCode {
+  static constexpr const char* kName = "exponential";
+  static constexpr const char* kWidths = "4 or 8";
+  static constexpr int kBits = kWidth;
+  using Sum = Real;
+  using Sums = ExponentialSum<Real, kWidth>;
+  int bits = kWidth;
+  float share;
+
+  GQSGD_INLINE LevelRange levels_at(int bits) {
+    const int32_t all = bits == kWidth ? kTopExponent<kWidth> : 0;
+    return {all, all};
+  }
+  // Each rank but the first may double the largest sum, and one level must be left.
+  GQSGD_INLINE int64_t most_ranks(int, int32_t levels) { return levels; }
+  GQSGD_MEMBER explicit ExponentialCode(const CodeArgs& args)
+      : share(power_of_two(-args.headroom)) {}
+  GQSGD_MEMBER uint64_t bias() const { return 0; }
+  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, 1, 0); }
+  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
+    const float place = static_cast<float>((x * grid.pre) * grid.scale);
+    return static_cast<int32_t>(exponential_code<kWidth>(place * share, dither));
+  }
+  template <class Word>
+  GQSGD_MEMBER Sum decode(Word word, int shift, bool) const {
+    return exponential_level<kWidth>(static_cast<uint32_t>(word >> shift));
+  }
+  GQSGD_MEMBER double ratio(double factor) const { return factor; }
+};
 
 }  // namespace gqsgd

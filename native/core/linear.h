@@ -8,7 +8,9 @@
 // zero nor the maximum is ever moved by the dither.
 #pragma once
 
-#include "gqsgd/config.h"
+#include "core/args.h"
+#include "core/config.h"
+#include "core/lanes.h"
 
 namespace gqsgd {
 
@@ -66,5 +68,72 @@ template <class Real>
 GQSGD_INLINE Real dequantize_element(int32_t code_sum, Real ratio, Real norm) {
   return (static_cast<Real>(code_sum) * ratio) * norm;
 }
+
+// The sums over `contributors` ranks of their codes, added in their lanes, back in the units of the
+// gradient.
+template <class Real>
+struct LinearSums {
+  static constexpr bool kAdded = true;
+  int bits;
+  int32_t bias;
+  Real factor;
+  bool unsigned_words;
+
+  GQSGD_MEMBER LinearSums(const CodeArgs& args, int64_t contributors, double scale)
+      : bits(args.bits),
+        bias(static_cast<int32_t>(contributors * args.levels)),
+        factor(static_cast<Real>(scale / args.levels)),
+        unsigned_words(args.unsigned_words) {}
+  // The top lane of a signed word is signed, and has no bias.
+  GQSGD_MEMBER bool is_signed(bool top) const { return top && !unsigned_words; }
+  template <class Word>
+  GQSGD_MEMBER Real decode_signed(Word word, int shift, Real norm) const {
+    const SignedOf<Word> sum = static_cast<SignedOf<Word>>(word) >> shift;
+    return dequantize_element(static_cast<int32_t>(sum), factor, norm);
+  }
+  template <class Word>
+  GQSGD_MEMBER Real decode_biased(Word word, int shift, Real norm) const {
+    const Word sum = (word >> shift) & ((Word{1} << bits) - 1);
+    return dequantize_element(static_cast<int32_t>(sum) - bias, factor, norm);
+  }
+};
+
+// One rank's codes; see codes.h.
+template <class Real>
+struct LinearCode {
+  static constexpr const char* kName = "linear";
+  static constexpr const char* kWidths = "from 2 to 16";
+  static constexpr int kBits = 0;
+  using Sum = int32_t;
+  using Sums = LinearSums<Real>;
+  int bits;
+  int32_t levels;
+  int fraction;
+  bool unsigned_words;
+
+  GQSGD_INLINE LevelRange levels_at(int bits) { return {1, ((1 << bits) - 1) / 2}; }
+  GQSGD_INLINE int64_t most_ranks(int bits, int32_t levels) {
+    return ((1 << bits) - 1) / (2 * levels);
+  }
+  GQSGD_MEMBER explicit LinearCode(const CodeArgs& args)
+      : bits(args.bits),
+        levels(args.levels),
+        fraction(fraction_bits(args.levels)),
+        unsigned_words(args.unsigned_words) {}
+  GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels, unsigned_words); }
+  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, levels, fraction); }
+  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
+    return quantize_element(x, grid, levels, fraction, dither);
+  }
+  // No more than the bits of a code count, whatever a word from another rank has above them: sums
+  // of what this gives must not overflow.
+  template <class Word>
+  GQSGD_MEMBER Sum decode(Word word, int shift, bool top) const {
+    const uint32_t lane = static_cast<uint32_t>(word >> shift) << (32 - bits);
+    return top ? static_cast<Sum>(lane) >> (32 - bits)
+               : static_cast<Sum>(lane >> (32 - bits)) - levels;
+  }
+  GQSGD_MEMBER double ratio(double factor) const { return factor / levels; }
+};
 
 }  // namespace gqsgd

@@ -2,7 +2,7 @@
 // output of a generator. So it is the same on every rank, thread count and device.
 #pragma once
 
-#include "gqsgd/config.h"
+#include "core/config.h"
 
 namespace gqsgd {
 

@@ -7,8 +7,8 @@
 #include <numeric>
 #include <optional>
 
-#include "checked_ops.h"
 #include "nccl/allreduce.h"
+#include "torch/checked_ops.h"
 
 namespace gqsgd {
 
@@ -70,18 +70,18 @@ class NcclCommunicator : public torch::CustomClassHolder {
 
   // `scale` times the sum over the ranks, to `out`, which may be `x`.
   void allreduce(const Tensor& x, Tensor out, Tensor norms, std::optional<Tensor> squares,
-                 Tensor words, int64_t block_size, int64_t bits, int64_t levels, int64_t seed,
-                 int64_t step, int64_t tensor_id, bool correlated, double scale) {
+                 Tensor words, int64_t block_size, int64_t kind, int64_t bits, int64_t levels,
+                 int64_t seed, int64_t step, int64_t tensor_id, bool correlated, double scale) {
     const Layout layout = layout_of(x.numel(), block_size, bits);
-    TORCH_CHECK_VALUE(levels >= 1, "levels must be at least 1, got ", levels);
-    CodeArgs args = code_args(x, norms, words, layout, bits, levels);
+    CodeArgs args = code_args(x, norms, words, layout, kind, bits, levels);
+    check_added(args);
     args.norms = nullptr;
     check_buffer(x, "x", x.scalar_type(), x.numel(), device_);
     check_buffer(out, "out", x.scalar_type(), x.numel(), device_);
     if (squares) check_buffer(*squares, "squares", at::kLong, layout.blocks(), device_);
-    TORCH_CHECK_VALUE(group().size <= most_ranks(bits, levels), "at most ",
-                      most_ranks(bits, levels), " ranks can be summed at ", bits, " bits and ",
-                      levels, " levels, got ", group().size);
+    TORCH_CHECK_VALUE(group().size <= most_ranks(args), "at most ", most_ranks(args),
+                      " ranks can be summed at ", bits, " bits and ", levels, " levels, got ",
+                      group().size);
     const NcclReduction reduction{
         args,
         x.const_data_ptr(),

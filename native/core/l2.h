@@ -3,8 +3,8 @@
 // magnitude M that they have agreed on before, so that the sum has no order to depend on.
 #pragma once
 
-#include "gqsgd/config.h"
-#include "gqsgd/linear.h"
+#include "core/config.h"
+#include "core/linear.h"
 
 namespace gqsgd {
 

@@ -3,7 +3,7 @@
 // numbers do, with infinity above all numbers and NaN above infinity.
 #pragma once
 
-#include "gqsgd/config.h"
+#include "core/config.h"
 
 namespace gqsgd {
 
