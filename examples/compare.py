@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch import RunFailed, run_ranks
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.tools.cost_model import FP16, FP32, PRESETS, Gradients, Setting, exchange_seconds
+from hvd_gqsgd.tools.launch import LAUNCHERS, LaunchError, run_ranks
 
 HERE = Path(__file__).parent
 TIMEOUT = 600  # seconds a run; on an idle machine it takes less than one minute
@@ -104,7 +104,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--domains", nargs="+", choices=names, default=names, metavar="DOMAIN")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED")
     parser.add_argument("--ranks", type=int, default=4, help="at least 2")
-    parser.add_argument("--launcher", choices=("mpi", "gloo"), default="mpi")
+    parser.add_argument("--launcher", choices=tuple(LAUNCHERS), default="mpi")
     parser.add_argument(
         "--quick", action="store_true", help="2 ranks, 1 seed, some settings, a few steps"
     )
@@ -156,7 +156,7 @@ def run(job: Job, args: argparse.Namespace) -> dict[str, Any]:
                 [*command, "--json", str(raw)],
                 ranks=args.ranks, timeout=TIMEOUT, launcher=args.launcher, output=log,
             )  # fmt: skip
-    except RunFailed as error:
+    except LaunchError as error:
         said = output.read_text(errors="replace")[-3000:]
         sys.exit(f"{said}\n{shlex.join(command)}\n{error}; all that it said is in {output}")
     result = json.loads(raw.read_text()) | {"arguments": list(job.arguments)}
@@ -234,7 +234,7 @@ def modelled_seconds(result: dict[str, Any]) -> float:
     """What the exchange of a step takes on ``LINK``, by ``hvd_gqsgd.tools.cost_model``."""
     ranks, link, numels = result["ranks"], PRESETS[LINK], result["dense_numels"]
     gathered = 0.0
-    if result["sparse_bytes"]:  # an Allgather of the tables, and the rest as ever
+    if result["sparse_bytes"]:  # the tables go by an Allgather
         each = result["sparse_bytes"] / result["steps"]
         gathered = link.operation + (ranks - 1) * (link.alpha + each / link.beta)
     gradients = Gradients.of(numels, Options().min_numel)

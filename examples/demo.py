@@ -17,9 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from launch import RunFailed, launch_command, run_ranks
 from rich.console import Console
 from rich.table import Table
+
+from hvd_gqsgd.tools.launch import LAUNCHERS, LaunchError, fits, launch_command, run_ranks
 
 SCRIPT = Path(__file__).with_name("digits_cnn.py")
 TIMEOUT = 600  # seconds a run; on an idle machine it takes some ten
@@ -39,7 +40,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dither", choices=("linear", "exponential"), default="linear")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--launcher", choices=("mpi", "gloo"), default="mpi")
+    parser.add_argument("--launcher", choices=tuple(LAUNCHERS), default="mpi")
     args = parser.parse_args()
     if args.ranks < 2:
         parser.error(f"--ranks must be at least 2, got {args.ranks}: one rank exchanges nothing")
@@ -52,10 +53,11 @@ def train(args: argparse.Namespace, compression: str, result: Path) -> Result:
         *("--bits", args.bits, "--dither", args.dither),
         *("--epochs", str(args.epochs), "--seed", str(args.seed)),
     ]
-    print(f"$ {shlex.join(launch_command(args.launcher, args.ranks) + command)}", flush=True)
     try:
+        launcher = launch_command(args.launcher, args.ranks, bound=fits(args.ranks))
+        print(f"$ {shlex.join(launcher + command)}", flush=True)
         run_ranks(command, ranks=args.ranks, timeout=TIMEOUT, launcher=args.launcher)
-    except RunFailed as error:
+    except LaunchError as error:
         sys.exit(str(error))
     return json.loads(result.read_text())
 

@@ -3,26 +3,33 @@
 >>> import horovod.torch as hvd
 >>> from hvd_gqsgd import GlobalQSGD
 >>> opt = hvd.DistributedOptimizer(opt, compression=GlobalQSGD)  # doctest: +SKIP
+
+Importing the package imports nothing else; each name below imports what it needs on first use.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING
 
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits
-from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.frontends.allreduce import allreduce
-from hvd_gqsgd.frontends.ddp import ddp_hook
-from hvd_gqsgd.simulation import simulate
-from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.tools.build_info import build_info
-
 if TYPE_CHECKING:
+    from hvd_gqsgd.codecs.bit_schedule import DynamicBits
+    from hvd_gqsgd.errors import AgreementError
+    from hvd_gqsgd.frontends.allreduce import allreduce
+    from hvd_gqsgd.frontends.ddp import DDPState, ddp_hook
     from hvd_gqsgd.frontends.horovod import GlobalQSGD
+    from hvd_gqsgd.simulation import simulate
+    from hvd_gqsgd.stats import Stats
+    from hvd_gqsgd.tools.build_info import build_info
+
+    GQSGDState = DDPState
+    __version__: str
 
 __all__ = [
     "AgreementError",
+    "DDPState",
     "DynamicBits",
+    "GQSGDState",
     "GlobalQSGD",
     "Stats",
     "allreduce",
@@ -31,11 +38,46 @@ __all__ = [
     "simulate",
 ]
 
+_MODULES = {
+    "AgreementError": "errors",
+    "DDPState": "frontends.ddp",
+    "DynamicBits": "codecs.bit_schedule",
+    "GQSGDState": "frontends.ddp",
+    "GlobalQSGD": "frontends.horovod",
+    "Stats": "stats",
+    "allreduce": "frontends.allreduce",
+    "build_info": "tools.build_info",
+    "ddp_hook": "frontends.ddp",
+    "simulate": "simulation",
+}
+
+_PURE_PYTHON = {"AgreementError", "Stats", "build_info"}
+"""Names that do without the native part."""
+
 
 def __getattr__(name: str) -> object:
-    # The one thing here that imports Horovod, which takes a second.
-    if name == "GlobalQSGD":
-        from hvd_gqsgd.frontends.horovod import GlobalQSGD
+    if name == "__version__":
+        value: object = _version()
+    elif name in _MODULES:
+        if name not in _PURE_PYTHON:
+            # First, so that it fails alike each time: an import that fails later, once operators
+            # are declared, fails in another way when it is tried again.
+            importlib.import_module(f"{__name__}._native.loader").load("_C")
+        value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
 
-        return GlobalQSGD
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, "__version__"})
+
+
+def _version() -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(__name__)
+    except metadata.PackageNotFoundError:
+        return "0+unknown"  # not installed, as on PYTHONPATH alone

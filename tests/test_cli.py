@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import math
 import os
 import signal
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from launch import run
 
-from hvd_gqsgd._native import nccl as native_nccl
-from hvd_gqsgd._native import ops
-from hvd_gqsgd.bench import allreduce, memory, predict
+import hvd_gqsgd
+from hvd_gqsgd.bench import allreduce, hosts, memory, predict
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools import cli, doctor
 from hvd_gqsgd.tools.cost_model import PRESETS, Machine
-from hvd_gqsgd.tools.launch import launch
+from hvd_gqsgd.tools.doctor import Finding
+from hvd_gqsgd.tools.launch import printed_json
 
-COMMAND = [sys.executable, "-m", "hvd_gqsgd.tools.cli"]
+COMMAND = [sys.executable, "-m", "hvd_gqsgd"]
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,81 +36,186 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         assert given == [] or all(name in text for name in cli.COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["doctr", "--no-test"], "no command 'doctr' (did you mean 'doctor'?); the commands"),
+        (["bench", "stepp", "--json"], "no command 'bench stepp' (did you mean 'bench step'?);"),
+        (["memory"], "no command 'memory' (did you mean 'bench memory'?);"),
+        (["x"], "no command 'x'; the commands are doctor, "),
+        (["--verbose"], "the following arguments are required: command"),
+    ],
+)
+def test_a_command_that_there_is_not(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(given)
+    assert exit_.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_command_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without Horovod, or the native part: the error alone, and where to look."""
+    monkeypatch.setitem(cli.COMMANDS, "bench step", ("hvd_gqsgd.no_such_module", ""))
+    with pytest.raises(SystemExit, match=r"hvd-gqsgd bench step: No module .*; hvd-gqsgd doc"):
+        cli.main(["bench", "step"])
+
+
+def test_version() -> None:
+    """As that of the package, by both names of the command."""
+    script = Path(sys.executable).with_name("hvd-gqsgd")
+    for command in (COMMAND, [str(script)]) if script.exists() else (COMMAND,):
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+        assert done.stdout == f"hvd_gqsgd {hvd_gqsgd.__version__}\n"
+
+
+# --- doctor --------------------------------------------------------------------------------------
+
+
 def test_doctor() -> None:
     """All is well where the tests run, over MPI and over Gloo."""
     done = run([*COMMAND, "doctor"])
     assert done.returncode == 0, done.stdout
     assert "2 ranks over mpi: both have the right mean" in done.stdout
     assert "2 ranks over gloo: both have the right mean" in done.stdout
+    assert "native part: built for cpu" in done.stdout
 
 
-def test_doctor_finds_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launcher that is missing, one that fails, and one that hangs."""
-    horovod = {"version": "0", "mpi": True, "gloo": True, "nccl": False}
-    monkeypatch.setattr(doctor, "_program", lambda name: None)
-    assert {finding.state for finding in doctor._tests(horovod)} == {"missing"}
-    monkeypatch.setattr(doctor, "_program", lambda name: "false")
-    failed = list(doctor._tests(horovod))
-    assert {finding.state for finding in failed} == {"broken"}
-    assert all(finding.fix for finding in failed)
-    monkeypatch.setattr(doctor, "LIMIT", 0.5)
-    status, _ = doctor._run(["sleep", "60"])
-    assert status is None
-    monkeypatch.setattr(doctor, "_program", lambda name: "bash")
-    monkeypatch.setattr(doctor, "_run", lambda command: (None, "it hangs"))
-    assert all("not done after 0.5 s: it hangs" in each.found for each in doctor._tests(horovod))
+@pytest.fixture
+def launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Makes shell scripts of the launchers; before that there are none."""
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", "/nonexistent")
+
+    def make(script: str) -> None:
+        for name in ("mpirun", "horovodrun"):
+            (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+            (tmp_path / name).chmod(0o755)
+
+    return make
 
 
-def test_doctor_says_what_can_be_done_without(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+RIGHT = "echo hvd_gqsgd: the mean of {} ranks is right"
+
+
+@pytest.mark.parametrize(
+    ("script", "state", "found"),
+    [
+        (None, "missing", "was found neither in"),
+        ("echo it fails; exit 1", "broken", "it fails"),
+        ("echo it hangs; exec /bin/sleep 60", "broken", "not done after 0.5 s: it hangs"),
+        ("echo no rank runs", "broken", "no rank runs"),
+        # Of another MPI than Horovod's: each rank is a world of its own.
+        (f"{RIGHT.format(1)}; {RIGHT.format(1)}", "broken", "the mean of 1 ranks is right"),
+        (f"{RIGHT.format(2)}", "broken", "is right"),
+        (f"{RIGHT.format(2)}; {RIGHT.format(2)}", "ok", "both have the right mean"),
+    ],
+)
+def test_doctor_tests_launchers(
+    launcher: Callable[[str], None], script: str | None, state: str, found: str
 ) -> None:
-    """No Horovod, no kernels for this processor, no part for MPI, and no mpi4py."""
-    findings = [
-        *doctor._horovod(None), *doctor._tests(None), *doctor._mpi(built=False),
-        doctor._instruction_set("generic", ["generic"]),
-    ]  # fmt: skip
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    findings += doctor._mpi(built=True)
-    found = {finding.what: finding for finding in findings}
-    assert found.pop("MPI").state == "ok"
-    assert set(found) == {"Horovod", "native part for MPI", "instruction set", "mpi4py"}
-    assert {finding.state for finding in found.values()} == {"missing"}
-    assert all(finding.fix for finding in found.values())
-
-    monkeypatch.setattr(doctor, "examine", lambda test: iter(findings))
-    with pytest.raises(SystemExit) as exit_:
-        doctor.main([])
-    assert exit_.value.code == 0  # nothing is broken
-    assert capsys.readouterr().out.count("--  ") == 4
+    if script is not None:
+        launcher(script)
+    timeout = 0.5 if "hangs" in found else 20
+    findings = list(doctor.check_ranks(["mpi", "gloo"], timeout=timeout))
+    assert [finding.what for finding in findings] == ["2 ranks over mpi", "2 ranks over gloo"]
+    for finding in findings:
+        assert finding.state == state
+        assert found in finding.found
+        assert bool(finding.fix) == (state == "broken")
 
 
-def test_doctor_where_mpi_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Python that cannot start MPI, and a native part that was built for another one."""
-    monkeypatch.setattr(sys, "executable", "false")
-    (finding,) = doctor._mpi(built=True)
-    assert (finding.what, finding.state) == ("MPI", "broken")
-    monkeypatch.setattr(doctor, "_run", lambda command: (0, "Open MPI v9|multiple|0"))
-    other = list(doctor._mpi(built=True))[-1]
-    assert (other.what, other.state) == ("native part for MPI", "broken")
+BUILT = {"built": True, "loads": True, "error": None}
+ABSENT = {"built": False, "loads": None, "error": None}
+UNUSABLE = {"built": True, "loads": False, "error": "it is for another PyTorch"}
+NATIVE = {"cpu": BUILT, "cuda": ABSENT, "mpi": {**BUILT, "loads": None}}
 
 
-@pytest.mark.parametrize("devices", [("cpu",), ("cpu", "cuda")])
-def test_doctor_where_there_is_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, devices: tuple[str, ...]
+def test_doctor_checks_the_native_part() -> None:
+    assert doctor.check_native(NATIVE, ["cpu", "mpi"]).found == "built for cpu, mpi"
+    broken = doctor.check_native({**NATIVE, "cpu": UNUSABLE}, [])
+    assert (broken.state, broken.found) == ("broken", "it is for another PyTorch")
+    assert "pip install" in broken.fix
+
+
+def test_doctor_checks_the_instruction_set() -> None:
+    assert doctor.check_instruction_set("x86-64-v3", ["generic", "x86-64-v3"]).state == "ok"
+    generic = doctor.check_instruction_set("generic", ["generic"])
+    assert generic.state == ("missing" if os.uname().machine == "x86_64" else "ok")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "parts", "states"),
+    [
+        (BUILT, ["cpu", "cuda", "nccl"], ["ok", "ok", "ok"]),
+        (BUILT, ["cpu", "cuda"], ["ok", "ok", "missing"]),
+        (ABSENT, ["cpu"], ["ok", "broken"]),
+        (UNUSABLE, ["cpu"], ["ok", "broken"]),
+    ],
+)
+def test_doctor_checks_gpus(cuda: dict[str, Any], parts: list[str], states: list[str]) -> None:
+    """Kernels that are not there are an error where there is a GPU; NCCL is not."""
+    native = {**NATIVE, "cuda": cuda}
+    findings = list(doctor.check_gpus(["A GPU", "A GPU"], native, parts))
+    assert findings[0].found == "2: A GPU"
+    assert [finding.state for finding in findings] == states
+    assert all(finding.fix for finding in findings if finding.state != "ok")
+    if cuda["error"]:
+        assert cuda["error"] in findings[1].found
+    without = list(doctor.check_gpus([], native, parts))
+    assert [(finding.what, finding.state) for finding in without] == [("GPU", "missing")]
+    only_gpu = list(doctor.check_gpus(["A GPU"], {**native, "cpu": UNUSABLE}, []))
+    assert len(only_gpu) == 1
+
+
+MPI = {"library": "Open MPI v9", "threads": "multiple", "error": None}
+
+
+@pytest.mark.parametrize(
+    ("printed", "native", "expected"),
+    [
+        (MPI, NATIVE, {"MPI": "ok", "native part for MPI": "ok"}),
+        ({**MPI, "error": "for another MPI"}, NATIVE,
+         {"MPI": "ok", "native part for MPI": "broken"}),
+        ({**MPI, "error": "not built"}, {**NATIVE, "mpi": ABSENT},
+         {"MPI": "ok", "native part for MPI": "missing"}),
+        (MPI, {**NATIVE, "cpu": UNUSABLE}, {"MPI": "ok"}),
+        ({"missing": "mpi4py"}, NATIVE, {"mpi4py": "missing"}),
+        (None, NATIVE, {"MPI": "broken"}),
+    ],
+)  # fmt: skip
+def test_doctor_checks_mpi(
+    printed: dict[str, Any] | None, native: dict[str, Any], expected: dict[str, str]
 ) -> None:
-    """Kernels that are not built are an error there; NCCL is not."""
-    for name, value in (("is_available", True), ("device_count", 2), ("get_device_name", "A GPU")):
-        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
-    monkeypatch.setattr(ops, "devices", lambda: devices)
-    for built in (False, True):
-        monkeypatch.setattr(native_nccl, "built", lambda built=built: built)
-        gpu, kernels, *nccl = doctor._gpu()
-        assert gpu.found == "2: A GPU"
-        assert kernels.state == ("ok" if "cuda" in devices else "broken")
-        expected = ["ok" if built else "missing"] if "cuda" in devices else []
-        assert [finding.state for finding in nccl] == expected
+    command = ["echo", json.dumps(printed)] if printed else ["sh", "-c", "echo no libmpi; exit 1"]
+    findings = list(doctor.check_mpi(native, command))
+    assert {finding.what: finding.state for finding in findings} == expected
+    assert all(finding.fix for finding in findings if finding.state != "ok")
+    if printed is None:
+        assert "no libmpi" in findings[0].found
+
+
+def test_doctor_checks_horovod() -> None:
     horovod = {"version": "1", "mpi": True, "gloo": True, "nccl": False}
-    assert [finding.state for finding in doctor._horovod(horovod)] == ["ok", "missing"]
+    (found,) = doctor.check_horovod(horovod, [])
+    assert found == Finding("Horovod", "ok", "1, with mpi, gloo")
+    assert [each.state for each in doctor.check_horovod(horovod, ["A GPU"])] == ["ok", "missing"]
+    (without,) = doctor.check_horovod(None, [])
+    assert without.state == "missing"
+    assert without.fix
+
+
+def test_doctor_reports(capsys: pytest.CaptureFixture[str]) -> None:
+    """With a status that says whether something is broken; what is missing is not."""
+    findings = [Finding("one", "ok", "fine"), Finding("two", "missing", "not there", "buy it")]
+    assert doctor.report(findings) == 0
+    assert capsys.readouterr().out == "ok  one: fine\n--  two: not there\n      buy it\n"
+    assert doctor.report([Finding("three", "broken", "no"), *findings]) == 1
+    assert capsys.readouterr().out.startswith("!!  three: no\n")
+
+
+# --- benchmarks ----------------------------------------------------------------------------------
 
 
 def test_tables(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,22 +242,21 @@ def test_launching_where_that_is_not_possible(
     """Without an mpirun, without root, and on more hosts than can be emulated."""
     monkeypatch.setattr(signal, "signal", lambda *given: None)
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert launch("hvd_gqsgd.bench.step", [], 1000, "1gbit") != 0
+    assert hosts.launch("hvd_gqsgd.bench.step", [], 1000, "1gbit") != 0
     monkeypatch.setattr(os, "geteuid", lambda: 1)
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert launch("hvd_gqsgd.bench.step", [], 2, "1gbit") == 1
+    assert hosts.launch("hvd_gqsgd.bench.step", [], 2, "1gbit") == 1
     said = capsys.readouterr().err
     assert "--rate needs root" in said
-    assert "mpirun was not found" in said
+    assert "mpirun was found neither in" in said
 
 
 def result_of(*arguments: str) -> dict[str, Any]:
-    """What a benchmark on 2 ranks prints; beside it may stand what its progress bar left."""
+    """The result of a benchmark on 2 ranks."""
     done = run([*COMMAND, "bench", *arguments, "--json"])
     assert done.returncode == 0, done.stdout
-    found: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :].splitlines()[0])
-    return found
+    return printed_json(done.stdout)
 
 
 def test_bench_allreduce() -> None:
@@ -172,15 +276,19 @@ def test_bench_step(tmp_path: Path) -> None:
     """Horovod and DDP, with and without."""
     plot = tmp_path / "step.png"
     arms = "Horovod fp32,DDP fp32,GlobalQSGD 8 bits,DDP GlobalQSGD 8 bits"
-    result = result_of(
-        "step", "--model", "dlrm", "--arms", arms, "--repeats", "1", "--plot", str(plot)
-    )
+    given = ["--model", "resnet20", "--arms", arms, "--repeats", "1", "--most-load", "inf"]
+    result = result_of("step", *given, "--plot", str(plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
-    full = result["parameters"] * 4 / 1e6
+    gradients = predict.gradients_of("resnet20")
+    small, full = 4 * gradients.small_elements / 1e6, 4 * gradients.elements / 1e6
+    expected = {  # DDP's buckets have no small tensors
+        "Horovod fp32": full, "DDP fp32": full, "DDP GlobalQSGD 8 bits": full / 4,
+        "GlobalQSGD 8 bits": small + (full - small) / 4,
+    }  # fmt: skip
+    assert result["arms"].keys() == expected.keys()
     for name, arm in result["arms"].items():
         assert arm["ms"] > 0 and not arm.get("error"), name
-        small = "8 bits" in name
-        assert arm["megabytes"] == pytest.approx(full / 4 if small else full, rel=0.02)
+        assert arm["megabytes"] == pytest.approx(expected[name], rel=0.03), name
     assert not math.isnan(result["arms"]["DDP GlobalQSGD 8 bits"]["times_faster"])
     assert 0 < result["compute_ms"] < result["arms"]["Horovod fp32"]["ms"]
     compared = predict.against(result, PRESETS["1gbe"])
@@ -205,7 +313,7 @@ def test_bench_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 def test_bench_calibrate() -> None:
     """A machine that the model takes."""
-    machine = Machine(**result_of("--calibrate", "--repeats", "1"))
+    machine = Machine(**result_of("--calibrate", "--repeats", "1", "--megabytes", "4"))
     assert 1e7 < machine.beta < 1e12 and 0 < machine.operation < 1
     assert 0 <= machine.exposed <= 1
     assert all(value >= 0 for value in dataclasses.asdict(machine).values())

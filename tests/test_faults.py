@@ -13,14 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from launch import HERE, gloo, mpirun, run, started
 
-import hvd_gqsgd
+from hvd_gqsgd.bench.hosts import HOSTS
 
-HOSTS = Path(hvd_gqsgd.__file__).parent / "bench" / "hosts.sh"
 LIMIT = 60  # seconds; measured: 3 to 10
 
 launchers = pytest.mark.parametrize("launcher", [mpirun, gloo])

@@ -1,16 +1,36 @@
-"""What the package needs: PyTorch and NumPy always, Horovod and mpi4py only where they are used."""
+"""What the package needs: PyTorch and NumPy always, all else only where it is used.
+
+Horovod and mpi4py may be missing. So may the native part, or be one for another PyTorch: then what
+needs it says so, and ``hvd-gqsgd doctor`` says how to mend it.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from hvd_gqsgd._native import loader, ops
+import hvd_gqsgd
 from hvd_gqsgd._native import mpi as native_mpi
+from hvd_gqsgd._native import ops
+
+PACKAGE = Path(hvd_gqsgd.__file__).parent
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+
+LIGHT = """
+import sys
+import hvd_gqsgd
+heavy = {"horovod", "mpi4py", "numpy", "torch"}
+print(heavy & sys.modules.keys(), set(hvd_gqsgd.__all__) <= set(dir(hvd_gqsgd)))
+"""
 
 WITHOUT = """
 import sys
@@ -35,56 +55,192 @@ for call in (lambda: GlobalQSGD.compress(torch.ones(5000)), lambda: hvd_gqsgd.al
         print(error)
 """
 
+WITHOUT_NATIVE = """
+import json, sys
+sys.modules["horovod"] = None
+import torch
+import hvd_gqsgd
 
-def python(code: str) -> str:
-    """What another Python prints."""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
-    )
+print(json.dumps(hvd_gqsgd.build_info()))
+uses = (
+    lambda: hvd_gqsgd.GlobalQSGD(bits=8),
+    lambda: hvd_gqsgd.allreduce(torch.ones(3)),
+    lambda: hvd_gqsgd.simulate(torch.ones(2, 3)),
+)
+for use in 2 * uses:  # again, as in a notebook
+    try:
+        use()
+    except ImportError as error:
+        print(error)
+"""
+
+OTHERS_BROKEN = """
+import json, logging
+logging.basicConfig(format="%(levelname)s %(message)s")
+import torch
+import hvd_gqsgd
+from hvd_gqsgd._native import mpi, ops
+
+assert ops.devices() == ("cpu",)
+assert not mpi.usable_with("Open MPI")
+assert hvd_gqsgd.simulate(torch.ones(2, 3), bits=4).equal(torch.ones(3))
+print(json.dumps(hvd_gqsgd.build_info()))
+"""
+
+
+def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs another Python, with the package in ``path``; None: the one that is tested."""
+    folder = path or PACKAGE.parent
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=dict(os.environ, PYTHONPATH=str(folder)), cwd=folder,
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def printed(code: str, path: Path | None = None) -> str:
+    """The output of a program that succeeds."""
+    done = python("-c", code, path=path)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 @pytest.mark.timeout(150)
-def test_nothing_is_imported_before_it_is_used() -> None:
-    code = "import sys, hvd_gqsgd; print({'horovod', 'mpi4py', 'sklearn'} & sys.modules.keys())"
-    assert python(code) == "set()"
+def test_importing_the_package_imports_nothing_else() -> None:
+    assert printed(LIGHT) == "set() True"
+
+
+def test_names() -> None:
+    """All resolve, to what their modules define."""
+    for name in hvd_gqsgd.__all__:
+        assert getattr(hvd_gqsgd, name).__module__.startswith("hvd_gqsgd."), name
+        assert name in vars(hvd_gqsgd)  # so that the next use is as fast as any
+    assert hvd_gqsgd.__version__ == hvd_gqsgd.build_info()["version"]
+    with pytest.raises(AttributeError, match="module 'hvd_gqsgd' has no attribute 'simulat'"):
+        hvd_gqsgd.simulat  # noqa: B018
 
 
 @pytest.mark.timeout(150)
 def test_without_horovod_and_mpi4py() -> None:
-    compress, allreduce = python(WITHOUT).splitlines()
+    compress, allreduce = printed(WITHOUT).splitlines()
     assert compress == "GlobalQSGD.compress needs Horovod"
     assert allreduce == "comm is None, which stands for Horovod, which is missing"
 
 
-def test_native_parts_that_cannot_be_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """All works without them, and it is said why."""
-    rubbish = tmp_path / "rubbish.so"
-    rubbish.write_bytes(b"not a library")
-    for file in (None, str(rubbish)):
-        monkeypatch.setattr(loader, "library_file", lambda name, file=file: file)
-        assert ops.devices.__wrapped__() == ("cpu",)
-        assert not native_mpi.usable_with.__wrapped__("Open MPI")
-    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+# --- native libraries that are missing, or cannot be loaded --------------------------------------
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A folder with a copy of the package, without native libraries."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(PACKAGE, tmp_path / "hvd_gqsgd", ignore=ignored)
+    return tmp_path
+
+
+def test_version_where_the_package_is_not_installed(copied: Path) -> None:
+    """As from a folder on PYTHONPATH; ``-S`` leaves out installed packages."""
+    done = python("-S", "-c", "import hvd_gqsgd; print(hvd_gqsgd.__version__)", path=copied)
+    assert (done.stdout, done.stderr) == ("0+unknown\n", "")
+
+
+def missing(native: Path) -> str:
+    return "the native library hvd_gqsgd/_native/_C is not built"
+
+
+def corrupt(native: Path) -> str:
+    library = native / f"_C{SUFFIX}"
+    library.write_bytes(b"not a library")
+    return f"the native library {library} was built for another PyTorch than "
+
+
+def for_another_pytorch(native: Path) -> str:
+    """Symbols of c10 that this PyTorch does not have."""
+    library = native / f"_C{SUFFIX}"
+    built = (PACKAGE / "_native" / library.name).read_bytes()
+    assert b"_ZN3c10" in built
+    library.write_bytes(built.replace(b"_ZN3c10", b"_ZN3c99"))
+    return f"the native library {library} was built for another PyTorch than "
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("spoil", [missing, corrupt, for_another_pytorch])
+def test_without_a_native_part_that_loads(spoil: Callable[[Path], str], copied: Path) -> None:
+    """Importing and build_info() work, and each use raises the same error, also the second time."""
+    expected = spoil(copied / "hvd_gqsgd" / "_native")
+    info, *errors = printed(WITHOUT_NATIVE, copied).splitlines()
+    found = json.loads(info)
+    assert found["native"]["cpu"]["built"] == (spoil is not missing)
+    assert not found["native"]["cpu"]["loads"]
+    assert found["native"]["cpu"]["error"].startswith(expected)
+    assert (found["parts"], found["instruction_sets"], found["instruction_set"]) == ([], [], None)
+    assert len(errors) == 6
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(expected)
+    assert "run `pip install --no-build-isolation .` in the repository" in errors[0]
+    if spoil is for_another_pytorch:
+        assert "undefined symbol: _ZN3c99" in errors[0]
+
+
+@pytest.mark.timeout(150)
+def test_commands_without_a_native_part(copied: Path) -> None:
+    """Doctor says what to do, and the model and the version work."""
+    doctor = python("-m", "hvd_gqsgd", "doctor", path=copied)
+    assert doctor.returncode == 1, doctor.stderr
+    assert not doctor.stderr
+    expected = f"!!  native part: {missing(copied)}\n      run `pip install --no-build-isolation .`"
+    assert expected in doctor.stdout
+    assert "ok  PyTorch: " in doctor.stdout
+    assert not any(what in doctor.stdout for what in ("instruction set", "for MPI", "2 ranks"))
+
+    model = python("-m", "hvd_gqsgd", "model", "--json", path=copied)
+    assert json.loads(model.stdout)["steps"]["fp32"]["times_faster"] == 1
+    version = python("-m", "hvd_gqsgd", "--version", path=copied)
+    assert version.stdout == f"hvd_gqsgd {hvd_gqsgd.__version__}\n"
+
+
+@pytest.mark.timeout(150)
+def test_predictions_need_no_other_package() -> None:
+    """Nothing native is imported for them, nor PyTorch."""
+    code = (
+        "import sys; from hvd_gqsgd.bench import predict; predict.main(['--json']);"
+        "print({'torch', 'numpy', 'horovod', 'hvd_gqsgd._native'} & sys.modules.keys())"
+    )
+    assert printed(code).splitlines()[-1] == "set()"
+
+
+@pytest.mark.timeout(150)
+def test_native_parts_for_mpi_and_gpus_that_cannot_be_loaded(copied: Path) -> None:
+    """All else works without them, and a warning says why."""
+    native = copied / "hvd_gqsgd" / "_native"
+    shutil.copy(PACKAGE / "_native" / f"_C{SUFFIX}", native)
+    for name in ("_mpi", "_cuda"):
+        (native / f"{name}{SUFFIX}").write_bytes(b"not a library")
+    done = python("-c", OTHERS_BROKEN, path=copied)
+    assert done.returncode == 0, done.stderr
+    warned = [line for line in done.stderr.splitlines() if line.startswith("WARNING")]
     assert "the kernels for GPUs cannot be used: the native library" in warned[0]
     assert "the native part for MPI cannot be used, and mpi4py is slower" in warned[1]
+    info = json.loads(done.stdout)
+    assert info["native"]["cpu"] == {"built": True, "loads": True, "error": None}
+    cuda = info["native"]["cuda"]
+    assert (cuda["built"], cuda["loads"]) == (True, False)
+    assert "_cuda" in cuda["error"]
+    assert info["native"]["mpi"] == {"built": True, "loads": None, "error": None}
 
 
 @pytest.mark.skipif(not native_mpi.built(), reason="there is no part for MPI")
 @pytest.mark.timeout(150)
 def test_a_part_for_another_mpi_is_not_used() -> None:
     code = "from hvd_gqsgd._native import mpi; print(mpi.usable_with('MPICH 1'))"
-    assert python(code) == "False"
+    assert printed(code) == "False"
 
 
 @pytest.mark.timeout(150)
 def test_a_library_for_another_pytorch_is_refused() -> None:
     """It may load, and crash later."""
     assert ops.built_for_torch().split(".")[:2] == torch.__version__.split(".")[:2]
-    refused = python("""
+    refused = printed("""
 import torch
 torch.__version__ = torch.torch_version.TorchVersion("1.13.0")
 try:

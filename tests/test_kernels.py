@@ -369,7 +369,7 @@ def test_benchmark(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_passes_of_the_bench_for_gpus(bits: int) -> None:
     """They run, here on the CPU, and the bytes that they count are about those of the copy."""
-    passes, moved = gpu._passes(torch.randn(20_000), bits, 1024)
+    passes, moved = gpu.passes_on(torch.randn(20_000), bits, 1024)
     for call in passes.values():
         call()
     assert passes.keys() >= moved.keys()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
-
-__all__ = ["NAMES", "built", "load"]
+__all__ = ["NAMES", "REMEDY", "built", "library_file", "load", "try_load"]
 
 NAMES = ("_C", "_mpi", "_cuda")
 """The native libraries: CPU kernels, MPI, and CUDA kernels with NCCL."""
 
-BUILD = "pip install --no-build-isolation ."
+REMEDY = (
+    "run `pip install --no-build-isolation .` in the repository of hvd_gqsgd, in an environment "
+    "with the PyTorch that it will run with"
+)
+"""How to build the native libraries."""
 
 
 def library_file(name: str) -> str | None:
@@ -31,17 +33,23 @@ def load(name: str) -> None:
     Raises:
         ImportError: the library was not built, or not for the installed PyTorch.
     """
+    failure = try_load(name)
+    if failure is not None:
+        raise ImportError(f"{failure}: {REMEDY}", name=name, path=library_file(name))
+
+
+def try_load(name: str) -> str | None:
+    """Loads a native library as ``load`` does; returns the reason if that fails, or else None."""
     file = library_file(name)
     if file is None:
-        raise ImportError(
-            f"the native library hvd_gqsgd/_native/{name} is not built: run `{BUILD}` in the "
-            "repository of hvd_gqsgd, with the PyTorch installed that it is to work with"
-        )
+        return f"the native library hvd_gqsgd/_native/{name} is not built"
+    import torch  # here, as it takes seconds
+
     try:
         torch.ops.load_library(file)
     except OSError as error:
-        raise ImportError(
-            f"the native library {file} cannot be loaded by PyTorch {torch.__version__}: "
-            f"{error.__cause__ or error}. It was built for another PyTorch, or a library that it "
-            f"needs is missing: run `{BUILD}` in the repository of hvd_gqsgd again"
-        ) from error
+        return (
+            f"the native library {file} was built for another PyTorch than {torch.__version__}, or "
+            f"a library that it needs is missing ({error.__cause__ or error})"
+        )
+    return None

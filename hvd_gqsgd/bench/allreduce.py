@@ -1,7 +1,7 @@
 """Allreduces of all sizes through Horovod: ``hvd-gqsgd bench allreduce [--rate 1gbit]``.
 
-``busbw`` is what a ring of links would have to carry for the same time without compression, as
-nccl-tests define it: 2 (n - 1) / n times the gradient's bytes over the time.
+``busbw`` is the bus bandwidth of nccl-tests, 2 (n - 1) / n times the gradient's bytes over the
+time: a ring without compression needs links of that bandwidth to be as fast.
 """
 
 from __future__ import annotations
@@ -14,14 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import horovod.torch as hvd
-import torch
-
-from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd.bench.hosts import add_arguments, is_rank, launch
 from hvd_gqsgd.bench.operators import OPERATORS
-from hvd_gqsgd.bench.rounds import interleaved, progress_bar
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.tools.launch import add_arguments, is_rank, launch
 
 __all__ = ["main", "measure"]
 
@@ -31,7 +26,8 @@ FP32, FP16 = "fp32", "fp16"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Launches itself on several ranks, measures there, and prints on rank 0."""
     parser = argparse.ArgumentParser(
-        prog="hvd-gqsgd bench allreduce", description="Times hvd.allreduce with and without codes."
+        prog="hvd-gqsgd bench allreduce",
+        description="Times hvd.allreduce, with GlobalQSGD and without.",
     )
     add_arguments(parser)
     parser.add_argument(
@@ -49,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--smallest must be positive and at most --largest, and --repeats positive")
     if not is_rank():
         sys.exit(launch("hvd_gqsgd.bench.allreduce", given, options.ranks, options.rate))
+
+    import horovod.torch as hvd
+    import torch
+
     hvd.init()
     torch.set_num_threads(1)
     sizes, most = [round(options.smallest * 2**8)], round(options.largest * 2**18)
@@ -65,13 +65,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(sizes: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Times all arms for tensors of so many float32; a collective call.
+    """Times all arms; a collective call.
+
+    Args:
+        sizes: numbers of float32 elements.
+        repeats: number of rounds that count.
 
     Returns:
         ``ranks``, and in ``rows`` for each size and arm: ``bytes`` of the tensor, ``ms`` and
         ``ms_p99`` of the slowest rank, ``times_faster`` than fp32, ``wire_bytes`` that a rank
         handed to collectives, and ``busbw`` in GB/s.
     """
+    import horovod.torch as hvd
+    import torch
+
+    from hvd_gqsgd import GlobalQSGD
+    from hvd_gqsgd.bench.rounds import interleaved, progress_bar
+
     n, rows = hvd.size(), []
     with progress_bar(len(sizes) * repeats) as progress:
         for numel in sizes:

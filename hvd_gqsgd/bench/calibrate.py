@@ -1,6 +1,6 @@
-"""What the performance model needs to know of a machine: ``hvd-gqsgd bench calibrate``.
+"""Measures a machine for the performance model: ``hvd-gqsgd bench calibrate``.
 
-Measured on the ranks themselves, all at the same time, so that what they share is shared here too.
+All ranks measure at the same time, so that shared resources are shared here as in training.
 """
 
 from __future__ import annotations
@@ -12,60 +12,86 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-import horovod.torch as hvd
-import torch
-
-from hvd_gqsgd import GlobalQSGD
-from hvd_gqsgd._native import ops
-from hvd_gqsgd.bench.rounds import interleaved, progress_bar
-from hvd_gqsgd.codecs import CodeKind
+from hvd_gqsgd.bench.hosts import add_arguments, is_rank, launch
 from hvd_gqsgd.tools.cost_model import Machine
-from hvd_gqsgd.tools.launch import add_arguments, is_rank, launch
 
 __all__ = ["main", "measure"]
 
-SMALL, LARGE = 2**21, 2**23
-"""Elements of int32 between which the time of a byte is taken."""
+MEGABYTES = 32.0
+"""The largest message, of int32. The time per byte is taken between a quarter of it and all."""
 TENSORS = 100
+"""Small tensors in a step, for the time per tensor."""
 BESIDE = 8
-"""How often the kernels run on LARGE elements while a sum of as many words is on its way."""
+"""How many times the kernels run beside one sum of the largest message."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Launches itself on several ranks, and prints a machine for ``hvd-gqsgd model`` as JSON."""
     parser = argparse.ArgumentParser(
         prog="hvd-gqsgd bench calibrate",
-        description="Measures what hvd-gqsgd model --machine FILE needs to know, as JSON.",
+        description="Measures a machine for hvd-gqsgd model --machine FILE, as JSON.",
     )
     add_arguments(parser)
     parser.add_argument("--repeats", type=int, default=9, help="(default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="what it prints is JSON anyway")
+    parser.add_argument(
+        "--megabytes", type=float, default=MEGABYTES,
+        help="size of the largest message (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
+    if options.repeats < 1 or options.megabytes < 1:
+        parser.error("--repeats and --megabytes must be at least 1")
     if not is_rank():
         sys.exit(launch("hvd_gqsgd.bench.calibrate", given, options.ranks, options.rate))
+
+    import horovod.torch as hvd
+    import torch
+
+    from hvd_gqsgd.bench.rounds import progress_bar
+
     hvd.init()
     torch.set_num_threads(1)
     with progress_bar(options.repeats) as progress:
-        machine = measure(options.repeats, progress)
+        machine = measure(options.repeats, options.megabytes, progress)
     if hvd.rank() == 0:
         print(json.dumps(dataclasses.asdict(machine)))
 
 
-def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Machine:
-    """A collective call; the same on all ranks. Needs two ranks or more.
+def measure(
+    repeats: int, megabytes: float = MEGABYTES, progress: Callable[[], object] = lambda: None
+) -> Machine:
+    """Measures this machine, on two ranks of Horovod or more; a collective call.
+
+    Args:
+        repeats: number of rounds that count.
+        megabytes: size of the largest message.
+        progress: called after each round.
+
+    Returns:
+        The same on all ranks.
 
     Raises:
         RuntimeError: there is one rank alone.
     """
+    import horovod.torch as hvd
+    import torch
+
+    from hvd_gqsgd import GlobalQSGD
+    from hvd_gqsgd._native import ops
+    from hvd_gqsgd.bench.rounds import interleaved
+    from hvd_gqsgd.codecs import CodeKind
+
     n = hvd.size()
     if n < 2:
         raise RuntimeError("a link needs two ranks, and Horovod has one")
-    words = {size: torch.zeros(size, dtype=torch.int32) for size in (1, SMALL, LARGE)}
-    x = torch.randn(LARGE, generator=torch.Generator().manual_seed(hvd.rank()))
+    large = round(megabytes * 2**18) // 4096 * 4096
+    small = large // 4
+    words = {size: torch.zeros(size, dtype=torch.int32) for size in (1, small, large)}
+    x = torch.randn(large, generator=torch.Generator().manual_seed(hvd.rank()))
     half, out = x.half(), torch.empty_like(x)
-    norms = torch.empty(LARGE // 1024, dtype=torch.int32)
-    codes = torch.empty(LARGE // 4, dtype=torch.int32)
+    norms = torch.empty(large // 1024, dtype=torch.int32)
+    codes = torch.empty(large // 4, dtype=torch.int32)
     tensors = [torch.randn(4096) for _ in range(TENSORS)]
     compressors = {False: hvd.Compression.none, True: GlobalQSGD(bits=8)}
 
@@ -87,7 +113,7 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
             calls[name]()
 
     def beside() -> None:
-        handle = hvd.allreduce_async_(words[LARGE], op=hvd.Sum, name="beside")
+        handle = hvd.allreduce_async_(words[large], op=hvd.Sum, name="beside")
         for _ in range(BESIDE):
             kernels()
         hvd.synchronize(handle)
@@ -99,7 +125,7 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
             f"sum {size}": functools.partial(hvd.allreduce_, tensor, op=hvd.Sum, name="sum")
             for size, tensor in words.items()
         },
-        **{f"two {size}": functools.partial(two_phase, size) for size in (SMALL, LARGE)},
+        **{f"two {size}": functools.partial(two_phase, size) for size in (small, large)},
         "plain": lambda: exchange(False),
         "compressed": lambda: exchange(True),
         "norm": lambda: ops.block_max(x, 1024, norms),
@@ -116,10 +142,13 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
     }
 
     def of_a_byte(name: str) -> float:
-        return (seconds[f"{name} {LARGE}"] - seconds[f"{name} {SMALL}"]) / (4 * (LARGE - SMALL))
+        whole, part = seconds[f"{name} {large}"], seconds[f"{name} {small}"]
+        if whole > part:
+            return (whole - part) / (4 * (large - small))
+        return whole / (4 * large)  # noise, or latency alone: a lower bound of the bandwidth
 
     each = (n - 1) / n
-    held_up = (seconds["beside"] - seconds[f"sum {LARGE}"]) / (BESIDE * seconds["kernels"])
+    held_up = (seconds["beside"] - seconds[f"sum {large}"]) / (BESIDE * seconds["kernels"])
     # What is left of many small tensors without the time of their bytes.
     sent = of_a_byte("sum") * sum(tensor.nbytes for tensor in tensors)
     plain = seconds["plain"] - 2 * seconds["sum 1"] - sent
@@ -132,11 +161,11 @@ def measure(repeats: int, progress: Callable[[], object] = lambda: None) -> Mach
         operation=seconds["sum 1"],
         tensor=max(0.0, plain) / TENSORS,
         compressed_tensor=max(0.0, compressed - plain) / TENSORS / 2,
-        norm=seconds["norm"] / LARGE,
-        quantize=seconds["quantize"] / LARGE,
-        dequantize=seconds["dequantize"] / LARGE,
-        cast=seconds["cast"] / LARGE,
-        copy=seconds["copy"] / LARGE / 4,
+        norm=seconds["norm"] / large,
+        quantize=seconds["quantize"] / large,
+        dequantize=seconds["dequantize"] / large,
+        cast=seconds["cast"] / large,
+        copy=seconds["copy"] / large / 4,
         exposed=min(1.0, max(0.0, held_up)),
     )
 

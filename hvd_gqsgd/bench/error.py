@@ -1,6 +1,6 @@
-"""The error of each operator against its bound: ``python -m hvd_gqsgd.bench.error [--markdown]``.
+"""Compares errors with their bounds: ``python -m hvd_gqsgd.bench.error [--markdown]``.
 
-Formulas and proofs are in ``hvd_gqsgd/docs/THEORY.md``, whose tables are printed here. Gradients
+Formulas and proofs are in ``hvd_gqsgd/docs/THEORY.md``, as are the tables printed here. Gradients
 are heavy-tailed: independent numbers with Student's t distribution with 4 degrees of freedom.
 Nothing is timed, and seeds are fixed, so that the tables are the same on every machine.
 """
@@ -97,8 +97,8 @@ def measure(
     Args:
         ranks: n, from 2 to 127.
         numel: elements for the comparison with the authors' scheme.
-        trials: steps to average over, where not so many elements are averaged over.
-        most: elements, at most, for all else.
+        trials: steps to average over, but for the comparison.
+        most: most elements for all else.
 
     Returns:
         Lists of rows under "comparison", "operators", "tight", "by_ranks" and "widths", and
@@ -131,7 +131,7 @@ def measure(
 
 
 def variance_bound(rows: Tensor, **options: Any) -> Tensor:
-    """The most that each element's mean squared error can be: float64, of shape (d,)."""
+    """Upper bound of each element's mean squared error: float64, of shape (d,)."""
     chosen, n = Options(**options), len(rows)
     norm, s = _norms(rows, chosen), _levels(chosen, n)
     x = rows.double()
@@ -150,10 +150,10 @@ def variance_bound(rows: Tensor, **options: Any) -> Tensor:
 
 
 def expected_variance(rows: Tensor, **options: Any) -> Tensor:
-    """The mean square itself, for linear dithering in an Allreduce: float64, of shape (d,).
+    """Each element's mean squared error, for linear dithering in an Allreduce: float64, (d,).
 
-    A rank's f_r is how far it is above a level, in levels. It goes up if U is in an arc of the
-    length f_r that ends at -r/n; two ranks do so if U is where their arcs overlap.
+    A rank is f_r levels above the level below it. It rounds up if U is in an arc of length f_r that
+    ends at -r/n; two ranks both round up if U is where their arcs overlap.
     """
     chosen, n = Options(**options), len(rows)
     norm, s = _norms(rows, chosen), _levels(chosen, n)
@@ -222,7 +222,7 @@ def _norms(rows: Tensor, options: Options) -> Tensor:
 
 
 def _reach(x: Tensor, norm: Tensor, step: Tensor, options: Options) -> Tensor:
-    """What R M of each element's tile is at most, if the first phase is off by a step at most."""
+    """Upper bound of R M of each element's tile, for an error of the first phase up to a step."""
     numel = x.shape[1]
     mean = (x / len(x)).sum(0).abs()
     block = options.block_size or max(numel, 1)
@@ -254,7 +254,7 @@ def _squares(rows: Tensor, trials: int, options: dict[str, Any]) -> Tensor:
 
 
 def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[str, Any]:
-    """An operator's levels, bits an element on the wire, error, and what theory says of it."""
+    """An operator's levels, bits per element on the wire, and error, also relative to theory."""
     n, numel = rows.shape
     two_phase = _two_phase(options)
     # Not "auto": the operator that is named is the one to be measured, whatever n is.
@@ -279,7 +279,7 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
 
 
 def _tight(rng: np.random.Generator, n: int, trials: int) -> list[dict[str, Any]]:
-    """Data that reaches a bound, on n ranks or on as few as show it."""
+    """Errors on data that reaches the formula, on n ranks or on as few as show it."""
     numel = 2**15
 
     def case(name: str, formula: str, shares: Any, bound: float, options: Any) -> dict[str, Any]:

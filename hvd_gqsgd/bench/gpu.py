@@ -1,8 +1,8 @@
-"""The kernels on a GPU: ``python -m hvd_gqsgd.bench.kernels --device cuda [--json]``.
+"""Times the kernels on a GPU: ``python -m hvd_gqsgd.bench.kernels --device cuda [--json]``.
 
-They do little but pass over memory, so each is measured by the share of the bandwidth that a copy
-from device to device reaches in the same run. Beside them stand the same steps in plain PyTorch, as
-the authors of Global-QSGD wrote them, one after the other.
+They do little but pass over memory, so each is compared with the bandwidth that a copy from device
+to device reaches in the same run. All are compared with the same steps in plain PyTorch, one after
+the other, as in the code of the authors of Global-QSGD.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs import CodeKind, ExponentialCodec, LinearCodec
 
-__all__ = ["measure", "show"]
+__all__ = ["measure", "passes_on", "show"]
 
 RANKS = 8
-"""Whose codes are averaged in the middle of an exchange in two phases."""
+"""Number of ranks whose codes ``requantize`` averages."""
 
 
 def measure(
@@ -33,7 +33,7 @@ def measure(
     """Times all kernels on the current GPU.
 
     Returns:
-        What was measured on what; for each pass ``ms``, the median of ``repeats`` rounds,
+        The GPU and all settings; for each pass ``ms``, the median of ``repeats`` rounds,
         ``gb_per_s``, and ``share_of_copy``; and ``times_plain_torch``, how many times longer the
         same steps take in plain PyTorch.
 
@@ -46,7 +46,7 @@ def measure(
         raise RuntimeError("--device cuda needs hvd_gqsgd built with CUDA; see its set-up")
     device = torch.device("cuda", torch.cuda.current_device())
     x = torch.randn(numel, device=device).to(dtype)
-    passes, moved = _passes(x, bits, block_size)
+    passes, moved = passes_on(x, bits, block_size)
     milliseconds = _interleaved(passes, repeats)
 
     def speed(name: str) -> dict[str, float]:
@@ -71,7 +71,7 @@ def measure(
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints it."""
+    """Prints the result of ``measure`` as a table."""
     print(
         f"{result['numel']:,} elements of {result['dtype']}, {result['bits']} bits, blocks of "
         f"{result['block_size']}\n{result['gpu']}, torch {result['torch']}; medians of "
@@ -93,10 +93,10 @@ def show(result: dict[str, Any]) -> None:
     )
 
 
-def _passes(
+def passes_on(
     x: Tensor, bits: int, block_size: int
 ) -> tuple[dict[str, Callable[[], object]], dict[str, int]]:
-    """What is measured, and the bytes that the kernels and the copy move."""
+    """The passes over a tensor, by name, and the bytes that the kernels and the copy move."""
     numel, device = x.numel(), x.device
     levels = LinearCodec.levels_for(bits, 1)
     code = (CodeKind.LINEAR, bits, levels)

@@ -1,4 +1,4 @@
-"""Parameters of real models: their shapes and names, in the order of the model."""
+"""Names and shapes of the parameters of real models, in the order of the model."""
 
 from __future__ import annotations
 
@@ -38,6 +38,23 @@ def _resnet50() -> Iterator[Named]:
     yield from _linear("head", 1000, inputs)
 
 
+def _resnet20() -> Iterator[Named]:
+    """He et al. for CIFAR-10: 59 tensors, 0.27M parameters; shortcuts have none."""
+
+    def convolution(name: str, outputs: int, inputs: int) -> Iterator[Named]:
+        yield f"{name}.weight", (outputs, inputs, 3, 3)
+        yield from _norm(f"{name}.norm", outputs)
+
+    yield from convolution("stem", 16, 3)
+    inputs = 16
+    for stage, width in enumerate((16, 32, 64), 1):
+        for block in range(3):
+            yield from convolution(f"stage{stage}.{block}.first", width, inputs)
+            yield from convolution(f"stage{stage}.{block}.second", width, width)
+            inputs = width
+    yield from _linear("head", 10, inputs)
+
+
 def _transformer() -> Iterator[Named]:
     """The base model of Vaswani et al., arXiv 1706.03762, with shared embeddings."""
     width, inner, vocabulary = 512, 2048, 37000
@@ -75,5 +92,10 @@ def _norm(name: str, width: int) -> Iterator[Named]:
     yield f"{name}.bias", (width,)
 
 
-MODELS = {"resnet50": _resnet50, "transformer": _transformer, "dlrm": _dlrm}
-"""What ``shapes_of`` knows."""
+MODELS = {
+    "resnet50": _resnet50,
+    "transformer": _transformer,
+    "dlrm": _dlrm,
+    "resnet20": _resnet20,
+}
+"""Models, by name."""

@@ -1,11 +1,9 @@
-"""The kernels against memcpy: ``python -m hvd_gqsgd.bench.kernels [--json]``.
+"""Times the kernels against memcpy: ``python -m hvd_gqsgd.bench.kernels [--json]``.
 
-Those on a GPU are in ``bench/gpu.py``.
-
-Block maximum, quantize and dequantize do little but pass over memory, so they are measured by the
-time that moving the same bytes takes. For float32 at 8 bits these are 14 an element: 4 read; 4
-read and 1 written; 1 read and 4 written. ``ratio_to_memcpy`` is the time of all three over that of
-a copy of as many bytes.
+Block maximum, quantize and dequantize do little but pass over memory, so they are compared with a
+copy of as many bytes. For float32 at 8 bits these are 14 per element: 4 read; 4 read and 1 written;
+1 read and 4 written. ``ratio_to_memcpy`` is the time of all three over that of the copy. Kernels on
+a GPU are timed in ``bench/gpu.py``.
 """
 
 from __future__ import annotations
@@ -81,7 +79,8 @@ def measure(
     """Times all kernels for all instruction sets that this processor has.
 
     Returns:
-        What was measured on what, and ``ratio_to_memcpy`` of the instruction set in use.
+        The processor and all settings, the speed of each kernel, and ``ratio_to_memcpy`` of the
+        instruction set in use.
     """
     levels = levels_for(bits, 1)
     code = (CodeKind.LINEAR, bits, levels)
@@ -153,8 +152,8 @@ def _interleaved(
 ) -> dict[tuple[str, str], float]:
     """Seconds of each pass, the least of all rounds.
 
-    Passes take turns, so that what slows the machine down for a while does so to all of them. One
-    thread's own CPU time leaves out what other processes took.
+    Passes take turns, so that a disturbance of some seconds affects all of them. The CPU time of a
+    single thread leaves out the time of other processes.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     least = dict.fromkeys(passes, float("inf"))

@@ -1,7 +1,7 @@
-"""The most memory that training steps take, against plain Horovod: ``hvd-gqsgd bench memory``.
+"""Peak memory of training steps, against plain Horovod: ``hvd-gqsgd bench memory``.
 
-Each arm of ``hvd-gqsgd bench step`` runs in a job of its own, as memory that one had would be there
-for the next.
+Each arm of ``hvd-gqsgd bench step`` runs in a job of its own, so that no arm finds memory that
+another one has allocated.
 """
 
 from __future__ import annotations
@@ -14,23 +14,31 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS
+from hvd_gqsgd.bench.hosts import add_arguments, launch
+from hvd_gqsgd.bench.operators import FP32
 from hvd_gqsgd.bench.predict import gradients_of
-from hvd_gqsgd.bench.step import FP32, chosen
+from hvd_gqsgd.bench.step import chosen
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.tools.launch import add_arguments, launch
+from hvd_gqsgd.tools.launch import printed_json
 
 __all__ = ["main", "measure"]
 
-STEPS = 5
-"""Enough for all buffers to be there."""
+STEPS = 2
+"""Rounds; with the steps that warm up, enough for all buffers to be allocated."""
 
 
 def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> dict[str, Any]:
-    """Peak resident memory of the rank that takes most, by arm; the first one is Horovod's fp32.
+    """Peak resident memory by arm, of the rank with the highest.
+
+    Args:
+        model: one of ``gradients.MODELS``.
+        arms: of ``operators.ARMS``; Horovod's fp32 comes first in any case.
+        ranks: number of ranks.
+        rate: limit of the links between emulated hosts; None: ranks of this machine.
 
     Returns:
         ``gradient_megabytes``, and for each arm in ``arms``: ``peak_megabytes``, and ``more``, the
-        difference from the first one as a multiple of the gradients.
+        difference from Horovod's fp32 as a multiple of the gradients.
 
     Raises:
         RuntimeError: a job failed.
@@ -39,13 +47,16 @@ def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> di
     gradients = 4 * gradients_of(model).elements / 1e6
     for name in (FP32, *(arm for arm in arms if arm != FP32)):
         with tempfile.TemporaryFile() as output:
-            given = ["--model", model, "--arms", name, "--repeats", str(STEPS), "--json"]
+            given = [
+                "--model", model, "--arms", name, "--repeats", str(STEPS), "--most-load", "inf",
+                "--json",
+            ]  # fmt: skip
             status = launch("hvd_gqsgd.bench.step", given, ranks, rate, output)
             output.seek(0)
-            said = output.read().decode()
+            said = output.read().decode(errors="replace")
         if status != 0:
             raise RuntimeError(f"{name} failed with exit status {status}: {said}")
-        result = json.loads(said[said.index("{") :].splitlines()[0])
+        result = printed_json(said)
         if "error" in result["arms"][name]:
             raise RuntimeError(f"{name} does not run: {result['arms'][name]['error']}")
         peaks[name] = result["peak_megabytes"]

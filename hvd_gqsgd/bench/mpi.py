@@ -1,9 +1,9 @@
-"""The allreduce over MPI against MPI_Allreduce of float32, on the ranks it is started on:
+"""Times the allreduce over MPI against MPI_Allreduce of float32, on the ranks of a job:
 
     mpirun -n 2 --bind-to core python -m hvd_gqsgd.bench.mpi [--json]
 
-Each call is timed from a barrier to the end of the slowest rank, and the calls take turns, so that
-what slows the machine down for a while does so to all of them. ``ratio`` is the median time over
+Each call is timed from a barrier to the end of the slowest rank. The calls take turns, so that a
+disturbance of some seconds affects all of them. ``ratio`` is the median time over
 that of ``MPI_Allreduce`` from one buffer to another; ``ratio_in_place``, where the result goes to
 the memory of the input, over that of ``MPI_Allreduce`` with ``MPI_IN_PLACE``.
 """
@@ -74,7 +74,7 @@ def measure(numel: int, repeats: int) -> dict[str, Any]:
     """Times all operators; a collective call.
 
     Returns:
-        What was measured on what, and in ``rows`` for each of them ``ms``, ``ratio``,
+        The MPI and all settings, and in ``rows`` for each operator ``ms``, ``ratio``,
         ``ms_in_place`` and ``ratio_in_place``. The same on all ranks.
     """
     world = MPI.COMM_WORLD

@@ -1,10 +1,10 @@
-"""What benchmarks compare: names without commas, and the options of ``GlobalQSGD``."""
+"""Names of the operators and arms that benchmarks compare. Arms have no commas in their names."""
 
 from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["OPERATORS"]
+__all__ = ["ARMS", "DDP_ARMS", "FP16", "FP32", "OPERATORS", "OURS"]
 
 OPERATORS: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8},
@@ -12,3 +12,11 @@ OPERATORS: dict[str, dict[str, Any]] = {
     "8 bits two-phase": {"bits": 8, "exchange": "two_phase"},
     "exponential": {"dither": "exponential"},
 }
+"""Options of ``GlobalQSGD``, by name."""
+
+FP32, FP16 = "Horovod fp32", "Horovod fp16"
+OURS = {f"GlobalQSGD {name}": options for name, options in OPERATORS.items()}
+DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits")
+
+ARMS = (FP32, FP16, *OURS, *DDP_ARMS)
+"""The arms of ``hvd-gqsgd bench step``."""

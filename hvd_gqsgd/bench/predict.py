@@ -1,4 +1,4 @@
-"""``hvd-gqsgd model``: which setting pays, on which link, for how many ranks."""
+"""``hvd-gqsgd model``: predicts training steps, and recommends a setting."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ARMS = {
     "GlobalQSGD 4 bits": LINEAR_4,
     "GlobalQSGD 8 bits two-phase": TWO_PHASE_8,
 }
-"""Arms of ``hvd-gqsgd bench step`` that the model knows."""
+"""The settings of arms of ``hvd-gqsgd bench step``."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     machine = parser.add_mutually_exclusive_group()
     machine.add_argument("--preset", choices=PRESETS, default="1gbe", help="(default: %(default)s)")
     machine.add_argument(
-        "--machine", type=Path, metavar="FILE", help="what hvd-gqsgd bench calibrate has printed"
+        "--machine", type=Path, metavar="FILE", help="the output of hvd-gqsgd bench calibrate"
     )
     parser.add_argument("--ranks", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--model", choices=MODELS, default="resnet50")
@@ -60,8 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--measured", type=Path, metavar="FILE",
-        help="what hvd-gqsgd bench step --json has printed, to compare the model with; it says "
-        "which model, how many ranks and how long they compute",
+        help="the output of hvd-gqsgd bench step --json, to compare the predictions with; it has "
+        "the model, the number of ranks and the time of computing",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too, as PNG")
@@ -93,16 +93,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def gradients_of(model: str) -> Gradients:
-    """Of one of ``gradients.MODELS``."""
+    """The gradients of one of ``gradients.MODELS``."""
     return Gradients.of([math.prod(shape) for _, shape in shapes_of(model)])
 
 
 def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) -> dict[str, Any]:
-    """Steps of all settings that are possible, by name; ``break_even``, the bandwidth in bytes a
-    second below which the best one pays; and ``advice``, a sentence.
+    """Predicts a step with each setting that is possible.
 
     Args:
-        compute: seconds of the forward and the backward pass, of which that is two thirds.
+        gradients, ranks, machine: the exchange.
+        compute: seconds of the forward and the backward pass; the latter takes two thirds.
+
+    Returns:
+        ``steps``, by the setting's name: ``ms`` and ``times_faster`` than fp32; ``break_even``, the
+        bandwidth in bytes per second below which the best setting pays; and ``advice``, a sentence.
     """
     forward, backward = _passes(compute)
     seconds = _seconds(gradients, ranks, machine, compute)
@@ -117,8 +121,11 @@ def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) 
 
 
 def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, float]]:
-    """What ``bench.step.measure`` found beside the prediction, by arm: ``measured_ms``,
-    ``predicted_ms``, and ``off``, by which part of what was measured the prediction is off.
+    """Compares predictions with the result of ``bench.training.measure``.
+
+    Returns:
+        By arm: ``measured_ms``, ``predicted_ms``, and ``off``, the error of the prediction relative
+        to the measured time.
     """
     gradients, ranks = gradients_of(measured["model"]), measured["ranks"]
     found = {}
@@ -160,7 +167,7 @@ def _passes(compute: float) -> tuple[float, float]:
 def _seconds(
     gradients: Gradients, ranks: int, machine: Machine, compute: float
 ) -> dict[str, float]:
-    """Of the steps of all settings that are possible."""
+    """Seconds of a step, by the name of each setting that is possible."""
     return {
         setting.name: step_seconds(setting, gradients, ranks, machine, *_passes(compute))
         for setting in SETTINGS
@@ -169,7 +176,7 @@ def _seconds(
 
 
 def _plot(gradients: Gradients, compute: float, machine: Machine, file: Path) -> None:
-    """How many times faster the best setting is, over ranks and bandwidth."""
+    """Draws the speed-up by the best setting, over ranks and bandwidth."""
     from matplotlib.figure import Figure
 
     low, high, points = 100e6 / 8, 900e9, 61

@@ -1,4 +1,4 @@
-"""Timing on several ranks: what is compared takes turns; disturbed rounds are taken again."""
+"""Timing on several ranks: calls take turns, and disturbed rounds are repeated."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ import torch
 __all__ = ["Timing", "interleaved", "progress_bar"]
 
 MOST_LOAD = 0.2
-"""Cores that other processes may take in a round."""
+"""Most cores that other processes may use in a round that counts, by default."""
 
 TRIES = 3
-"""How many times as many rounds as are wanted may be tried."""
+"""Most rounds, as a multiple of those that count."""
 
 
 @dataclass
 class Timing:
-    """What one thing took, of the slowest rank, in seconds."""
+    """Times of one call, of the slowest rank."""
 
     seconds: list[float] = field(default_factory=list)
+    """By round."""
     load: list[float] = field(default_factory=list)
-    """Cores that other processes took meanwhile."""
+    """Cores that other processes used meanwhile, by round."""
     discarded: int = 0
+    """Number of rounds that were repeated."""
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """The median, in seconds."""
         return float(np.median(self.seconds))
 
     @property
     def p99(self) -> float:
-        """Seconds."""
+        """The 99th percentile, in seconds."""
         return float(np.percentile(self.seconds, 99))
 
 
@@ -52,18 +54,20 @@ def interleaved(
     prepare: Callable[[str], object] = lambda name: None,
     progress: Callable[[], object] = lambda: None,
     warm_up: int = 2,
+    most_load: float = MOST_LOAD,
 ) -> dict[str, Timing]:
     """Times each call on all ranks, from a barrier to the end of the slowest one.
 
-    Args:
-        calls: what to time, the same on all ranks.
-        repeats: rounds that count.
-        prepare: what to do before each call, with its name; not timed.
-        progress: called after each round.
-        warm_up: rounds before the first that counts.
+    A round in which other processes used more than ``most_load`` cores is repeated, up to ``TRIES``
+    times ``repeats`` rounds in all; then such rounds count too, and ``load`` shows it.
 
-    Rounds in which other processes took more than ``MOST_LOAD`` cores are taken again, as long as
-    not more than ``TRIES`` times as many were tried; then they count, and ``load`` tells.
+    Args:
+        calls: by name, the same on all ranks.
+        repeats: number of rounds that count.
+        prepare: called with the name before each call; not timed.
+        progress: called after each round.
+        warm_up: number of rounds before the first that counts.
+        most_load: cores.
     """
     timings = {name: Timing() for name in calls}
     left = TRIES * repeats
@@ -74,7 +78,7 @@ def interleaved(
         if counted < 0:
             counted += 1
             continue
-        disturbed = [name for name, (_, load) in round_.items() if load > MOST_LOAD]
+        disturbed = [name for name, (_, load) in round_.items() if load > most_load]
         if disturbed and left >= repeats - counted:
             for name in disturbed:
                 timings[name].discarded += 1
@@ -89,7 +93,7 @@ def interleaved(
 
 @contextmanager
 def progress_bar(rounds: int) -> Iterator[Callable[[], object]]:
-    """What to call after each round; on rank 0, if there is tqdm, that moves a bar."""
+    """A function to call after each round, which advances a progress bar if tqdm is installed."""
     try:
         from tqdm import tqdm
     except ImportError:
@@ -100,7 +104,7 @@ def progress_bar(rounds: int) -> Iterator[Callable[[], object]]:
 
 
 def _time(call: Callable[[], object], prepare: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the slowest rank, and the load by others; the same on all ranks."""
+    """Seconds of the slowest rank, and the load by other processes; the same on all ranks."""
     prepare()
     hvd.barrier()
     busy, own, begin = _busy(), time.process_time(), time.perf_counter()
@@ -122,7 +126,7 @@ def _total(name: str, value: float, op: int) -> float:
 
 
 def _busy() -> float:
-    """Seconds that this machine's cores have worked for processes, without interrupts."""
+    """Seconds that the cores of this machine have worked for processes, without interrupts."""
     fields: Sequence[str] = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     user, nice, system = (int(value) for value in fields[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
@@ -130,7 +134,7 @@ def _busy() -> float:
 
 @functools.cache
 def _one_machine() -> bool:
-    """Whether all ranks share their cores, emulated hosts included: then others' load is known."""
+    """Whether all ranks share the cores, as on emulated hosts: only then is others' load known."""
     boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
     boots = hvd.allgather(torch.tensor([list(boot.bytes)]), name="bench.boot")
     return len(boots.unique(dim=0)) == 1

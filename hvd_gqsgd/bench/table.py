@@ -1,4 +1,4 @@
-"""Tables on a terminal, by rich if it is there."""
+"""Tables on a terminal, by rich if it is installed, or in Markdown."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def show_table(
 ) -> None:
     """Prints a table whose first ``left`` columns are text, and the others numbers.
 
-    Rows whose last cell is not empty end a section, if the others have an empty one.
+    If some rows have an empty last cell, each other row ends a section.
     """
     if not markdown:
         try:

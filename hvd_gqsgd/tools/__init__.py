@@ -1,1 +1,1 @@
-"""Commands, and what they share."""
+"""The command ``hvd-gqsgd``, and tools that its commands share."""

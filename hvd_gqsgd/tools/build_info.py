@@ -1,4 +1,4 @@
-"""What is compiled in, and which of it is active."""
+"""Versions, and the state of the native parts."""
 
 from __future__ import annotations
 
@@ -8,36 +8,70 @@ from typing import Any
 
 import torch
 
-from hvd_gqsgd._native import mpi as native_mpi
-from hvd_gqsgd._native import nccl as native_nccl
-from hvd_gqsgd._native import ops
+import hvd_gqsgd
+from hvd_gqsgd._native import loader
 
 __all__ = ["build_info"]
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, the native parts of this build, and the paths that are in use.
+    """Versions, the native parts of this build, and the code paths in use.
+
+    Works without the native parts too, and then tells why they are not there.
 
     Returns:
-        ``version``, ``python``, ``torch``; ``parts``: the native parts that are compiled in;
-        ``instruction_sets`` that this build has kernels for and this processor runs, and the
-        ``instruction_set`` in use; ``threads`` that a kernel may use; ``horovod``: None if it is
-        not installed, else its ``version`` and whether it was built with ``mpi``, ``gloo`` and
-        ``nccl``.
+        A dictionary with
+
+        - ``version``, ``python``, ``torch``: versions
+        - ``native``: for the native libraries ``cpu``, ``cuda`` and ``mpi``, whether each is
+          ``built``, whether it ``loads``, and the ``error`` if it does not. ``loads`` is None where
+          it was not tried: without the library; for all others if that of the CPU does not load;
+          and for ``mpi``, as it would load an MPI before mpi4py can choose one
+        - ``parts``: the native parts compiled in, of ``cpu``, ``cuda``, ``mpi`` and ``nccl``
+        - ``instruction_sets``: those this build has kernels for and this processor runs
+        - ``instruction_set``: the one in use; None without the native part
+        - ``threads``: threads that a kernel may use
+        - ``horovod``: None if it is not installed, else its ``version`` and whether it was built
+          with ``mpi``, ``gloo`` and ``nccl``
     """
+    native = {"cpu": _library("_C", load=True)}
+    usable = native["cpu"]["loads"]
+    native["cuda"] = _library("_cuda", load=usable and loader.built("_cuda"))
+    native["mpi"] = _library("_mpi", load=False)
     return {
-        "version": metadata.version("hvd_gqsgd"),
+        "version": hvd_gqsgd.__version__,
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "native": native,
+        **(_kernels() if usable else _NO_KERNELS),
+        "threads": torch.get_num_threads(),
+        "horovod": _horovod_info(),
+    }
+
+
+def _library(name: str, *, load: bool) -> dict[str, Any]:
+    error = loader.try_load(name) if load else None
+    return {
+        "built": loader.built(name),
+        "loads": error is None if load else None,
+        "error": error,
+    }
+
+
+_NO_KERNELS: dict[str, Any] = {"parts": [], "instruction_sets": [], "instruction_set": None}
+
+
+def _kernels() -> dict[str, Any]:
+    from hvd_gqsgd._native import mpi, nccl, ops
+
+    return {
         "parts": [
             *ops.devices(),
-            *(["mpi"] if native_mpi.built() else []),
-            *(["nccl"] if native_nccl.built() else []),
+            *(["mpi"] if mpi.built() else []),
+            *(["nccl"] if nccl.built() else []),
         ],
         "instruction_sets": ops.instruction_sets(),
         "instruction_set": ops.instruction_set(),
-        "threads": torch.get_num_threads(),
-        "horovod": _horovod_info(),
     }
 
 

@@ -1,28 +1,31 @@
-"""The command ``hvd-gqsgd``: what works here, what it costs, and what it would cost elsewhere."""
+"""The command ``hvd-gqsgd``: checks an installation, and measures and predicts training steps."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
+from typing import Any
+
+from hvd_gqsgd import __version__
 
 __all__ = ["main"]
 
 COMMANDS = {
-    "doctor": ("hvd_gqsgd.tools.doctor", "what is built and active, with a test on 2 ranks"),
-    "bench step": ("hvd_gqsgd.bench.step", "training steps of models' shapes, and the peers'"),
-    "bench allreduce": ("hvd_gqsgd.bench.allreduce", "allreduces of all sizes"),
-    "bench memory": ("hvd_gqsgd.bench.memory", "memory that training steps take at most"),
-    "bench mpi": ("hvd_gqsgd.bench.mpi", "the allreduce over MPI alone; under mpirun"),
-    "model": (
-        "hvd_gqsgd.bench.predict",
-        "what a step would take, and which setting pays",
-    ),
-    "bench calibrate": ("hvd_gqsgd.bench.calibrate", "what the model must know of a machine"),
-    "bench kernels": ("hvd_gqsgd.bench.kernels", "kernels against copies of memory"),
-    "bench error": ("hvd_gqsgd.bench.error", "errors of the operators against their bounds"),
+    "doctor": ("hvd_gqsgd.tools.doctor", "check what is built and in use, and test 2 ranks"),
+    "model": ("hvd_gqsgd.bench.predict", "predict a training step, and the setting that pays"),
+    "bench step": ("hvd_gqsgd.bench.step", "time training steps, with Horovod and with DDP"),
+    "bench allreduce": ("hvd_gqsgd.bench.allreduce", "time allreduces of all sizes"),
+    "bench memory": ("hvd_gqsgd.bench.memory", "measure the peak memory of training steps"),
+    "bench mpi": ("hvd_gqsgd.bench.mpi", "time the allreduce over MPI alone; under mpirun"),
+    "bench calibrate": ("hvd_gqsgd.bench.calibrate", "measure a machine, for model --machine"),
+    "bench kernels": ("hvd_gqsgd.bench.kernels", "time the kernels against memcpy"),
+    "bench error": ("hvd_gqsgd.bench.error", "compare the operators' errors with their bounds"),
 }
+"""Module and description, by command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,19 +36,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, (module, _) in COMMANDS.items():
         words = name.split()
         if given[: len(words)] == words:
-            importlib.import_module(module).main(given[len(words) :])
+            _import(module, name).main(given[len(words) :])
             return
     parser = argparse.ArgumentParser(
         prog="hvd-gqsgd",
-        description="What works here, and what it costs.",
+        description="Checks an installation, and measures and predicts training steps.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="commands, each with a --help of its own:\n"
         + "\n".join(f"  {name:18}{text}" for name, (_, text) in COMMANDS.items()),
     )
+    parser.add_argument("--version", action="version", version=f"hvd_gqsgd {__version__}")
     parser.add_argument("command", nargs="+", help="one of those below")
-    wrong = " ".join(parser.parse_args(given).command)
-    parser.error(f"there is no command {wrong!r}; there are: {', '.join(COMMANDS)}")
+    if not given or given[0].startswith("-"):
+        parser.parse_args(given)
+    wrong = " ".join(itertools.takewhile(lambda word: not word.startswith("-"), given[:2]))
+    close = difflib.get_close_matches(wrong, COMMANDS, n=1, cutoff=0.5)
+    suggestion = f" (did you mean {close[0]!r}?)" if close else ""
+    parser.error(
+        f"there is no command {wrong!r}{suggestion}; the commands are {', '.join(COMMANDS)}"
+    )
 
 
-if __name__ == "__main__":
-    main()
+def _import(module: str, command: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        sys.exit(f"hvd-gqsgd {command}: {error}; hvd-gqsgd doctor tells more")

@@ -1,16 +1,16 @@
-"""A model of what a step takes: with which settings, if with any, does quantization pay?
+"""A performance model of a training step: does quantization pay, and with which setting?
 
-Times are those of one rank of n that are alike, each with one link of its own. What an exchange of
-S bytes takes, after the performance model of Global-QSGD (arXiv 2305.18627), with latency alpha,
-bandwidth beta and rate of reduction gamma:
+The n ranks are alike, and each has one link of its own. An exchange of S bytes takes, by the
+performance model of Global-QSGD (arXiv 2305.18627), with latency alpha, bandwidth beta and rate of
+reduction gamma:
 
     tree, in the paper   2 log2(n) alpha + 2 log2(n) S/beta + log2(n) S/gamma
     ring                 2 (n-1) alpha + 2 (n-1)/n S/beta + (n-1)/n S/gamma
     recursive doubling   log2(n) (alpha + S/beta + S/gamma)
     two phases           2 (n-1) alpha + 2 (n-1)/n S/beta
 
-And beyond it: the norms' own exchange, the probes, the kernels, and what Horovod takes to settle on
-an operation that is ready on all ranks.
+To these come the exchange of norms, the probes, the kernels, and Horovod's negotiation of each
+operation. The module is pure Python: it works without PyTorch, Horovod and the native part.
 """
 
 from __future__ import annotations
@@ -18,9 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from hvd_gqsgd.codecs import levels_for
-from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES
 
 __all__ = [
     "FP16",
@@ -43,33 +40,35 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank and its link; seconds, and bytes a second."""
+    """One rank and its link, in seconds and bytes per second."""
 
     alpha: float
     """Latency of a message."""
     beta: float
     """Bandwidth of the link, in each direction."""
     beta_two_phase: float | None = None
-    """That which an Alltoall and an Allgather reach, if it is another one."""
+    """Bandwidth of an Alltoall and an Allgather; None: ``beta``."""
     gamma: float = 5e9
-    """Bytes of numbers that are added in a second."""
+    """Rate of reduction: bytes of operands per second."""
     operation: float = 2e-3
-    """What Horovod takes from when an operation is ready to when it starts."""
+    """Horovod's time from an operation being ready to its start."""
     tensor: float = 20e-6
-    """What Horovod takes for each tensor in each step."""
+    """Horovod's time per tensor and step."""
     compressed_tensor: float = 100e-6
-    """What the compressor takes on top, for each tensor."""
+    """The compressor's own time per tensor and step."""
     norm: float = 0.14e-9
-    """Block maximum, for each element."""
+    """Block maximum, per element."""
     quantize: float = 0.21e-9
+    """Per element."""
     dequantize: float = 0.17e-9
+    """Per element."""
     cast: float = 0.25e-9
-    """Of an element to float16, and as much back."""
+    """Cast to float16 per element; the cast back takes the same."""
     copy: float = 0.1e-9
-    """Of a byte, into the buffer in which small tensors travel together."""
+    """Copy to Horovod's fusion buffer, per byte."""
     exposed: float = 0.0
-    """Which part of what is computed while payloads travel holds them up. 0 where cores are spare;
-    1 where those that compute are those that send."""
+    """Share of the computing beside a transfer that delays the transfer, from 0 (spare cores) to 1
+    (the cores that compute also send)."""
 
 
 _GPU = {"operation": 1e-3, "norm": 1.5e-12, "quantize": 2e-12, "dequantize": 2e-12,
@@ -83,23 +82,23 @@ PRESETS: Mapping[str, Machine] = {
     "1gbe": Machine(50e-6, 1e9 / 8),
     "200mbit": Machine(200e-6, 200e6 / 8),
 }
-"""Machines to start from. Nobody has measured the first two here; calibrate them."""
+"""Machines by name. Those of ``nvlink`` and ``pcie`` are estimates: calibrate them."""
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """What is exchanged in a step."""
+    """The gradients that are exchanged in a step."""
 
     elements: int
     tensors: int
     small_elements: int = 0
-    """Of tensors that are too small to be compressed..."""
+    """Elements of the tensors that are too small to be compressed."""
     small_tensors: int = 0
-    """... and how many there are."""
+    """Number of these tensors."""
 
     @classmethod
     def of(cls, sizes: Sequence[int], min_numel: int = 4096) -> Gradients:
-        """Of tensors with so many elements each."""
+        """Gradients of tensors with these numbers of elements."""
         small = [size for size in sizes if size < min_numel]
         return cls(sum(sizes), len(sizes), sum(small), len(small))
 
@@ -110,7 +109,7 @@ class Setting:
 
     name: str
     bits: float
-    """An element, on the wire."""
+    """Bits per element on the wire."""
     two_phase: bool = False
     quantized: bool = True
     block_size: int = 1024
@@ -122,27 +121,30 @@ LINEAR_8 = Setting("8 bits", 8)
 TWO_PHASE_8 = Setting("8 bits, two phases", 8, two_phase=True)
 LINEAR_4 = Setting("4 bits, two phases", 4, two_phase=True)
 SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4)
-"""What is compared."""
+"""The settings that are compared."""
 
 BUCKET = 25 * 2**20
 """Bytes of float32 in a bucket."""
 
 FUSED = 128 * 2**20
-"""Bytes that Horovod puts into one operation."""
+"""Most bytes that Horovod fuses into one operation."""
+
+PROBE_BYTES = 56
+"""Bytes that Horovod reduces in place of each compressed gradient."""
+
+MIN_LEVELS = 7
+"""Fewest levels a side that are of use in an Allreduce."""
 
 
 def possible(setting: Setting, ranks: int) -> bool:
-    """Whether lanes hold the sum of this many ranks' codes, with levels enough to be of use."""
+    """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more."""
     if not setting.quantized or setting.two_phase:
         return True
-    try:
-        return levels_for(int(setting.bits), ranks) >= 7
-    except ValueError:
-        return False
+    return ((1 << int(setting.bits)) - 1) // (2 * ranks) >= MIN_LEVELS
 
 
 def allreduce_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
-    """The faster one of a ring and recursive doubling."""
+    """Seconds of an Allreduce: a ring or recursive doubling, the faster of the two."""
     n, m = ranks, machine
     if n == 1:
         return 0.0
@@ -152,19 +154,19 @@ def allreduce_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
 
 
 def tree_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
-    """The paper's: T = 2 log2(n) alpha + 2 log2(n) S / beta + log2(n) S / gamma."""
+    """Seconds of the paper's tree: 2 log2(n) alpha + 2 log2(n) S / beta + log2(n) S / gamma."""
     doublings = math.log2(ranks)
     return doublings * (2 * machine.alpha + 2 * bytes_ / machine.beta + bytes_ / machine.gamma)
 
 
 def two_phase_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
-    """An Alltoall and an Allgather."""
+    """Seconds of an Alltoall and an Allgather."""
     beta = machine.beta_two_phase or machine.beta
     return 2 * (ranks - 1) * machine.alpha + 2 * (ranks - 1) / ranks * bytes_ / beta
 
 
 def exchange_seconds(setting: Setting, gradients: Gradients, ranks: int, machine: Machine) -> float:
-    """From when all gradients are there to when all means are.
+    """Seconds from all gradients to all means.
 
     Raises:
         ValueError: the lanes cannot hold the sum of this many ranks.
@@ -181,11 +183,18 @@ def step_seconds(
     forward: float,
     backward: float,
 ) -> float:
-    """A whole step: the exchange begins when the first bucket's gradients are there, and goes on
-    beside the rest of the backward pass.
+    """Seconds of a training step.
+
+    The exchange begins with the gradients of the first bucket and overlaps with the rest of the
+    backward pass.
 
     Args:
-        forward, backward: seconds, of one rank alone; the update goes with the forward pass.
+        setting, gradients, ranks, machine: the exchange.
+        forward: seconds of the forward pass, and of the update, of one rank alone.
+        backward: seconds of the backward pass of one rank alone.
+
+    Raises:
+        ValueError: the lanes cannot hold the sum of this many ranks.
     """
     first, rest, last = _parts(setting, gradients, ranks, machine)
     share = min(1.0, (BUCKET if setting.quantized else 0) / max(4 * gradients.elements, 1))
@@ -195,13 +204,13 @@ def step_seconds(
 
 
 MARGIN = 0.1
-"""By how much a setting must be faster to be recommended: the model is not better than that."""
+"""Least gain of a setting that is recommended: the model is no more accurate than that."""
 
 
 def recommend(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
 ) -> str:
-    """What to do, in one sentence."""
+    """A recommendation, in one sentence; arguments as for ``step_seconds``."""
     best, seconds, plain = _best(gradients, ranks, machine, forward, backward)
     if seconds > plain * (1 - MARGIN):
         return (
@@ -217,8 +226,11 @@ def recommend(
 def break_even(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
 ) -> float:
-    """The bandwidth, in bytes a second, below which the best setting is recommended; 0 if none is
-    at any, and infinity if at all of them."""
+    """The bandwidth, in bytes per second, below which the best setting is recommended.
+
+    0 if it is not recommended at any bandwidth, infinity if at all. Arguments are those of
+    ``step_seconds``.
+    """
 
     def pays(beta: float) -> bool:
         there = replace(machine, beta=beta, beta_two_phase=None)
@@ -239,7 +251,7 @@ def break_even(
 def _best(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
 ) -> tuple[Setting, float, float]:
-    """The fastest setting but fp32, its step, and that of fp32."""
+    """The fastest setting but fp32, and the seconds of a step with it and with fp32."""
     steps = {
         setting: step_seconds(setting, gradients, ranks, machine, forward, backward)
         for setting in SETTINGS
@@ -253,7 +265,7 @@ def _best(
 def _parts(
     setting: Setting, gradients: Gradients, ranks: int, machine: Machine
 ) -> tuple[float, float, float]:
-    """Seconds before the first payload travels, while payloads do, and after the last has come."""
+    """Seconds before the first payload is sent, while payloads travel, and after the last."""
     g, m = gradients, machine
     if not setting.quantized:
         sent = g.elements * setting.bits / 8

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hvd_gqsgd._native import mpi as native_mpi
-from hvd_gqsgd.bench.step import start_process_group
+from hvd_gqsgd.bench.training import start_process_group
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ:
     # MPI must outlive Horovod for Horovod to be started anew, and the two must get along anyway.

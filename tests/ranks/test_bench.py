@@ -10,7 +10,8 @@ import horovod.torch as hvd
 import pytest
 from conftest import process_group
 
-from hvd_gqsgd.bench import allreduce, gradients, step
+from hvd_gqsgd.bench import allreduce, gradients, step, training
+from hvd_gqsgd.bench.operators import ARMS, FP16, FP32, OURS
 
 pytestmark = pytest.mark.few
 
@@ -26,38 +27,38 @@ def tiny(monkeypatch):
 def test_a_step_of_each_arm(several, capsys):
     """Those of DDP need a process group, and it is said which arms do not run."""
     process_group()
-    result = step.measure("tiny", step.ARMS, 1)
+    result = training.measure("tiny", ARMS, 1)
     assert not any("error" in arm for arm in result["arms"].values())
     megabytes = {name: arm["megabytes"] for name, arm in result["arms"].items()}
-    assert megabytes[step.FP32] == megabytes["DDP fp32"] == pytest.approx(4 * 9010 / 1e6)
-    assert megabytes[step.FP16] == megabytes["DDP fp16"] == pytest.approx(2 * 9010 / 1e6)
-    assert megabytes["GlobalQSGD 4 bits"] < megabytes["GlobalQSGD 8 bits"] < megabytes[step.FP16]
+    assert megabytes[FP32] == megabytes["DDP fp32"] == pytest.approx(4 * 9010 / 1e6)
+    assert megabytes[FP16] == megabytes["DDP fp16"] == pytest.approx(2 * 9010 / 1e6)
+    assert megabytes["GlobalQSGD 4 bits"] < megabytes["GlobalQSGD 8 bits"] < megabytes[FP16]
     assert all(len(arm["rounds_ms"]) == 1 for arm in result["arms"].values())
     assert (result["tensors"], result["parameters"], result["ranks"]) == (2, 9010, hvd.size())
     result["arms"]["another"] = {"error": "it is made of wood"}
-    step._show(result)
+    step.show(result)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in step.ARMS)
+    assert all(name in printed for name in ARMS)
     assert "another: it is made of wood" in printed
 
 
-@pytest.mark.parametrize("part", ["_make", "_Arm.step"])
+@pytest.mark.parametrize("part", ["make_arm", "Arm.step"])
 def test_an_arm_that_fails_on_one_rank(rank, several, monkeypatch, part):
     """It is left out on all of them."""
-    call = operator.attrgetter(part)(step)
+    call = operator.attrgetter(part)(training)
 
     def fails_on_the_last(arm, *more):
         result = call(arm, *more)
-        if step.FP16 in (arm, getattr(arm, "label", None)) and rank == hvd.size() - 1:
+        if FP16 in (arm, getattr(arm, "label", None)) and rank == hvd.size() - 1:
             raise TypeError("no")
         return result
 
-    monkeypatch.setattr(f"{step.__name__}.{part}", fails_on_the_last)
-    result = step.measure("tiny", [step.FP32, step.FP16], 1)
+    monkeypatch.setattr(f"{training.__name__}.{part}", fails_on_the_last)
+    result = training.measure("tiny", [FP32, FP16], 1)
     last = rank == hvd.size() - 1
     said = "TypeError: no" if last else "RuntimeError: failed on another rank"
-    assert result["arms"][step.FP16] == {"error": said}
-    assert result["arms"][step.FP32]["ms"] > 0
+    assert result["arms"][FP16] == {"error": said}
+    assert result["arms"][FP32]["ms"] > 0
 
 
 def test_the_exchange_alone(rank, capsys):
@@ -70,7 +71,7 @@ def test_the_exchange_alone(rank, capsys):
     result = json.loads(printed)
     assert result["what"] == "exchange"
     assert not result["compute_ms"]
-    assert set(result["arms"]) == {step.FP32, step.FP16, *step.OURS}
+    assert set(result["arms"]) == {FP32, FP16, *OURS}
     assert not any("error" in arm for arm in result["arms"].values())
 
 

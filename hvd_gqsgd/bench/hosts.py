@@ -1,0 +1,100 @@
+"""Launches a benchmark on the ranks of this machine, or on emulated hosts with limited links."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from hvd_gqsgd.tools.launch import (
+    LaunchError,
+    fits,
+    launch_command,
+    launch_environment,
+    run_job,
+)
+
+__all__ = ["HOSTS", "INTERFACE", "add_arguments", "is_rank", "launch"]
+
+HOSTS = Path(__file__).with_name("hosts.sh")
+"""The script that emulates hosts."""
+
+INTERFACE = "HVD_GQSGD_BENCH_INTERFACE"
+"""Environment variable with the network interface of an emulated host, for its rank."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds ``--ranks`` and ``--rate``."""
+    group = parser.add_argument_group("ranks (unless started by mpirun or horovodrun)")
+    group.add_argument("--ranks", type=int, default=2, help="(default: %(default)s)")
+    group.add_argument(
+        "--rate",
+        help="limit of each host's link in both directions, such as 1gbit or 200mbit: makes a host "
+        "of each rank, by network namespaces; needs root",
+    )
+
+
+def is_rank() -> bool:
+    """Whether this process is a rank of a job."""
+    return bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
+
+
+def launch(
+    module: str,
+    arguments: Sequence[str],
+    ranks: int,
+    rate: str | None,
+    output: IO[bytes] | None = None,
+) -> int:
+    """Runs ``python -m module`` on several ranks, to the end.
+
+    Args:
+        module: with a command line that takes ``arguments``.
+        arguments: the same on all ranks.
+        ranks: number of ranks.
+        rate: limit of the links between emulated hosts; None: ranks of this machine, as also
+            without root, with a warning.
+        output: a file for stdout and stderr; None: those of this process.
+
+    Returns:
+        The exit status; 1, with a message on stderr, if there is no launcher.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends ranks and hosts too
+    if rate is not None and os.geteuid() != 0:
+        print("hvd-gqsgd: --rate needs root: measuring on this machine's memory instead",
+              file=sys.stderr)  # fmt: skip
+        rate = None
+    command = [sys.executable, "-m", module, *arguments]
+    if rate is not None:
+        return _launch_on_hosts(command, ranks, rate, output)
+    bound = fits(ranks)
+    try:
+        job = [*launch_command("mpi", ranks, bound=bound), *command]
+    except LaunchError as error:
+        print(f"hvd-gqsgd: {error}", file=sys.stderr)
+        return 1
+    return _status(run_job(job, launch_environment(bound=bound), output=output))
+
+
+def _launch_on_hosts(
+    command: Sequence[str], ranks: int, rate: str, output: IO[bytes] | None
+) -> int:
+    env = launch_environment() | {INTERFACE: "eth0"}
+    up = subprocess.run([HOSTS, "up", str(ranks), rate], env=env, check=False)
+    if up.returncode != 0:
+        return up.returncode
+    job = [str(HOSTS), "mpirun", "-x", INTERFACE, "-x", "OMP_NUM_THREADS", *command]
+    try:
+        return _status(run_job(job, env, output=output))
+    finally:
+        subprocess.run([HOSTS, "down"], env=env, check=False)
+
+
+def _status(status: int | None) -> int:
+    assert status is not None, "without a time limit a job ends by itself"
+    return status

@@ -1,0 +1,294 @@
+"""Training steps of a model's shape: Horovod with and without GlobalQSGD, and the hooks of DDP.
+
+The model computes no more than a dot product per parameter, so that nearly all of the time is the
+exchange, which overlaps with the backward pass as in training. Each arm has its own copy of the
+parameters.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import horovod.torch as hvd
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
+
+from hvd_gqsgd import GlobalQSGD, ddp_hook
+from hvd_gqsgd.bench.gradients import shapes_of
+from hvd_gqsgd.bench.operators import DDP_ARMS, FP16, OURS
+from hvd_gqsgd.bench.rounds import MOST_LOAD, interleaved, progress_bar
+
+__all__ = ["Arm", "make_arm", "measure", "run", "start_process_group"]
+
+_T = TypeVar("_T")
+
+COMPUTE = "compute"
+"""A step without any exchange."""
+
+
+def run(
+    model: str,
+    arms: Sequence[str],
+    repeats: int,
+    *,
+    exchange_alone: bool = False,
+    most_load: float = MOST_LOAD,
+    interface: str | None = None,
+) -> dict[str, Any]:
+    """Initializes Horovod and, for arms of DDP, a process group, and returns ``measure``'s result.
+
+    Args:
+        interface: network interface of this rank; None: Gloo chooses one.
+    """
+    hvd.init()
+    torch.set_num_threads(1)
+    with_ddp = any(name in DDP_ARMS for name in arms)
+    if with_ddp:
+        start_process_group(interface)
+    with progress_bar(repeats) as progress:
+        result = measure(
+            model, arms, repeats,
+            exchange_alone=exchange_alone, most_load=most_load, progress=progress,
+        )  # fmt: skip
+    if with_ddp:
+        dist.destroy_process_group()
+    return result
+
+
+def measure(
+    model: str,
+    arms: Sequence[str],
+    repeats: int,
+    *,
+    exchange_alone: bool = False,
+    most_load: float = MOST_LOAD,
+    progress: Callable[[], object] = lambda: None,
+) -> dict[str, Any]:
+    """Times a step of each arm on all ranks of Horovod; a collective call.
+
+    Args:
+        model: one of ``gradients.MODELS``.
+        arms: of ``operators.ARMS``; those of DDP need a process group.
+        repeats: number of rounds that count.
+        exchange_alone: time the exchange of gradients that are ready; for Horovod's arms.
+        most_load: cores that other processes may use in a round that counts.
+        progress: called after each round.
+
+    Returns:
+        ``arms``: by name, ``ms`` and ``rounds_ms`` of the slowest rank (the median and all
+        rounds), ``times_faster`` than the first arm, ``megabytes`` that a rank handed to
+        collectives, ``load`` by other processes, and the number of rounds ``discarded``; or the
+        ``error`` of an arm that does not run. ``compute_ms``: a step without any exchange.
+        ``peak_megabytes``: the peak memory of a rank, of all arms together. And ``model``,
+        ``ranks``, ``tensors``, ``parameters``, and ``what`` was timed, "step" or "exchange".
+    """
+    made, errors = {}, {}
+    for name in arms:
+        try:
+            arm = _together(partial(make_arm, name, model))
+            _together(arm.step)
+            made[name] = arm
+        except Exception as error:  # a peer that does not run is a result too
+            errors[name] = f"{type(error).__name__}: {error}"
+    timed = dict(made)
+    if not exchange_alone:
+        alone = _Model(model)
+        timed[COMPUTE] = Arm("", alone, [], _optimizer(alone), None, 0)
+    calls = {name: arm.exchange if exchange_alone else arm.step for name, arm in timed.items()}
+    timings = interleaved(
+        calls,
+        repeats,
+        prepare=lambda name: timed[name].get_ready(exchange_alone),
+        progress=progress,
+        most_load=most_load,
+    )
+    compute = timings.pop(COMPUTE).median * 1e3 if not exchange_alone else 0.0
+    first = timings[next(iter(timings))].median
+    arms_ = {
+        name: {
+            "ms": timing.median * 1e3,
+            "times_faster": first / timing.median,
+            "rounds_ms": [seconds * 1e3 for seconds in timing.seconds],
+            "load": timing.load,
+            "discarded": timing.discarded,
+            "megabytes": made[name].megabytes(),
+        }
+        for name, timing in timings.items()
+    }
+    tensors = shapes_of(model)
+    peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6])
+    return {
+        "peak_megabytes": hvd.allreduce(peak, op=hvd.Max, name="bench.peak").item(),
+        "model": model,
+        "ranks": hvd.size(),
+        "tensors": len(tensors),
+        "parameters": sum(math.prod(shape) for _, shape in tensors),
+        "what": "exchange" if exchange_alone else "step",
+        "compute_ms": compute,
+        "arms": arms_ | {name: {"error": text} for name, text in errors.items()},
+    }
+
+
+def _together(call: Callable[[], _T]) -> _T:
+    """Returns the result of a call; raises on all ranks if it raises on one."""
+    raised = None
+    try:
+        result = call()
+    except Exception as error:
+        raised = error
+    failed = torch.tensor(int(raised is not None))
+    if hvd.allreduce(failed, op=hvd.Max, name="bench.error"):
+        raise raised or RuntimeError("failed on another rank")
+    return result
+
+
+class _Model(nn.Module):
+    """A model with a loss that is linear in the parameters; its gradient differs between ranks."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(hvd.rank())
+        self.weights = nn.ParameterDict()
+        self.slopes: dict[str, Tensor] = {}
+        for name, shape in shapes_of(model):
+            key = name.replace(".", "_")
+            self.weights[key] = nn.Parameter(torch.zeros(shape))
+            self.slopes[key] = torch.randn(math.prod(shape), generator=generator)
+
+    def forward(self, scale: Tensor) -> Tensor:
+        dots = [torch.dot(p.flatten(), self.slopes[key]) for key, p in self.weights.items()]
+        return torch.stack(dots).sum() * scale
+
+
+@dataclass
+class Arm:
+    """One way to train."""
+
+    label: str
+    network: nn.Module
+    named: list[tuple[str, nn.Parameter]]
+    optimizer: torch.optim.Optimizer
+    compression: Any
+    bytes_an_element: float
+
+    def step(self) -> None:
+        """Forward, backward, exchange and update."""
+        self.optimizer.zero_grad()
+        self.network(torch.ones(())).backward()
+        self.optimizer.step()
+
+    def exchange(self) -> None:
+        """Exchanges gradients that are ready, in the order of a backward pass.
+
+        As Horovod's optimizer does, but for its order of ready gradients, which is that of a set.
+        """
+        handles = []
+        for name, parameter in reversed(self.named):
+            assert parameter.grad is not None
+            sent, context = self.compression.compress(parameter.grad)
+            handle = hvd.allreduce_async(sent, name=f"{self.label}.{name}")
+            handles.append((parameter, handle, context))
+        for parameter, handle, context in handles:
+            parameter.grad = self.compression.decompress(hvd.synchronize(handle), context)
+
+    def get_ready(self, exchange_alone: bool) -> None:
+        """Prepares the next call: sets the gradients, if the exchange alone is timed."""
+        if exchange_alone:
+            assert isinstance(self.network, _Model)
+            slopes = self.network.slopes.values()
+            for parameter, slope in zip(self.network.parameters(), slopes, strict=True):
+                parameter.grad = slope.view_as(parameter).clone()
+
+    def megabytes(self) -> float:
+        """Megabytes that a rank hands to collectives in a step."""
+        if isinstance(self.compression, GlobalQSGD):
+            stats = self.compression.stats()
+            wire = stats.compressed_bytes_on_wire + stats.bypassed_bytes
+            return wire / max(stats.steps, 1) / 1e6
+        elements = sum(p.numel() for p in self.network.parameters())
+        return elements * self.bytes_an_element / 1e6
+
+
+def make_arm(name: str, model: str) -> Arm:
+    """An arm of ``operators.ARMS`` for one of ``gradients.MODELS``."""
+    network = _Model(model)
+    named = list(network.named_parameters())
+    optimizer = _optimizer(network)
+    if name in DDP_ARMS:
+        return _make_ddp(name, network, optimizer)
+    compression: Any = hvd.Compression.fp16 if name == FP16 else hvd.Compression.none
+    if name in OURS:
+        compression = GlobalQSGD(named_parameters=reversed(named), **OURS[name])
+    optimizer = hvd.DistributedOptimizer(
+        optimizer, named_parameters=named, compression=compression
+    )  # fmt: skip
+    return Arm(name, network, named, optimizer, compression, 2 if name == FP16 else 4)
+
+
+def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(network.parameters(), lr=1e-3)
+
+
+def _make_ddp(name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> Arm:
+    if not dist.is_initialized():
+        raise RuntimeError("there is no process group")
+    # PowerSGD's hook starts collectives when others are done, on whatever thread: with two buckets
+    # in flight ranks start them in different orders, and Gloo ends the program.
+    one_bucket = name == "DDP PowerSGD rank 4"
+    default: Any = dist
+    first = default._DEFAULT_FIRST_BUCKET_BYTES
+    try:
+        if one_bucket:
+            default._DEFAULT_FIRST_BUCKET_BYTES = 2**31
+        ddp = nn.parallel.DistributedDataParallel(
+            network, bucket_cap_mb=2048 if one_bucket else None
+        )
+    finally:
+        default._DEFAULT_FIRST_BUCKET_BYTES = first
+    compressor, size = None, 4.0
+    if name == "DDP fp16":
+        ddp.register_comm_hook(None, default_hooks.fp16_compress_hook)
+        size = 2
+    elif name == "DDP PowerSGD rank 4":
+        state = powerSGD_hook.PowerSGDState(
+            None, matrix_approximation_rank=4, start_powerSGD_iter=2
+        )  # fmt: skip
+        ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
+        size = math.nan
+    elif name == "DDP GlobalQSGD 8 bits":
+        compressor = GlobalQSGD(bits=8)
+        ddp.register_comm_hook(compressor.ddp_state(), ddp_hook)
+    return Arm(name, ddp, [], optimizer, compressor, size)
+
+
+def start_process_group(interface: str | None) -> None:
+    """Initializes PyTorch's default process group, over Gloo, with all ranks of Horovod.
+
+    Args:
+        interface: network interface of this rank; None: Gloo chooses one.
+    """
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    store, address = None, torch.zeros(5, dtype=torch.int32)
+    if hvd.rank() == 0:
+        one_host = interface is None and hvd.local_size() == hvd.size()
+        host = "127.0.0.1" if one_host else socket.gethostbyname(socket.gethostname())
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            host, 0, hvd.size(), is_master=True, wait_for_workers=False
+        )
+        address = torch.tensor([*socket.inet_aton(host), store.port], dtype=torch.int32)
+    *host_bytes, port = hvd.broadcast(address, root_rank=0, name="bench.store").tolist()
+    host = socket.inet_ntoa(bytes(host_bytes))
+    store = store or dist.TCPStore(  # type: ignore[attr-defined]
+        host, port, hvd.size(), is_master=False
+    )
+    dist.init_process_group("gloo", store=store, rank=hvd.rank(), world_size=hvd.size())
