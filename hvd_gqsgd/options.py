@@ -1,4 +1,4 @@
-"""Every option: its type, its check, its error text, and which front end takes it."""
+"""The options: types, checks, error messages, and which of them a front end takes."""
 
 from __future__ import annotations
 
@@ -51,28 +51,31 @@ class OptionKeywords(OptionsButBits, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the compressor. All ranks must use the same ones, and they check that.
+    """The options of a compressor.
+
+    All ranks must use the same ones. They compare them, so that a difference is an error.
 
     Args:
-        bits: lane width on the wire, 2 to 16 bits per element; 4 or 8 for exponential dithering.
-            ``DynamicBits(...)`` chooses the width of each step, as in DQ-SGD.
-        dither: ``"linear"`` has evenly spaced levels. In ``"exponential"`` each level is twice the
-            one below, so small elements keep their relative precision.
-        exchange: ``"allreduce"`` sums codes as integers in an ordinary Allreduce. It has
-            ``(2^bits - 1) // (2 * world_size)`` levels per side. ``"two_phase"`` is an Alltoall of
-            codes, a mean on the rank that owns a segment, and an Allgather of means. It has
-            ``2^(bits - 1) - 1`` levels a side for any world size. ``"auto"`` takes two phases for
-            exponential dithering, and for linear dithering where an Allreduce would have fewer
-            than 7 levels. ``"reduce_scatter"`` sums exponential codes by an MPI operator that
-            rounds at each sum. Only ``allreduce`` over MPI has it, for comparison with the paper.
-        norm: of a block over all ranks: ``"max"`` is the largest magnitude, ``"l2"`` the L2 norm.
-        block_size: consecutive elements that share a norm; None for one norm per tensor.
-        correlated: draws the ranks' dither from strata of one shared number, so that their
-            rounding errors cancel. False makes the dither of the ranks independent.
-        seed: of the dither. The same seed and gradients give the same bits.
-        min_numel: tensors with fewer elements are not compressed, unless Horovod cannot reduce them
-            (bfloat16, not contiguous). Under DDP it is compared with a whole bucket.
-        bucket_mb: size in MB of the buckets in which Horovod's gradients are exchanged.
+        bits: lane width on the wire, from 2 to 16 bits per element; 4 or 8 for exponential
+            dithering. ``DynamicBits(...)`` chooses the width of each step, as in DQ-SGD.
+        dither: ``"linear"`` has evenly spaced levels. ``"exponential"`` has levels each twice the
+            one below, so that small elements keep their relative precision.
+        exchange: ``"allreduce"`` sums codes as integers in an ordinary Allreduce, with
+            ``(2**bits - 1) // (2 * world_size)`` levels per side. ``"two_phase"`` is an Alltoall of
+            codes, a mean on the rank that owns a segment, and an Allgather of means; it has
+            ``2**(bits - 1) - 1`` levels per side for any world size. ``"auto"`` takes two phases
+            for exponential dithering, and where an Allreduce would have fewer than 7 levels.
+            ``"reduce_scatter"`` sums exponential codes by an MPI operator, and rounds at each sum:
+            for ``allreduce`` over MPI only, to compare with the paper.
+        norm: the norm of a block over all ranks: ``"max"``, its largest magnitude, or ``"l2"``.
+        block_size: number of consecutive elements that share a norm; None for one norm per tensor.
+        correlated: whether the ranks draw their dither from strata of one shared number, so that
+            their rounding errors cancel. If False, their dither is independent.
+        seed: seed of the dither. The same seed and gradients give the same bits.
+        min_numel: smallest number of elements to compress. Smaller tensors go to Horovod as they
+            are, unless it cannot reduce them (bfloat16, not contiguous). Under DDP, smaller buckets
+            are not compressed.
+        bucket_mb: size in megabytes of the buckets in which gradients are exchanged under Horovod.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -146,7 +149,7 @@ class Options:
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
 
     def describe(self, world_size: int) -> str:
-        """The exchange on so many ranks, and its levels."""
+        """The exchange and its levels per side for a world size, in words."""
         exchange = self.exchange_for(world_size)
         summands = world_size if exchange == "allreduce" else 1
         bits = self.bits
@@ -164,7 +167,7 @@ class Options:
         return digest(("options", WIRE_VERSION, *dataclasses.astuple(self)))
 
     def keywords(self) -> str:
-        """All options, as they are written in a call."""
+        """All options as keyword arguments, in words."""
         return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
 
 
@@ -178,19 +181,19 @@ OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """A function that takes ``**options``: makes them, or tells the caller what is wrong."""
+    """A function or class that takes ``**options``, and the options that it has no use for."""
 
     name: str
-    """As errors have it."""
+    """The name that errors begin with."""
     own: tuple[str, ...] = ()
-    """Keywords of the function itself, to suggest for one that is misspelt."""
+    """The function's other keywords, which an error may suggest for an unknown one."""
     without: Mapping[str, str] = field(default_factory=dict)
-    """Options that would have no effect here, and what to do instead."""
+    """Names that have no effect here, each with the reason and the remedy."""
     over_mpi: bool = False
-    """Whether it can run over MPI, which ``exchange="reduce_scatter"`` needs."""
+    """Whether it runs over MPI, which ``exchange="reduce_scatter"`` needs."""
 
     def options(self, given: Mapping[str, Any]) -> Options:
-        """The options from keyword arguments.
+        """Returns the options of a call.
 
         Raises:
             TypeError: an option is unknown, has no effect here, or has the wrong type.
@@ -210,7 +213,7 @@ class FrontEnd:
         return options
 
     def documented(self, function: Function) -> Function:
-        """Shows the options in the signature of a function, in place of ``**options``."""
+        """Decorates a function: its signature lists the options in place of ``**options``."""
         signature = inspect.signature(function)
         shown = list(signature.parameters.values())[:-1]
         shown += [

@@ -1,4 +1,4 @@
-"""Bytes before and after quantization, as this rank counts them."""
+"""Bytes and tensors of this rank, before and after compression."""
 
 from __future__ import annotations
 
@@ -9,32 +9,36 @@ __all__ = ["Stats"]
 
 @dataclass
 class Stats:
-    """This rank's counts since the compressor was made, or since the last reset.
+    """Counts of one rank, since the compressor was made or the counts were reset.
 
     ``print(stats)`` shows a summary.
 
-    Bytes are counted as those of an Allreduce: each one handed to it once, where a ring of n ranks
-    sends 2(n-1)/n times as many. An Alltoall of as many bytes, and an Allgather that brings as many
-    together, take half of that each, and count half. Those of compressed tensors include norms,
+    Bytes on the wire are those handed to an Allreduce. A ring of n ranks sends 2(n-1)/n times as
+    many from each rank. An Alltoall of as many bytes takes half of that, and so does an Allgather
+    that brings as many together: their bytes count half. Bytes of compressed tensors include norms,
     headers, padding and probes.
     """
 
     steps: int = 0
-    """Rounds of exchange: one a training step, one a plain ``hvd.allreduce``."""
+    """Exchanges: one per training step, and one per plain ``hvd.allreduce``."""
     tensors: int = 0
-    """Tensors that were handed to the compressor."""
+    """Tensors handed to the compressor; under DDP, buckets."""
     tensors_bypassed: int = 0
-    """Those that went to Horovod as they are: small, integer, sparse, or needing autograd."""
+    """Tensors that were not compressed: small, integer, sparse, or needed by autograd."""
     compressed_bytes_before: int = 0
-    """Gradient bytes of the tensors that were compressed."""
+    """Gradient bytes of compressed tensors."""
     compressed_bytes_on_wire: int = 0
-    """What they took on the wire."""
+    """Bytes on the wire of compressed tensors."""
     bypassed_bytes: int = 0
-    """Bytes of the tensors that were not compressed, before and on the wire."""
+    """Bytes of the tensors that were not compressed, the same before and on the wire."""
     elements: int = 0
+<<<<<<< HEAD
     """Elements of the tensors that were compressed."""
     slots_filled: int = 0
     """Operation slots under Horovod that no collective used; see ``engine/operation_slots.py``."""
+=======
+    """Elements of compressed tensors."""
+>>>>>>> api
     bits: int = 0
     """Lane width of the last step."""
 
@@ -45,27 +49,27 @@ class Stats:
 
     @property
     def bytes_on_wire(self) -> int:
-        """Bytes on the wire for all tensors."""
+        """Bytes on the wire of all tensors."""
         return self.compressed_bytes_on_wire + self.bypassed_bytes
 
     @property
     def ratio(self) -> float:
-        """How many times smaller all tensors became; 1 if there were none."""
+        """Compression ratio of all tensors; 1 if there were none."""
         return _ratio(self.bytes_before, self.bytes_on_wire)
 
     @property
     def compressed_ratio(self) -> float:
-        """The same for the tensors that were compressed."""
+        """Compression ratio of the compressed tensors; 1 if there were none."""
         return _ratio(self.compressed_bytes_before, self.compressed_bytes_on_wire)
 
     @property
     def mean_bits(self) -> float:
-        """Bits on the wire for each element that was compressed, all that goes with it included."""
+        """Bits on the wire per element of the compressed tensors, with all that goes with it."""
         return _ratio(8 * self.compressed_bytes_on_wire, self.elements)
 
     @property
     def bypassed_share(self) -> float:
-        """The share of tensors that were not compressed, from 0 to 1."""
+        """Share of tensors that were not compressed, from 0 to 1."""
         return self.tensors_bypassed / self.tensors if self.tensors else 0.0
 
     def reset(self) -> None:

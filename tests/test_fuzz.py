@@ -28,6 +28,7 @@ from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs.bit_schedule import WORD_MAX, Schedule
 from hvd_gqsgd.engine.agreement import Ahead, WithNorms
 from hvd_gqsgd.engine.pipeline import Pipeline
+from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.horovod import _problem
 from hvd_gqsgd.frontends.horovod_probe import Reading
@@ -75,7 +76,11 @@ class Ranks:
 
     def __init__(self, n: int, step: int, make: Callable[..., Any], **options: Any) -> None:
         world = SimulatedWorld(n)
-        self.pipelines = [Pipeline(Options(**options), make(world, r), step=step) for r in range(n)]
+        resolved = Options(**options)
+        self.pipelines = [
+            Pipeline(resolved, make(world, rank), steps=Steps(resolved.bits, step))
+            for rank in range(n)
+        ]
 
     def exchange(self, tensors: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
         """The means that each rank decodes of its tensors."""

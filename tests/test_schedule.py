@@ -468,7 +468,7 @@ def test_defaults() -> None:
         "budget": 5.0,
         "total_steps": None,
         "form": "nonconvex",
-        "contraction": 0.999,
+        "contraction": None,
         "min_bits": 2,
         "max_bits": 16,
     }
@@ -476,7 +476,11 @@ def test_defaults() -> None:
 
 def test_equal_options_are_equal() -> None:
     """5 and 5.0 bits are the same, also to a digest of their ``repr``."""
-    assert repr(DynamicBits(budget=5, contraction=1)) == repr(DynamicBits(contraction=1.0))
+    convex = {"form": "convex", "total_steps": 9}
+    assert repr(DynamicBits(5, contraction=1, **convex)) == repr(
+        DynamicBits(contraction=1.0, **convex)
+    )
+    assert DynamicBits(**convex) == DynamicBits(contraction=0.999, **convex)
     with pytest.raises(dataclasses.FrozenInstanceError):
         DynamicBits().budget = 4  # type: ignore[misc]
 
@@ -491,7 +495,7 @@ def test_equal_options_are_equal() -> None:
         {"total_steps": 1},
         {"total_steps": 2**31 - 1},
         {"form": "convex", "total_steps": 10, "contraction": 1},
-        {"contraction": 1e-9},
+        {"form": "convex", "total_steps": 10, "contraction": 1e-9},
     ],
 )
 def test_accepted(options: dict[str, Any]) -> None:
@@ -520,6 +524,7 @@ BUDGET = "budget must be from min_bits=2 to max_bits=16, got "
         ({"contraction": 0}, "contraction must be above 0 and at most 1, got 0"),
         ({"contraction": 1.001}, "contraction must be above 0 and at most 1, got 1.001"),
         ({"contraction": math.nan}, "contraction must be above 0 and at most 1, got nan"),
+        ({"contraction": 0.9}, "contraction=0.9 has no effect on form='nonconvex': leave it out"),
     ],
 )
 def test_out_of_range(options: dict[str, Any], message: str) -> None:
@@ -536,7 +541,7 @@ def test_out_of_range(options: dict[str, Any], message: str) -> None:
         ("total_steps", 10.0, "total_steps must be an int or None (unknown), got 10.0"),
         ("total_steps", True, "total_steps must be an int or None (unknown), got True"),
         ("form", None, "form must be one of ('nonconvex', 'convex'), got None"),
-        ("contraction", None, "contraction must be a number, got None"),
+        ("contraction", "1", "contraction must be a number, got '1'"),
         ("contraction", True, "contraction must be a number, got True"),
         ("min_bits", 2.0, "min_bits must be an int, got 2.0"),
         ("max_bits", True, "max_bits must be an int, got True"),

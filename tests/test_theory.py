@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, Array, gradient_like, random_floats, threshold
+from helpers import DTYPES, Array, as_numpy, gradient_like, random_floats, threshold
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference import linear as reference
+from reference import theory
 from reference import two_phase as reference_two_phase
+from reference.theory import Operator
 from torch import Tensor
 
 from hvd_gqsgd import simulate
@@ -34,6 +36,113 @@ from hvd_gqsgd.transports.simulated import SimulatedWorld
 LIMIT = threshold(1e-9)
 RNG = np.random.default_rng
 
+ALLREDUCE = [
+    Operator(exchange="allreduce", **options)
+    for options in (
+        {}, {"correlated": False}, {"block_size": None}, {"block_size": 256}, {"norm": "l2"},
+        {"correlated": False, "block_size": None}, {"bits": 4}, {"bits": 12}, {"bits": 16},
+    )
+]  # fmt: skip
+TWO_PHASE = [
+    *(Operator(**options) for options in ({}, {"correlated": False}, {"norm": "l2"}, {"bits": 4})),
+    *(
+        Operator(dither="exponential", **options)
+        for options in (
+            {}, {"correlated": False}, {"block_size": None}, {"norm": "l2"}, {"bits": 4},
+        )
+    ),
+]  # fmt: skip
+
+
+def heavy_tailed(rng: np.random.Generator, n: int, numel: int) -> Tensor:
+    """Student's t with 4 degrees of freedom."""
+    return torch.from_numpy(rng.standard_t(4, (n, numel)).astype(np.float32))
+
+
+def mean_square(rows: Tensor, steps: int, operator: Operator, **options: Any) -> Array:
+    """Of each element's error over so many steps."""
+    exact = rows.double().mean(0)
+    errors = [simulate(rows, step=k, **operator._asdict(), **options) - exact for k in range(steps)]
+    return np.mean([error.numpy() ** 2 for error in errors], axis=0)
+
+
+# --- mean squares --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 16])
+def test_errors_are_below_their_bounds_and_as_expected(n: int) -> None:
+    rows = heavy_tailed(RNG(n), n, 2**15)
+    for operator in [*ALLREDUCE, *TWO_PHASE]:
+        if operator.exchange == "allreduce" and operator.levels(n) < 1:
+            continue
+        measured = mean_square(rows, 4, operator).mean()
+        bound = theory.variance_bound(rows.numpy(), operator).mean()
+        assert 0.01 < measured / bound < 1, operator
+        if operator.exchange == "allreduce":
+            expected = theory.expected_variance(rows.numpy(), operator).mean()
+            assert measured == pytest.approx(expected, rel=0.1), operator
+
+
+def equalities(n: int, rng: np.random.Generator) -> Iterator[tuple[str, Operator, Any, float]]:
+    """Where the page says "with equality": the operator, x / M of each rank, and the mean square
+    over M^2. Shares are the same for all elements, or of shape (ranks, elements)."""
+    summed, alone = Operator(exchange="allreduce"), Operator(exchange="allreduce", correlated=False)
+    s, uniform = (2**8 - 1) // (2 * n), rng.uniform(-1, 1, (n, 2**15))
+    yield "1: half way", alone, [0.5 / s] * n, 1 / (4 * n * s**2)
+    yield "1: uniform", alone, uniform, 1 / (6 * n * s**2)
+    yield "2: uniform", summed, uniform, (n + 1) / (12 * n**2 * s**2)
+    yield "2: equal ranks", summed, [0.5 / (n * s)] * n, 1 / (4 * n**2 * s**2)
+    worst = [(0.5 - r) / n % 1 / s for r in range(n)]
+    yield "2: worst data", summed, worst, (1 / 12 + 1 / (6 * n**2)) / s**2
+    # Half a level of a norm that the elements are a part of: n ranks, with 1 and 1023 of them each.
+    s = (2**16 - 1) // (2 * n)
+    squared = n / (1 - n * 1023 * (0.5 / s) ** 2)
+    yield "3: half way", alone._replace(bits=16, norm="l2"), [0.5 * squared**0.5 / s] * n, (
+        squared / (4 * n * s**2)
+    )  # fmt: skip
+    yield "5: linear", Operator(), [3 / 127, 4 / 127], 1 / (4 * 127**2)  # R = 1: the mean is M once
+    exponential = Operator(dither="exponential")
+    yield "4: of one rank", exponential, [4 / 3 * 2**-4], (4 / 3 * 2**-4) ** 2 / 8
+    yield "5: exponential", exponential, [2**-4, 2**-4, 2**-3], (4 / 3 * 2**-4) ** 2 / 8
+    yield "4: below all levels", exponential._replace(bits=4), [2**-7], 2.0**-14
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 16])
+def test_bounds_are_reached(n: int) -> None:
+    """By the data of which the page says so."""
+    for name, operator, shares, expected in equalities(n, RNG(n)):
+        rows = torch.as_tensor(shares, dtype=torch.float64)
+        rows = rows.view(len(rows), -1).expand(-1, 2**15).contiguous()
+        first = torch.arange(2**15) % 1024 == 0
+        rows[:, first] = 1  # M, which is exact
+        measured = mean_square(rows, 4, operator)[~first.numpy()].mean()
+        assert measured == pytest.approx(expected, rel=0.1), name
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
+def test_no_data_is_worse_for_correlated_dither(n: int) -> None:
+    """Than that of which the page proves it: against random fractions, and against their like."""
+    rng, bound = RNG(n), 1 / 12 + 1 / (6 * n**2)
+    random = rng.uniform(0, 1, (n, 20_000))
+    worst = ((0.5 - np.arange(n)) / n % 1)[:, None]
+    near = (worst + rng.normal(0, 0.1, (n, 20_000))) % 1
+    for fractions in (random, near, worst):
+        variance = theory.rounding_variance(fractions, correlated=True) / n**2
+        assert (variance > -1e-12).all() and (variance < bound + 1e-12).all()
+    assert variance == pytest.approx(bound)
+
+
+def test_default_against_the_authors_scheme() -> None:
+    """On a bucket of 25 MB the error is less than a fifth."""
+    rows = heavy_tailed(RNG(0), 4, 25 * 2**20 // 4)
+    exact = rows.mean(0)
+    authors = (simulate(rows, block_size=None, correlated=False) - exact).norm()
+    default = (simulate(rows) - exact).norm()
+    assert authors / default >= 5
+
+
+# --- the benchmark's tables ----------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
@@ -42,47 +151,34 @@ def measured() -> dict[str, Any]:
     return result
 
 
-def test_errors_are_below_their_bounds_and_as_expected(measured: dict[str, Any]) -> None:
+def test_the_tables_agree_with_theory(measured: dict[str, Any]) -> None:
     rows = measured["comparison"] + measured["operators"]
     assert len(rows) == len(error.COMPARISON) + len(error.OPERATORS)
     for row in rows:
         assert 0.05 < row["to_bound"] < 1, row
         if row["to_expected"] is not None:
             assert row["to_expected"] == pytest.approx(1, abs=0.1), row
-
-
-@pytest.mark.parametrize("ranks", [2, 3, 7, 16])
-def test_bounds_for_other_numbers_of_ranks(ranks: int) -> None:
-    """And the data that reaches them."""
-    rng = RNG(ranks)
-    rows = error._student(rng, ranks, 2**13)
-    for name, options in error.OPERATORS:
-        if error._two_phase(options) or 2 ** options.get("bits", 8) > 2 * ranks:
-            assert error._row(name, rows, 4, options)["to_bound"] < 1, (name, options)
-    for case in error._tight(rng, ranks, 4):
-        assert case["to_formula"] == pytest.approx(1, abs=0.1), case
-
-
-def test_bounds_are_reached(measured: dict[str, Any]) -> None:
     assert len(measured["tight"]) == 10
     for case in measured["tight"]:
         assert case["to_formula"] == pytest.approx(1, abs=0.1), case
+    for row in measured["by_ranks"]:
+        assert row["allreduce_levels"] == 255 // (2 * row["ranks"])
+        assert row["two_phase_levels"] == 127
+        assert row["two_phase_different"] < row["allreduce_different"]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8])
-def test_no_data_is_worse_for_correlated_dither(n: int) -> None:
-    """Than that of which the page proves it: against random fractions, and against their like."""
-    rng, s = RNG(n), (1 << 15) // n
-    random = rng.uniform(0, 1, (n, 20_000))
-    worst = ((0.5 - np.arange(n)) / n % 1)[:, None]
-    near = (worst + rng.normal(0, 0.1, (n, 20_000))) % 1
-    rows = np.concatenate([random, near, worst], axis=1)
-    rows = torch.from_numpy(np.concatenate([np.full((n, 1), s), rows], axis=1) / s)
-    got = (
-        error.expected_variance(rows, bits=16, block_size=None, exchange="allreduce")
-        * error._levels(Options(bits=16, exchange="allreduce"), n) ** 2
-    )
-    assert 0 < got.max() <= 1 / 12 + 1 / (6 * n**2) + 1e-3
+@pytest.mark.parametrize("n", [2, 3, 16])
+def test_the_benchmarks_formulas_are_those_of_theory(n: int) -> None:
+    rows = heavy_tailed(RNG(n), n, 3000)
+    for operator in [*ALLREDUCE, *TWO_PHASE]:
+        if operator.exchange == "allreduce" and operator.levels(n) < 1:
+            continue
+        bound = error.variance_bound(rows, **operator._asdict()).numpy()
+        np.testing.assert_allclose(bound, theory.variance_bound(rows.numpy(), operator), rtol=1e-9)
+        if operator.exchange == "allreduce":
+            variance = error.expected_variance(rows, **operator._asdict()).numpy()
+            expected = theory.expected_variance(rows.numpy(), operator)
+            np.testing.assert_allclose(variance, expected, rtol=1e-6, atol=1e-9 * bound.max())
 
 
 def test_the_tables_can_be_printed(
@@ -100,23 +196,13 @@ def test_the_tables_can_be_printed(
         assert "got" in capsys.readouterr().err
 
 
-def test_default_against_the_authors_scheme() -> None:
-    """On a bucket of 25 MB the error is less than a fifth."""
-    rng = RNG(0)
-    rows = torch.from_numpy(rng.standard_t(4, (4, error.BUCKET)).astype(np.float32))
-    exact = rows.mean(0)
-    authors = (simulate(rows, **error.AUTHORS) - exact).norm()
-    default = (simulate(rows) - exact).norm()
-    assert authors / default >= 5
-
-
 # --- bytes ---------------------------------------------------------------------------------------
 
 
-def exchanged(rows: list[Tensor], **options: Any) -> list[Stats]:
+def exchanged(rows: list[Tensor], operator: Operator) -> list[Stats]:
     """The counts of ranks that exchange a bucket of tensors; each has a row for each rank."""
-    world = SimulatedWorld(len(rows[0]))
-    ranks = [Pipeline(Options(**options), world.transport(r)) for r in range(world.size)]
+    world, options = SimulatedWorld(len(rows[0])), Options(**operator._asdict())
+    ranks = [Pipeline(options, world.transport(r)) for r in range(world.size)]
     tickets = [rank.submit(row) for tensor in rows for rank, row in zip(ranks, tensor, strict=True)]
     for rank in ranks:
         rank.flush()
@@ -130,63 +216,62 @@ def exchanged(rows: list[Tensor], **options: Any) -> list[Stats]:
 NUMELS = [0, 1, 7, 1000, 1024, 1025, 5000]
 
 
-@pytest.mark.parametrize("two_phase", [False, True], ids=["allreduce", "two_phase"])
+@pytest.mark.parametrize("exchange", ["allreduce", "two_phase"])
 @pytest.mark.parametrize("bits", [3, 4, 7, 8, 11, 16])
-def test_bytes(bits: int, two_phase: bool) -> None:
+def test_bytes(bits: int, exchange: Any) -> None:
     """The formula of the page, on every rank."""
-    for block_size, double, l2, n in itertools.product(
-        [1, 100, 1024, 1500, None], [False, True], [False, True], [1, 3]
+    codes = ["linear", "exponential"] if exchange == "two_phase" and bits in (4, 8) else ["linear"]
+    for dither, block_size, double, norm, n in itertools.product(
+        codes, [1, 100, 1024, 1500, None], [False, True], ["max", "l2"], [1, 3]
     ):
+        operator = Operator(bits, dither, exchange, norm, block_size)
         dtype = torch.float64 if double else torch.float32
         rows = [torch.ones(n, numel, dtype=dtype) for numel in NUMELS]
-        exponentials = [False, True] if two_phase and bits in (4, 8) else [False]
-        for exponential in exponentials:
-            expected = error.wire_bytes(
-                NUMELS, bits=bits, block_size=block_size, two_phase=two_phase, l2=l2, double=double,
-                ranks=n,
-            )  # fmt: skip
-            for stats in exchanged(
-                rows, bits=bits, block_size=block_size, norm="l2" if l2 else "max",
-                exchange="two_phase" if two_phase else "allreduce",
-                dither="exponential" if exponential else "linear",
-            ):  # fmt: skip
-                assert stats.compressed_bytes_on_wire == expected
+        expected = theory.wire_bytes(NUMELS, operator, n, double)
+        for stats in exchanged(rows, operator):
+            assert stats.compressed_bytes_on_wire == expected, operator
+        assert expected == error.wire_bytes(
+            NUMELS, bits=bits, block_size=block_size, two_phase=exchange == "two_phase",
+            l2=norm == "l2", double=double, ranks=n,
+        )  # fmt: skip
 
 
 def test_bytes_of_the_example() -> None:
     """The numbers that the page works out."""
-    assert error.wire_bytes([10**6]) == 4 * (16 + 977) + 4 * (16 + 250_000) == 1_004_036
-    assert error.wire_bytes([10**6], l2=True) == 1_004_036 + 8 * 977
-    assert error.wire_bytes([10**6], two_phase=True) == 3972 + 500_000 + 501_962
+    summed = Operator(exchange="allreduce")
+    assert theory.wire_bytes([10**6], summed, 4) == 4 * (16 + 977) + 4 * (16 + 250_000) == 1_004_036
+    assert theory.wire_bytes([10**6], summed._replace(norm="l2"), 4) == 1_004_036 + 8 * 977
+    assert theory.wire_bytes([10**6], Operator(), 4) == 3972 + 500_000 + 501_962
 
 
 # --- bias ----------------------------------------------------------------------------------------
 
-OPERATORS: list[dict[str, Any]] = [
-    {"exchange": "allreduce"},
-    {"exchange": "allreduce", "correlated": False},
-    {"exchange": "allreduce", "bits": 3, "norm": "l2", "block_size": 100},
-    {"exchange": "allreduce", "bits": 16, "norm": "l2"},
-    {"exchange": "two_phase"},
-    {"exchange": "two_phase", "bits": 3, "correlated": False},
-    {"exchange": "two_phase", "norm": "l2"},
-    {"dither": "exponential"},
-    {"dither": "exponential", "correlated": False, "block_size": None},
-    {"dither": "exponential", "bits": 4},
-    {"dither": "exponential", "norm": "l2"},
-]
+OPERATORS = [
+    *(
+        Operator(exchange="allreduce", **options)
+        for options in (
+            {}, {"correlated": False}, {"bits": 3, "norm": "l2", "block_size": 100},
+            {"bits": 16, "norm": "l2"},
+        )
+    ),
+    *(Operator(**options) for options in ({}, {"bits": 3, "correlated": False}, {"norm": "l2"})),
+    *(
+        Operator(dither="exponential", **options)
+        for options in ({}, {"correlated": False, "block_size": None}, {"bits": 4}, {"norm": "l2"})
+    ),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", OPERATORS, ids=str)
-def test_unbiased(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("operator", OPERATORS, ids=str)
+def test_unbiased(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors of steps, added up in two directions, average out: a t-test over 64 steps.
 
     Rounding to the nearest level, before whatever else is random, fails the same test.
     """
-    rows = gradient_like(RNG(5), (3, 1024))
+    rows, options = gradient_like(RNG(5), (3, 1024)), operator._asdict()
     exact = rows.double().mean(0).numpy()
     fair = np.stack([simulate(rows, step=k, **options).double().numpy() for k in range(64)]) - exact
-    biased = np.stack(list(to_nearest(rows, options, monkeypatch))) - exact
+    biased = np.stack(list(to_nearest(rows, operator, monkeypatch))) - exact
     direction = np.sign(biased.mean(0))
 
     assert t_test(fair @ direction) < LIMIT
@@ -195,21 +280,20 @@ def test_unbiased(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def to_nearest(
-    rows: Tensor, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    rows: Tensor, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Array]:
     """What 64 steps would decode if each rank rounded to nearest."""
     half = np.full(rows.shape[1], 2**31, np.uint32)
     monkeypatch.setattr(reference, "dither", lambda *args, **at: half)
     monkeypatch.setattr(reference_two_phase, "dither_of_rank", lambda *args, **at: half)
-    chosen = Options(**options)
-    at = {"bits": chosen.most_bits, "block_size": chosen.block_size, "norm": chosen.norm,
-          "correlated": chosen.correlated, "seed": 0, "tensor_id": 0}  # fmt: skip
+    at = {"bits": operator.bits, "block_size": operator.block_size, "norm": operator.norm,
+          "correlated": operator.correlated, "seed": 0, "tensor_id": 0}  # fmt: skip
     for step in range(64):
-        if chosen.exchange_for(len(rows)) == "allreduce":
+        if operator.exchange == "allreduce":
             yield reference.mean(rows.numpy(), step=step, **at)
         else:
             yield reference_two_phase.two_phase_mean(
-                rows.numpy(), step=step, dither=chosen.dither, **at
+                rows.numpy(), step=step, dither=operator.dither, **at
             )
 
 
@@ -225,34 +309,21 @@ def t_test(values: Array) -> float:
 # --- what no error exceeds -----------------------------------------------------------------------
 
 
-def sure_bound(rows: Tensor, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """The most that an error can be but for rounding of floats, and the norm, of each element."""
-    chosen, n = Options(**options), len(rows)
-    norm, s = error._norms(rows, chosen), error._levels(chosen, n)
-    x = rows.double() / n  # before the sum, which may overflow
-    if s:
-        first = norm / s
-        second = error._reach(rows.double(), norm, first, chosen) / s
-    else:
-        lowest = norm * error._lowest(chosen)
-        first = torch.maximum(x.abs(), lowest / n).sum(0)
-        second = torch.maximum(x.sum(0).abs() + first, lowest)
-    return (first if chosen.exchange_for(n) == "allreduce" else first + second), norm
-
-
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
-    """Rows of any type and magnitude, and any operator."""
+def worlds(draw: st.DrawFn) -> tuple[Tensor, Operator, dict[str, int]]:
+    """Rows of any type and magnitude, any operator, and a seed and a step."""
     n = draw(st.integers(1, 16))
     numel = draw(st.one_of(st.integers(0, 40), st.sampled_from([1023, 1024, 1025, 2500])))
-    operator = draw(st.sampled_from(["allreduce", "two_phase", "exponential"]))
-    options: dict[str, Any] = {"exchange": "allreduce"}
-    if operator == "allreduce":
-        options["bits"] = draw(st.integers((2 * n).bit_length(), 16))
-    elif operator == "two_phase":
-        options = {"exchange": "two_phase", "bits": draw(st.integers(2, 16))}
-    else:
-        options = {"dither": "exponential", "bits": draw(st.sampled_from([4, 8]))}
+    operator = draw(st.sampled_from([Operator(exchange="allreduce"), Operator(),
+                                     Operator(dither="exponential")]))  # fmt: skip
+    widths = {"allreduce": st.integers((2 * n).bit_length(), 16), "two_phase": st.integers(2, 16)}
+    exponential = operator.dither == "exponential"
+    operator = operator._replace(
+        bits=draw(st.sampled_from([4, 8]) if exponential else widths[operator.exchange]),
+        norm=draw(st.sampled_from(["max", "l2"])),
+        block_size=draw(st.sampled_from([1, 3, 64, 1000, 1024, 1500, None])),
+        correlated=draw(st.booleans()),
+    )
     dtype = draw(st.sampled_from(DTYPES))
     rng = RNG(draw(st.integers(0, 2**32)))
     most = min(torch.finfo(dtype).max * 0.9, 1e38)
@@ -262,13 +333,11 @@ def worlds(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
     else:
         magnitude = min(10 ** draw(st.floats(-45, 38)), most)
         rows = torch.from_numpy(rng.uniform(-1, 1, (n, numel)) * magnitude).to(dtype)
-    return rows, options | {
-        "norm": draw(st.sampled_from(["max", "l2"])),
-        "block_size": draw(st.sampled_from([1, 3, 64, 1000, 1024, 1500, None])),
-        "correlated": draw(st.booleans()),
+    at = {
         "seed": draw(st.integers(-(2**63), 2**63 - 1)),
         "step": draw(st.integers(0, 2**31 - 2)),
     }
+    return rows, operator, at
 
 
 @given(worlds())
@@ -276,12 +345,11 @@ def worlds(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
     max_examples=400, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
-def test_no_error_exceeds_its_sure_bound(world: tuple[Tensor, dict[str, Any]]) -> None:
+def test_no_error_exceeds_its_sure_bound(world: tuple[Tensor, Operator, dict[str, int]]) -> None:
     """One level in an Allreduce, one of each phase, or the gaps between exponential levels."""
-    rows, options = world
-    mean = simulate(rows, **options)
-    del options["step"]
-    bound, norm = sure_bound(rows, options)
+    rows, operator, at = world
+    mean = simulate(rows, **operator._asdict(), **at)
+    bound = torch.from_numpy(theory.sure_bound(as_numpy(rows), operator))
     exact = (rows.double() / len(rows)).sum(0)
 
     info = torch.finfo(rows.dtype)
@@ -289,12 +357,13 @@ def test_no_error_exceeds_its_sure_bound(world: tuple[Tensor, dict[str, Any]]) -
     could_overflow = (exact.abs() + bound) * (1 + info.eps) > info.max
     finite = mean.isfinite()
     assert (finite | could_overflow).all()
-    if options["norm"] == "max":
+    if operator.norm == "max":
         assert finite.all()
 
-    exponential = "dither" in options
+    exponential = operator.dither == "exponential"
     wide = info.bits == 64 and not exponential
     arithmetic = (8 + len(rows)) * torch.finfo(torch.float64 if wide else torch.float32).eps
+    norm = torch.from_numpy(operator.norms(as_numpy(rows)))
     largest = exact.abs() + bound if exponential else norm
     rounding = largest * (info.eps + arithmetic) + 2 * info.smallest_normal * info.eps
     assert ((mean.double() - exact).abs() <= bound + rounding)[finite].all()

@@ -39,15 +39,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
-from hvd_gqsgd.checks import check_int, check_number
+from hvd_gqsgd.checks import check_choice, check_int, check_number
 
 __all__ = ["WIDTHS", "DynamicBits", "FixedBits", "Schedule", "make_schedule", "wire_bits"]
 
 MIN_BITS, MAX_BITS = 2, 16
 WORD_MAX = 2**31 - 1
-FORMS = ("nonconvex", "convex")
+Form = Literal["nonconvex", "convex"]
+CONTRACTION = 0.999
 
 WINDOW = 32  # steps that the budget is held over if the end is unknown
 RECENT = 8  # steps that the trend is taken from
@@ -95,10 +96,11 @@ class DynamicBits:
     """Mean bits an element that the codes take on the wire; norms and padding come on top."""
     total_steps: int | None = None
     """Steps of the run, over which the budget is held; ``None``: over some dozens of steps."""
-    form: str = "nonconvex"
+    form: Form = "nonconvex"
     """Or "convex", which weighs later steps more, and needs ``total_steps``."""
-    contraction: float = 0.999
-    """What a step contracts the loss by, above 0 and at most 1; for the convex form only."""
+    contraction: float | None = None
+    """The share of the loss that a step leaves, above 0 and at most 1: for the convex form only,
+    where ``None`` is 0.999."""
     min_bits: int = 2
     """The narrowest lanes, 2 to 16 bits."""
     max_bits: int = 16
@@ -115,17 +117,25 @@ class DynamicBits:
             raise ValueError(f"budget must be from {span}, got {self.budget!r}")
         if self.total_steps is not None:
             check_int("total_steps", self.total_steps, 1, WORD_MAX, "None (unknown)")
-        if not isinstance(self.form, str):
-            raise TypeError(f"form must be one of {FORMS}, got {self.form!r}")
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {FORMS}, got {self.form!r}")
+        check_choice("form", self.form, get_args(Form))
         if self.form == "convex" and self.total_steps is None:
             raise ValueError("total_steps must be an int for form='convex', got None")
+        object.__setattr__(self, "budget", budget)
+        if self.form == "convex" or self.contraction is not None:
+            object.__setattr__(self, "contraction", self._checked_contraction())
+
+    def _checked_contraction(self) -> float:
+        if self.contraction is None:
+            return CONTRACTION
         contraction = check_number("contraction", self.contraction, "a number")
         if not 0 < contraction <= 1:
             raise ValueError(f"contraction must be above 0 and at most 1, got {self.contraction!r}")
-        object.__setattr__(self, "budget", budget)
-        object.__setattr__(self, "contraction", contraction)
+        if self.form != "convex":
+            raise ValueError(
+                f"contraction={self.contraction!r} has no effect on form='nonconvex': leave it "
+                "out, or give form='convex'"
+            )
+        return contraction
 
 
 class FixedBits:
@@ -312,7 +322,7 @@ class Schedule:
                 r = math.sqrt(self.steps / (self.steps + left))
                 trend = min((1 - r) * (2 + r) / (r * (1 + r)), TREND_MAX)
             excess = (last - recent - trend * (recent - mean)) / NORM_UNIT
-        if left is not None and self.dynamic.form == "convex":
+        if left is not None and self.dynamic.contraction is not None:
             # a^(left/2), over its geometric mean from here to the end
             excess += left / 4 * math.log2(self.dynamic.contraction)
         return min(max(excess, -REACH), REACH)

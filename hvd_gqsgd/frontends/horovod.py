@@ -97,7 +97,7 @@ class _Context(NamedTuple):
 
 
 class GlobalQSGD(Compressor):
-    """Sums gradients as quantized integers, inside Horovod's own allreduce.
+    """Horovod compressor that sums gradients as quantized integers inside Allreduce.
 
     Use the class itself for the defaults, or an instance::
 
@@ -106,16 +106,16 @@ class GlobalQSGD(Compressor):
         opt = hvd.DistributedOptimizer(opt, named_parameters=model.named_parameters(),
                                        compression=GlobalQSGD(bits=4, seed=7))
 
-    All ranks must use the same options, and they check that.
+    All ranks must use the same options.
 
     Args:
         bits: lane width on the wire in bits per element, or ``DynamicBits(...)``.
-        named_parameters: ``model.named_parameters()``. With names, gradients may come in another
-            order on another rank. Without, they are told apart by their order, and a difference
-            between ranks is an error.
+        named_parameters: ``model.named_parameters()``. With names, the order of gradients may
+            differ between ranks. Without names, gradients are identified by their order, and ranks
+            with another order are an error.
         process_set: the Horovod process set given to ``hvd.DistributedOptimizer``; None for all
             ranks.
-        options: see :class:`hvd_gqsgd.options.Options`, which also has more about ``bits``.
+        options: see :class:`hvd_gqsgd.options.Options`, also for ``bits``.
 
     Raises:
         TypeError: an option is unknown or has the wrong type.
