@@ -32,13 +32,9 @@ class Stats:
     bypassed_bytes: int = 0
     """Bytes of the tensors that were not compressed, the same before and on the wire."""
     elements: int = 0
-<<<<<<< HEAD
-    """Elements of the tensors that were compressed."""
+    """Elements of compressed tensors."""
     slots_filled: int = 0
     """Operation slots under Horovod that no collective used; see ``engine/operation_slots.py``."""
-=======
-    """Elements of compressed tensors."""
->>>>>>> api
     bits: int = 0
     """Lane width of the last step."""
 
