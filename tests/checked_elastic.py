@@ -43,15 +43,13 @@ class Checked(GlobalQSGD):
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         mean = super().decompress(tensor, ctx)
         if ctx is not None and ctx is self._first:
-            agreement = ctx.ticket.bucket.agreement
+            bits, step = self.stats().bits, self.state_dict()["step"] - 1
             gradients = hvd.allgather(ctx.like.view(1, -1), name="gradients")
             exchange = self.options.exchange_for(hvd.size())  # it follows the budget, not the width
-            expected = simulate(
-                gradients, bits=agreement.bits, exchange=exchange, step=agreement.step
-            )
+            expected = simulate(gradients, bits=bits, exchange=exchange, step=step)
             verdict = "right" if torch.equal(mean.view(-1), expected) else "wrong"
             place = f"rank {hvd.rank()} of {hvd.size()}"
-            print(f"{place}: number {agreement.step}, {agreement.bits} bits, {verdict}", flush=True)
+            print(f"{place}: number {step}, {bits} bits, {verdict}", flush=True)
             if hvd.size() == 2:
                 time.sleep(PAUSE)
         return mean
