@@ -272,7 +272,9 @@ class GlobalQSGD(Compressor):
 
         Both are plain numbers. The state is that of the training, whichever front end is used:
         Horovod, or DDP by ``ddp_state()``. All ranks have the same; it is enough to save that of
-        one.
+        one. A resumed training has the bits of an uninterrupted one; under DDP only with
+        ``find_unused_parameters=True``, as DDP otherwise reorders its buckets after the first
+        step.
         """
         return self._steps.state_dict()
 
