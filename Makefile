@@ -38,7 +38,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench bench-mpi sanitize coverage mutate soak faults fuzz gpu setup clean \
+.PHONY: help demo test quick check format bench bench-mpi sanitize coverage mutate soak faults fuzz gpu setup clean \
     distclean FORCE
 
 PY := $(VENV)/bin/python
@@ -65,6 +65,9 @@ demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD,
 
 test: setup ## run the tests
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),tests)
+
+quick: setup ## run the tests that start no ranks, in under two minutes
+	@$(RUN) $(PY) -m pytest -q -m 'not launches and not slow and not long' tests
 
 check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, types, known vulnerabilities, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check
