@@ -10,7 +10,8 @@ from torch import Tensor
 
 from hvd_gqsgd import AgreementError, simulate
 from hvd_gqsgd.engine.agreement import Ahead, check, refuse
-from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
+from hvd_gqsgd.engine.flight import Ticket
+from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 

@@ -24,6 +24,8 @@ from hvd_gqsgd.tools.cost_model import PRESETS, Machine
 from hvd_gqsgd.tools.doctor import Finding
 from hvd_gqsgd.tools.launch import printed_json
 
+pytestmark = pytest.mark.launches
+
 COMMAND = [sys.executable, "-m", "hvd_gqsgd"]
 
 

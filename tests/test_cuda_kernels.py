@@ -19,6 +19,8 @@ from torch import Tensor
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 
+pytestmark = pytest.mark.launches
+
 BLOCKS = [256, 1000, 1024, 1500, 2048, None]
 SIZES = [0, 1, 3, 255, 1025, 4096, 5003]
 # Emulated threads are slow, and small blocks take one or more for each block.

@@ -15,6 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from hvd_gqsgd import simulate
 
+pytestmark = pytest.mark.launches
+
 EXAMPLES = HERE.parent / "examples"
 QUICK_RUNS = 7
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from launch import HERE, Job, environment, gloo, started
 
+pytestmark = pytest.mark.launches
+
 SCRIPT = HERE / "checked_elastic.py"
 LIMIT = 140  # seconds
 

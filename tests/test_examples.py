@@ -13,6 +13,8 @@ from launch import HERE, mpirun, run
 
 from hvd_gqsgd.codecs.bit_schedule import wire_bits
 
+pytestmark = pytest.mark.launches
+
 EXAMPLES = HERE.parent / "examples"
 DIGITS = EXAMPLES / "digits_cnn.py"
 

@@ -19,6 +19,8 @@ from launch import HERE, gloo, mpirun, run, started
 
 from hvd_gqsgd.bench.hosts import HOSTS
 
+pytestmark = pytest.mark.launches
+
 LIMIT = 60  # seconds; measured: 3 to 10
 
 launchers = pytest.mark.parametrize("launcher", [mpirun, gloo])

@@ -22,6 +22,8 @@ import hvd_gqsgd
 from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd._native import ops
 
+pytestmark = pytest.mark.launches
+
 PACKAGE = Path(hvd_gqsgd.__file__).parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 

@@ -23,6 +23,8 @@ from hvd_gqsgd.tools.launch import (
     run_ranks,
 )
 
+pytestmark = pytest.mark.launches
+
 WORLD = "import os; print('rank of', os.environ.get('OMPI_COMM_WORLD_SIZE'))"
 
 

@@ -18,9 +18,10 @@ from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.engine.agreement import HEADER
 from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.engine.buffer_pool import KEEP_STEPS, BufferPool
+from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.operation_slots import SlotFilling
-from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
+from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.contribution import MARKS, rank_weight
 from hvd_gqsgd.options import Options, digest

@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import sys
 
+import pytest
 from launch import HERE, mpirun, run
+
+pytestmark = pytest.mark.launches
 
 SOAK = [sys.executable, str(HERE / "soak.py")]
 

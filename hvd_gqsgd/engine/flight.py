@@ -1,8 +1,8 @@
-"""A bucket on its way through its collectives."""
+"""A bucket on its way through its collectives, and the tickets of its tensors."""
 
 from __future__ import annotations
 
-from hvd_gqsgd.bucket import Bucket
+from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.exchanges import Terms
 from hvd_gqsgd.exchanges.base import Result, Running
@@ -10,7 +10,17 @@ from hvd_gqsgd.exchanges.collectives import Collective
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Handle, Transport
 
-__all__ = ["Flight"]
+__all__ = ["Flight", "Ticket"]
+
+
+class Ticket:
+    """A tensor on its way. Dropping it says that the result is not wanted any more."""
+
+    __slots__ = ("__weakref__", "bucket", "item")
+
+    def __init__(self, bucket: Bucket, item: Item) -> None:
+        self.bucket = bucket
+        self.item = item
 
 
 class Flight:

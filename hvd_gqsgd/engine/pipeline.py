@@ -25,12 +25,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from hvd_gqsgd._native import ops
-from hvd_gqsgd.bucket import Bucket, Item
+from hvd_gqsgd.bucket import Bucket
 from hvd_gqsgd.engine.agreement import Agreement, AgreementProtocol, WithNorms
 from hvd_gqsgd.engine.bucketing import BucketPlan, Filling
 from hvd_gqsgd.engine.buffer_pool import BufferPool
 from hvd_gqsgd.engine.failures import Ending
-from hvd_gqsgd.engine.flight import Flight
+from hvd_gqsgd.engine.flight import Flight, Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.operation_slots import OperationSlots, SlotFilling, reaped
 from hvd_gqsgd.engine.steps import Steps
@@ -41,17 +41,7 @@ from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Handle, Transport
 
-__all__ = ["Pipeline", "Ticket"]
-
-
-class Ticket:
-    """A tensor on its way. Dropping it says that the result is not wanted any more."""
-
-    __slots__ = ("__weakref__", "bucket", "item")
-
-    def __init__(self, bucket: Bucket, item: Item) -> None:
-        self.bucket = bucket
-        self.item = item
+__all__ = ["Pipeline"]
 
 
 class _Way(NamedTuple):

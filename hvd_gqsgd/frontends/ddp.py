@@ -25,7 +25,8 @@ from torch.futures import Future
 from hvd_gqsgd._native import nccl as native_nccl
 from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.engine.agreement import Ahead, check, refusal, refuse
-from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
+from hvd_gqsgd.engine.flight import Ticket
+from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.options import FrontEnd, OptionKeywords

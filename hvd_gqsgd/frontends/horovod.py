@@ -30,9 +30,10 @@ from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.engine.agreement import ORDER
 from hvd_gqsgd.engine.failures import Ending
+from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.operation_slots import SlotFilling
-from hvd_gqsgd.engine.pipeline import Pipeline, Ticket
+from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
