@@ -51,18 +51,11 @@ _MODULES = {
     "simulate": "simulation",
 }
 
-_PURE_PYTHON = {"AgreementError", "Stats", "build_info"}
-"""Names that do without the native part."""
-
 
 def __getattr__(name: str) -> object:
     if name == "__version__":
         value: object = _version()
     elif name in _MODULES:
-        if name not in _PURE_PYTHON:
-            # First, so that it fails alike each time: an import that fails later, once operators
-            # are declared, fails in another way when it is tried again.
-            importlib.import_module(f"{__name__}._native.loader").load("_C")
         value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

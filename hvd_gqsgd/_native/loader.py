@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 
-__all__ = ["NAMES", "REMEDY", "built", "library_file", "load", "try_load"]
+__all__ = ["NAMES", "REMEDY", "built", "built_for_torch", "library_file", "load", "try_load"]
 
 NAMES = ("_C", "_mpi", "_cuda")
 """The native libraries: CPU kernels, MPI, and CUDA kernels with NCCL."""
@@ -52,4 +53,18 @@ def try_load(name: str) -> str | None:
             f"the native library {file} was built for another PyTorch than {torch.__version__}, or "
             f"a library that it needs is missing ({error.__cause__ or error})"
         )
+    # It may load with another PyTorch all the same, and crash later.
+    built_for = built_for_torch(name)
+    if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return (
+            f"the native library {file} was built for PyTorch {built_for}, and PyTorch "
+            f"{torch.__version__} is installed"
+        )
     return None
+
+
+def built_for_torch(name: str) -> str:
+    """The version of PyTorch that a library of ``NAMES``, which loads, was compiled for."""
+    version = ctypes.CDLL(library_file(name)).hvd_gqsgd_built_for_torch
+    version.restype = ctypes.c_char_p
+    return str(version().decode())

@@ -20,7 +20,6 @@ from hvd_gqsgd._native.loader import built, load
 __all__ = [
     "block_max",
     "block_squares",
-    "built_for_torch",
     "combine",
     "dequantize",
     "dequantize_means",
@@ -36,6 +35,9 @@ __all__ = [
 ]
 
 _log = logging.getLogger("hvd_gqsgd")
+
+# First: were it to fail after operators are declared, importing this again would fail otherwise.
+load("_C")
 
 _library = torch.library.Library("hvd_gqsgd", "DEF")
 
@@ -62,7 +64,6 @@ _library.define(
 _library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
 _library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
 _library.define("storage_use_count(Tensor tensor) -> int")
-_library.define("built_for_torch() -> str")
 _library.define("kernel_table() -> int")
 _library.define("instruction_sets() -> str[]")
 _library.define("instruction_set() -> str")
@@ -75,20 +76,7 @@ for _name in (
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
 
-
-load("_C")
 _ops = torch.ops.hvd_gqsgd
-
-built_for_torch = _ops.built_for_torch.default
-"""``built_for_torch() -> str``: the version of PyTorch that the library was compiled for."""
-
-# Another PyTorch may load the library all the same, and crash later.
-if built_for_torch().split(".")[:2] != torch.__version__.split(".")[:2]:
-    raise ImportError(
-        f"the native library of hvd_gqsgd was built for PyTorch {built_for_torch()}, and PyTorch "
-        f"{torch.__version__} is installed: run `pip install --no-build-isolation .` in the "
-        "repository of hvd_gqsgd again"
-    )
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 // The kernels on the CPU as torch ops.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include <algorithm>
 #include <atomic>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "torch/built_for.h"
 #include "torch/checked_ops.h"
 
 namespace {
@@ -59,9 +59,6 @@ void sum_of_squares(const Tensor& x, Tensor sum) {
   *sum.mutable_data_ptr<double>() = std::accumulate(parts.begin(), parts.end(), 0.0);
 }
 
-// The PyTorch whose headers this was compiled with: libraries load with others too, and then crash.
-std::string built_for_torch() { return TORCH_VERSION; }
-
 int64_t storage_use_count(const Tensor& tensor) {
   return static_cast<int64_t>(tensor.storage().use_count());
 }
@@ -100,7 +97,6 @@ TORCH_LIBRARY_IMPL(hvd_gqsgd, CompositeExplicitAutograd, m) {
 }
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CatchAll, m) {
-  m.impl("built_for_torch", &built_for_torch);
   m.impl("kernel_table", &kernel_table);
   m.impl("instruction_sets", &instruction_sets);
   m.impl("instruction_set", &instruction_set);

@@ -2,6 +2,7 @@
 // enqueued on the current stream, and the host waits for nothing.
 #include <ATen/ops/empty.h>
 
+#include "torch/built_for.h"
 #include "torch/checked_ops.h"
 #include "torch/cuda_device.h"
 

@@ -10,6 +10,7 @@
 #include "core/lanes.h"
 #include "mpi/allreduce.h"
 #include "mpi/errors.h"
+#include "torch/built_for.h"
 #include "torch/checked_args.h"
 
 namespace {
