@@ -115,6 +115,11 @@ def main() -> None:
             except HorovodInternalError as error:
                 print(f"rank {hvd.rank()}: {error!r}", flush=True)
                 raise
+            except ArithmeticError as error:
+                print(repr(error), flush=True)
+                hvd.shutdown()  # as at exit, but with time for the others to say what they are told
+                time.sleep(2)
+                raise
             continue
         before = train(compression, args.steps, 0, lambda step: None)
         print(f"rank {hvd.rank()}: now with the fault", flush=True)

@@ -58,6 +58,7 @@ def assert_same_bits(got: Tensor, right: Any) -> None:
     assert np.array_equal(bits.view(f"i{bits.itemsize}"), right.view(f"i{bits.itemsize}"))
 
 
+@pytest.mark.slow
 @given(st.data())
 def test_simulate_has_the_bits_of_the_reference(data: st.DataObject) -> None:
     """Any number of ranks, any numbers, any layout, any operator."""

@@ -78,11 +78,12 @@ def test_segments(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPERATORS, ids=str)
 def test_a_thousand_ranks(options: dict[str, Any]) -> None:
     """Near the mean, by what independent roundings of 1024 ranks leave."""
-    rows = torch.from_numpy(RNG(0).uniform(-1, 1, (1024, 100_000)).astype(np.float32) + 3)
-    error = (simulate(rows, **options).double() - rows.double().mean(0)).norm() / 3 / 100_000**0.5
+    rows = torch.from_numpy(RNG(0).uniform(-1, 1, (1024, 20_000)).astype(np.float32) + 3)
+    error = (simulate(rows, **options).double() - rows.double().mean(0)).norm() / 3 / 20_000**0.5
     # l2 norms are some hundred times as large as the largest magnitude.
     assert error < (200 if "norm" in options else 0.3)
 

@@ -179,6 +179,7 @@ def test_error_falls_with_the_number_of_trials() -> None:
         assert averaged * np.sqrt(k) == pytest.approx(single, rel=0.06)
 
 
+@pytest.mark.slow
 def test_equal_maxima_never_overflow() -> None:
     """All ranks at the maximum, for all numbers of ranks that 8 bits allow."""
     maxima = torch.tensor([1.0, 0.1, 7.3, 3.4028235e38, 1.1754944e-38, 1e-45, 2.9387e-39])
@@ -364,6 +365,7 @@ def worlds(draw: st.DrawFn) -> tuple[Tensor, dict[str, Any]]:
     }
 
 
+@pytest.mark.slow
 @given(worlds())
 @settings(max_examples=400, suppress_health_check=TOO_SLOW, **WIDE)
 def test_error_is_less_than_a_level(world: tuple[Tensor, dict[str, Any]]) -> None:

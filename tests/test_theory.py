@@ -151,6 +151,7 @@ def measured() -> dict[str, Any]:
     return result
 
 
+@pytest.mark.slow
 def test_the_tables_agree_with_theory(measured: dict[str, Any]) -> None:
     rows = measured["comparison"] + measured["operators"]
     assert len(rows) == len(error.COMPARISON) + len(error.OPERATORS)
@@ -340,9 +341,10 @@ def worlds(draw: st.DrawFn) -> tuple[Tensor, Operator, dict[str, int]]:
     return rows, operator, at
 
 
+@pytest.mark.slow
 @given(worlds())
 @settings(
-    max_examples=400, deadline=None, derandomize=True, database=None,
+    max_examples=150, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 def test_no_error_exceeds_its_sure_bound(world: tuple[Tensor, Operator, dict[str, int]]) -> None:
