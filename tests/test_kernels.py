@@ -65,7 +65,7 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
         other = as_numpy(x.roll(1))
         shared = np.maximum(own, reference.norms(other, block_size))
         xi = reference.dither(numel, block_size, **place)
-        codes = reference.codes(as_numpy(x), shared, block_size, s, xi)
+        codes = reference.codes(as_numpy(x), shared, block_size, s, xi, bits)
         words = reference.pack(codes, block_size, bits, s)
         # Any sum of codes, not only one that could have come from these gradients.
         most = world_size * s
@@ -184,7 +184,7 @@ def test_values_beyond_their_norm_are_cut_off() -> None:
             xi = reference.dither(
                 8, None, seed=0, step=0, tensor_id=0, rank=0, world_size=1, correlated=True
             )
-            codes = reference.codes(as_numpy(x), maxima.numpy(), None, s, xi)
+            codes = reference.codes(as_numpy(x), maxima.numpy(), None, s, xi, bits)
             assert codes[1:].tolist() == [s, -s, s, -s, -s, 0, s]
             assert_same(words, reference.pack(codes, None, bits, s), (dtype, bits))
 

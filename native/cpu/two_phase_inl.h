@@ -26,7 +26,6 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
   const MeansLayout at = means_layout<Real, Word>(layout);
   const int64_t first_word = layout.word(first_tile), first_unit = at.begin(first_tile);
   const Real ratio = static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks)));
-  const Word bias = static_cast<Word>(code.bias());
 
   for (int64_t t = begin; t < end; ++t) {
     const Layout::Tile tile = layout.tile(t);
@@ -55,9 +54,8 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
     }
     memcpy(record, &largest, sizeof(largest));
     Word* words = reinterpret_cast<Word*>(record + at.unit);
-    for (int64_t j = 0; j < tile.words; ++j) words[j] = bias;
-    encode_tile<Real>(mean, tile, layout.lanes, args.bits, code, code.grid(bit_cast<Real>(largest)),
-                      tile_key(key, static_cast<uint64_t>(t)), 0, words);
+    encode_tile(mean, tile, layout.lanes, code, code.grid(bit_cast<Real>(largest)),
+                tile_key(key, static_cast<uint64_t>(t)), 0, words);
   }
 }
 
@@ -71,21 +69,22 @@ void dequantize_means(const CodeArgs& args, const Code code, const unsigned char
   const int64_t first_unit = at.begin(first_tile);
   const Real ratio = static_cast<Real>(code.ratio(scale));
 
-  decode_tiles(args, layout, out, begin, end, [&](int64_t t, const Layout::Tile& tile, Real norm) {
-    const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
-    Norm share_bits;
-    memcpy(&share_bits, record, sizeof(share_bits));
-    const Real share = bit_cast<Real>(share_bits);
-    const Word* __restrict in = reinterpret_cast<const Word*>(record + at.unit);
-    for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
-                  [&](int64_t first, int64_t count, int shift, bool top) {
-                    T* __restrict to = out + tile.begin + first;
-                    for (int64_t j = 0; j < count; ++j) {
-                      const Real c = static_cast<Real>(code.decode(in[j], shift, top));
-                      store(to + j, ((c * ratio) * share) * norm);
-                    }
-                  });
-  });
+  decode_tiles(args, layout, out, begin, end,
+               [&](int64_t t, const Layout::Tile& tile, Real norm, bool streamed) {
+                 const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
+                 Norm share_bits;
+                 memcpy(&share_bits, record, sizeof(share_bits));
+                 const Real share = bit_cast<Real>(share_bits);
+                 const Word* __restrict in = reinterpret_cast<const Word*>(record + at.unit);
+                 for_each_lane(
+                     tile.size, tile.words, layout.lanes, args.bits,
+                     [&](int64_t first, int64_t count, int shift, bool top) {
+                       store_run(out + tile.begin + first, count, streamed, [=](int64_t j) {
+                         const Real c = static_cast<Real>(code.decode(in[j], shift, top));
+                         return ((c * ratio) * share) * norm;
+                       });
+                     });
+               });
 }
 
 }  // namespace
