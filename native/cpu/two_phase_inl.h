@@ -18,6 +18,23 @@ MeansLayout means_layout(const Layout& layout) {
   return {layout, sizeof(Word), unit};
 }
 
+// Adds one rank's codes of a tile. kBits: their width, where shifts by constants make up for more
+// code, or 0.
+template <int kBits, class Word, class Code>
+GQSGD_INLINE void add_codes(const Word* __restrict in, const Layout::Tile& tile, int64_t lanes,
+                            Code code, typename Code::Sum* __restrict sum) {
+  if (kBits) code.bits = kBits;
+  for_each_lane(tile.size, tile.words, lanes, code.bits,
+                [&](int64_t first, int64_t count, int shift, bool top) {
+                  typename Code::Sum* __restrict to = sum + first;
+                  if (top) {
+                    for (int64_t j = 0; j < count; ++j) to[j] += code.decode(in[j], shift, true);
+                  } else {
+                    for (int64_t j = 0; j < count; ++j) to[j] += code.decode(in[j], shift, false);
+                  }
+                });
+}
+
 template <class Real, class Word, class Code>
 void requantize(const CodeArgs& args, const Code code, const Received& received, uint64_t key,
                 unsigned char* means, int64_t first_tile, int64_t begin, int64_t end) {
@@ -39,11 +56,11 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
     for (int64_t rank = 0; rank < received.ranks; ++rank) {
       const Word* __restrict in = static_cast<const Word*>(received.words) +
                                   rank * received.stride + (tile.word - first_word);
-      for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
-                    [&](int64_t first, int64_t count, int shift, bool top) {
-                      typename Code::Sum* __restrict to = sum + first;
-                      for (int64_t j = 0; j < count; ++j) to[j] += code.decode(in[j], shift, top);
-                    });
+      if (sizeof(Word) == 4 && code.bits == 8) {
+        add_codes<8>(in, tile, layout.lanes, code, sum);
+      } else {
+        add_codes<0>(in, tile, layout.lanes, code, sum);
+      }
     }
     Real mean[kTile];
     Norm largest = 0;
