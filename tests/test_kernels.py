@@ -87,6 +87,29 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
                 assert_same(received, dense, (isa, what))
 
 
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_large_results(dtype: torch.dtype, bits: int) -> None:
+    """From 4 MiB on numbers take another way to memory: wherever they begin, and not beyond."""
+    rng = np.random.default_rng(bits)
+    numel, block_size = 2**20 + 777, 1500
+    x = torch.from_numpy(rng.standard_normal(numel)).to(dtype)
+    x[:1500], x[-5] = 0, torch.inf
+    code = linear(bits, reference.levels(bits, 1))
+    shared = norms(x, block_size)
+    words = encode(x, shared, block_size, code)
+    codes = reference.unpack(words.numpy(), numel, block_size, bits, code.levels, 1)
+    expected = reference.decode(
+        codes, shared.numpy(), block_size, code.levels, 1.0, as_numpy(x).dtype
+    )
+    for isa, begin in itertools.product(ops.instruction_sets(), [0, 1, 2, 7, 16]):
+        out = torch.full((numel + 32,), -77, dtype=dtype)
+        with instruction_set(isa):
+            ops.dequantize(words, shared, out[begin : begin + numel], block_size, *code, 1, 1.0)
+        assert_same(out[begin : begin + numel], expected, (isa, begin))
+        assert (torch.cat((out[:begin], out[begin + numel :])) == -77).all()
+
+
 @pytest.mark.parametrize("bits", WIDTHS)
 def test_unpacking_undoes_packing(bits: int) -> None:
     """In the reference, which the kernels were just compared with."""

@@ -24,19 +24,24 @@ inline __attribute__((always_inline)) void prefetch(const void* from, int64_t ah
 // Results of so many bytes would push more out of the caches than they leave there to be read.
 constexpr int64_t kStreamed = int64_t{4} << 20;
 
-// Whether `numel` results from `to` on had better go past the caches. Numbers of 16 bits take
-// longer to make than to write.
+// Whether `numel` results of a type had better go past the caches. Numbers of 16 bits take longer
+// to make than to write.
 template <class T>
-inline __attribute__((always_inline)) bool is_streamed(const T* to, int64_t numel) {
+inline __attribute__((always_inline)) bool is_streamed(int64_t numel) {
 #if defined(__SSE2__)
-  return sizeof(T) >= 4 && numel * int64_t{sizeof(T)} >= kStreamed &&
-         reinterpret_cast<uintptr_t>(to) % sizeof(__m128i) == 0;
+  return sizeof(T) >= 4 && numel * int64_t{sizeof(T)} >= kStreamed;
 #else
   return false;
 #endif
 }
 
-// Copies whole lines to an address that is_streamed() allows, past the caches where there is a way.
+// How many elements lie before the next line.
+template <class T>
+inline __attribute__((always_inline)) int64_t before_line(const T* at) {
+  return static_cast<int64_t>((-reinterpret_cast<uintptr_t>(at) % uintptr_t{kLine}) / sizeof(T));
+}
+
+// Copies whole lines to where lines begin, past the caches where there is a way.
 inline __attribute__((always_inline)) void stream(const void* from, void* to, int64_t bytes) {
 #if defined(__SSE2__)
   const auto* in = static_cast<const __m128i*>(from);

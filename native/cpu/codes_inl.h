@@ -117,6 +117,8 @@ template <class T, class F>
 GQSGD_INLINE void store_run(T* __restrict out, int64_t count, bool streamed, F decoded) {
   int64_t done = 0;
   if (streamed) {
+    const int64_t head = before_line(out);
+    for (; done < head && done < count; ++done) store(out + done, decoded(done));
     // A few lines at a time: they are on their way while the next ones are decoded.
     constexpr int64_t kRun = 4 * kLine / sizeof(T);
     for (; done + kRun <= count; done += kRun) {
@@ -134,7 +136,7 @@ template <class T, class F>
 GQSGD_INLINE void decode_tiles(const CodeArgs& args, const Layout& layout, T* out, int64_t begin,
                                int64_t end, F f) {
   using Norm = typename Traits<T>::Norm;
-  const bool streamed = is_streamed(out, args.numel);
+  const bool streamed = is_streamed<T>(args.numel);
   for (int64_t t = begin; t < end; ++t) {
     const Layout::Tile tile = layout.tile(t);
     const Norm norm = static_cast<const Norm*>(args.norms)[tile.block];
