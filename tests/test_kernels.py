@@ -90,7 +90,7 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
 @pytest.mark.parametrize("bits", [5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_large_results(dtype: torch.dtype, bits: int) -> None:
-    """From 4 MiB on numbers take another way to memory: wherever they begin, and not beyond."""
+    """From 4 MiB on whole lines take another way to memory, wherever results begin."""
     rng = np.random.default_rng(bits)
     numel, block_size = 2**20 + 777, 1500
     x = torch.from_numpy(rng.standard_normal(numel)).to(dtype)

@@ -35,10 +35,8 @@ inline __attribute__((always_inline)) bool is_streamed(int64_t numel) {
 #endif
 }
 
-// How many elements lie before the next line.
-template <class T>
-inline __attribute__((always_inline)) int64_t before_line(const T* at) {
-  return static_cast<int64_t>((-reinterpret_cast<uintptr_t>(at) % uintptr_t{kLine}) / sizeof(T));
+inline __attribute__((always_inline)) bool begins_line(const void* at) {
+  return reinterpret_cast<uintptr_t>(at) % uintptr_t{kLine} == 0;
 }
 
 // Copies whole lines to where lines begin, past the caches where there is a way.

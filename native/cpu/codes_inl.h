@@ -115,19 +115,18 @@ void quantize(const CodeArgs& args, const Code code, const T* x, uint64_t key, u
 // decoded(0), ..., decoded(count - 1) to the elements from `out` on.
 template <class T, class F>
 GQSGD_INLINE void store_run(T* __restrict out, int64_t count, bool streamed, F decoded) {
-  int64_t done = 0;
-  if (streamed) {
-    const int64_t head = before_line(out);
-    for (; done < head && done < count; ++done) store(out + done, decoded(done));
-    // A few lines at a time: they are on their way while the next ones are decoded.
-    constexpr int64_t kRun = 4 * kLine / sizeof(T);
-    for (; done + kRun <= count; done += kRun) {
+  // A few lines at a time: they are on their way while the next ones are decoded. Lines that are
+  // not written as a whole would take longer than through the caches.
+  constexpr int64_t kRun = 4 * kLine / sizeof(T);
+  if (streamed && begins_line(out) && count % kRun == 0) {
+    for (int64_t done = 0; done < count; done += kRun) {
       alignas(kLine) T run[kRun];
       for (int64_t j = 0; j < kRun; ++j) store(run + j, decoded(done + j));
       stream(run, out + done, 4 * kLine);
     }
+  } else {
+    for (int64_t j = 0; j < count; ++j) store(out + j, decoded(j));
   }
-  for (int64_t j = done; j < count; ++j) store(out + j, decoded(j));
 }
 
 // For tiles [begin, end): f(number, tile, norm, streamed) where the norm is finite, and NaN
