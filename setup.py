@@ -139,6 +139,8 @@ CXXFLAGS = [
     "-std=c++17",
     "-O3",
     "-fno-math-errno",
+    # Nobody asks for the flags of exceptions, and conversions of float16 become loops of vectors.
+    "-fno-trapping-math",
     # A fused multiply-add rounds once where two operations round twice. Every instruction set must
     # give the same bits, so none may fuse.
     "-ffp-contract=off",

@@ -16,7 +16,7 @@ from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Sched
 __all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 # Fewer levels a side than that, and exchange="auto" goes for two phases.
 ENOUGH_LEVELS = 7

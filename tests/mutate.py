@@ -108,6 +108,8 @@ MUTANTS = [
     Mutant("dither without tile", HASH, "mix64(key + tile)", "mix64(key)", (STREAMS, TWO_PHASE)),
     Mutant("dither without element", HASH, "uint32_t x = index + ", "uint32_t x = 0 * index + ",
            (STREAMS, DITHER)),
+    Mutant("both elements of a pair have one dither", HASH, "first ^ (first << 16)", "first",
+           (STREAMS,)),
     Mutant("NaN dropped", NORMS, "most = bits > most ? bits : most;",
            "most = bits > most && load(in[i]) == load(in[i]) ? bits : most;", (NOT_FINITE,)),
     Mutant("norm of the block before", NORMS, "    norms[b] = norm_from_magnitude(",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import instruction_set, threshold
 from reference.combine import exponential_sum
-from reference.linear import dither_bits
+from reference.linear import hash_bits
 from reference.two_phase import exponential_levels
 
 from hvd_gqsgd._native import ops
@@ -33,7 +33,7 @@ def pairs(bits: int, copies: int = 1) -> tuple[np.ndarray, np.ndarray]:
 def test_same_bits_as_reference(bits: int) -> None:
     a, b = pairs(bits, copies=2 if bits == 8 else 99)
     key = 0xFEDCBA9876543210
-    xi = dither_bits(np.full(a.size, key, np.uint64), np.arange(a.size))
+    xi = hash_bits(np.full(a.size, key, np.uint64), np.arange(a.size))
     expected = lanes(exponential_sum(a, b, bits, xi), bits)
     for name in ops.instruction_sets():
         with instruction_set(name):

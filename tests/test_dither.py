@@ -71,6 +71,44 @@ def test_elements_are_unrelated(block_size: int | None, lag: int) -> None:
     assert dependence(u[:-lag], u[lag:]) < LIMIT
 
 
+def pairs(u: Array) -> tuple[Array, Array]:
+    """The dither of first and of second elements of pairs that share a hash."""
+    of_pairs = u.reshape(-1, 2, reference.PAIR)
+    return of_pairs[:, 0].ravel(), of_pairs[:, 1].ravel()
+
+
+def fine_dependence(u: Array, v: Array) -> float:
+    """How unevenly pairs of two series' top 8 bits are met with; and these, turned to 8 others."""
+    a, b = u >> np.uint32(24), v >> np.uint32(24)
+    worst = 0.0
+    for other in (b, a ^ b, a + b & np.uint32(255)):
+        counts = np.bincount((a * np.uint32(256) + other).ravel(), minlength=2**16)
+        worst = max(worst, abs(chi_square_z(counts)))
+    return worst
+
+
+@pytest.mark.parametrize("place", [{}, {"correlated": True, "rank": 1, "world_size": 3}], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_elements_that_share_a_hash_are_unrelated(seed: int, place: dict[str, Any]) -> None:
+    """Each element of a pair is uniform, and so are both together, on a lattice of 256 by 256."""
+    first, second = pairs(dither(4 * ELEMENTS, seed=seed, **place))
+    assert max(unevenness(first), unevenness(second)) < LIMIT
+    assert dependence(first, second) < LIMIT
+    assert fine_dependence(first, second) < LIMIT
+    for lag in (1, reference.PAIR, 512):
+        assert dependence(first[lag:], second[:-lag]) < LIMIT
+        assert dependence(second[lag:], first[:-lag]) < LIMIT
+
+
+def test_one_place_of_many_pairs_is_unrelated() -> None:
+    """The same over tiles and steps, for each pair of places."""
+    u = np.array([dither(2**16, block_size=32, step=step) for step in range(16)]).reshape(-1, 32)
+    for place in range(reference.PAIR):
+        first, second = u[:, place], u[:, place + reference.PAIR]
+        assert max(unevenness(first), unevenness(second)) < LIMIT
+        assert dependence(first, second) < LIMIT
+
+
 A = {"seed": 5, "step": 6, "tensor_id": 7}
 
 
@@ -150,7 +188,15 @@ def test_codes_go_up_as_often_as_they_should(fraction: float, bits: int, correla
 
 @pytest.mark.parametrize(
     "other",
-    [{"seed": 1}, {"step": 1}, {"tensor_id": 1}, {"rank": 1}, {"lag": 1}, {"lag": 1024}],
+    [
+        {"seed": 1},
+        {"step": 1},
+        {"tensor_id": 1},
+        {"rank": 1},
+        {"lag": 1},
+        {"lag": 16},
+        {"lag": 1024},
+    ],
     ids=str,
 )
 def test_each_of_them_counts_in_the_native_kernel(other: dict[str, int]) -> None:
@@ -209,6 +255,32 @@ def test_uneven_numbers_are_rejected(bad: Callable[[Array], Array]) -> None:
 def test_related_neighbours_are_rejected(bad: Callable[[Array], Array]) -> None:
     u = bad(COUNTER)
     assert dependence(u[:-1], u[1:]) > LIMIT
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda u: u,
+        lambda u: ~u,
+        lambda u: u ^ u << np.uint32(4),
+        lambda u: u << np.uint32(6),
+        lambda u: u << np.uint32(4) | u >> np.uint32(28),
+        lambda u: (u & np.uint32(0xFFFF)) * np.uint32(0x9E37),
+    ],
+    ids=[
+        "the same",
+        "its mirror image",
+        "4 places on",
+        "6 bits down",
+        "4 bits round",
+        "too narrow",
+    ],
+)
+def test_related_pairs_are_rejected(bad: Callable[[Array], Array]) -> None:
+    """Other ways to make a second number of the first one's bits."""
+    first, _ = pairs(dither(4 * ELEMENTS))
+    second = bad(first)
+    assert max(unevenness(second), fine_dependence(first, second)) > LIMIT
 
 
 def test_related_streams_are_rejected() -> None:

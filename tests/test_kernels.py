@@ -65,7 +65,7 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
         other = as_numpy(x.roll(1))
         shared = np.maximum(own, reference.norms(other, block_size))
         xi = reference.dither(numel, block_size, **place)
-        codes = reference.codes(as_numpy(x), shared, block_size, s, xi)
+        codes = reference.codes(as_numpy(x), shared, block_size, s, xi, bits)
         words = reference.pack(codes, block_size, bits, s)
         # Any sum of codes, not only one that could have come from these gradients.
         most = world_size * s
@@ -85,6 +85,29 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
                     world_size, scale,
                 )  # fmt: skip
                 assert_same(received, dense, (isa, what))
+
+
+@pytest.mark.parametrize("bits", [5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_large_results(dtype: torch.dtype, bits: int) -> None:
+    """From 4 MiB on whole lines take another way to memory, wherever results begin."""
+    rng = np.random.default_rng(bits)
+    numel, block_size = 2**20 + 777, 1500
+    x = torch.from_numpy(rng.standard_normal(numel)).to(dtype)
+    x[:1500], x[-5] = 0, torch.inf
+    code = linear(bits, reference.levels(bits, 1))
+    shared = norms(x, block_size)
+    words = encode(x, shared, block_size, code)
+    codes = reference.unpack(words.numpy(), numel, block_size, bits, code.levels, 1)
+    expected = reference.decode(
+        codes, shared.numpy(), block_size, code.levels, 1.0, as_numpy(x).dtype
+    )
+    for isa, begin in itertools.product(ops.instruction_sets(), [0, 1, 2, 7, 16]):
+        out = torch.full((numel + 32,), -77, dtype=dtype)
+        with instruction_set(isa):
+            ops.dequantize(words, shared, out[begin : begin + numel], block_size, *code, 1, 1.0)
+        assert_same(out[begin : begin + numel], expected, (isa, begin))
+        assert (torch.cat((out[:begin], out[begin + numel :])) == -77).all()
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
@@ -184,7 +207,7 @@ def test_values_beyond_their_norm_are_cut_off() -> None:
             xi = reference.dither(
                 8, None, seed=0, step=0, tensor_id=0, rank=0, world_size=1, correlated=True
             )
-            codes = reference.codes(as_numpy(x), maxima.numpy(), None, s, xi)
+            codes = reference.codes(as_numpy(x), maxima.numpy(), None, s, xi, bits)
             assert codes[1:].tolist() == [s, -s, s, -s, -s, 0, s]
             assert_same(words, reference.pack(codes, None, bits, s), (dtype, bits))
 

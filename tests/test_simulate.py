@@ -66,7 +66,7 @@ def errors_with_dither(rows: Tensor, xi: float, bits: int = 8) -> Array:
     s = reference.levels(bits, n)
     shared = np.max([reference.norms(x, 1024) for x in rows.numpy()], axis=0)
     fixed = np.full(numel, xi * 2**32, np.uint32)
-    sums = sum(reference.codes(x, shared, 1024, s, fixed) for x in rows.numpy())
+    sums = sum(reference.codes(x, shared, 1024, s, fixed, bits) for x in rows.numpy())
     decoded = reference.decode(np.asarray(sums), shared, 1024, s, 1 / n, np.float32)
     return (decoded - rows.double().mean(0).numpy()) / level(rows, bits, 1024)
 

@@ -32,7 +32,8 @@ GQSGD_INLINE float load(BFloat16 x) { return bit_cast<float>(static_cast<uint32_
 GQSGD_INLINE float load(Half x) {
   const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
   // Normal numbers move to the exponent of a float (+112), infinity and NaN to its top (+224).
-  const uint32_t normal = (magnitude << 13) + (magnitude >= 0x7c00u ? 224u << 23 : 112u << 23);
+  const uint32_t special = static_cast<uint32_t>(magnitude >= 0x7c00u) * (112u << 23);
+  const uint32_t normal = (magnitude << 13) + (112u << 23) + special;
   // 0.5 + m * 2^-24 is exact for a subnormal's ten bits m, and so is the difference.
   const float subnormal = bit_cast<float>(0x3f000000u | magnitude) - 0.5f;
   const uint32_t bits = magnitude < 0x0400u ? bit_cast<uint32_t>(subnormal) : normal;
@@ -51,12 +52,13 @@ GQSGD_INLINE void store(BFloat16* to, float x) {
 GQSGD_INLINE void store(Half* to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x), sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  const uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // From 2^16 on, infinity.
+  const uint32_t most = magnitude < (143u << 23) ? magnitude : 143u << 23;
+  const uint32_t normal = (most - (112u << 23) + 0xfffu + ((most >> 13) & 1u)) >> 13;
   // Adding 0.5 leaves just the bits of a half's subnormal, rounded by the addition.
-  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
-  uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= (143u << 23) ? 0x7c00u : half;
-  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(most) + 0.5f) - 0x3f000000u;
+  const uint32_t quiet_nan = static_cast<uint32_t>(magnitude > 0x7f800000u) << 9;
+  const uint32_t half = (most < (113u << 23) ? subnormal : normal) | quiet_nan;
   to->bits = static_cast<uint16_t>(sign | half);
 }
 

@@ -34,16 +34,29 @@ GQSGD_INLINE uint64_t dither_key(uint64_t seed, uint64_t step, uint64_t tensor, 
 // The part of the key that is the same for all elements of one tile.
 GQSGD_INLINE uint64_t tile_key(uint64_t key, uint64_t tile) { return mix64(key + tile); }
 
-// 32 random bits for element `index` of a tile, the best of them on top. Two multiplications: the
-// constants are those of Chris Wellons' lowbias32, with half of the key added before the first
-// round and half before the second, so that no two tiles walk the same sequence.
-GQSGD_INLINE uint32_t dither_bits(uint64_t tile_key, uint32_t index) {
+// 32 random bits for place `index` of a tile. Two multiplications: the constants are those of Chris
+// Wellons' lowbias32, with half of the key added before the first round and half before the second,
+// so that no two tiles walk the same sequence.
+GQSGD_INLINE uint32_t hash_bits(uint64_t tile_key, uint32_t index) {
   uint32_t x = index + static_cast<uint32_t>(tile_key);
   x ^= x >> 16;
   x *= 0x7feb352du;
   x ^= (x >> 15) ^ static_cast<uint32_t>(tile_key >> 32);
   x *= 0x846ca68bu;
   return x;
+}
+
+// Two elements of a tile, kPair apart, share one hash: with h and l for its upper and lower half,
+// the first one has (h, l) and the second one (h ^ l, l). Each has all of 32 random bits, and their
+// upper halves are independent: (h, l) -> (h, h ^ l) is one to one. So the dithers of a pair are as
+// good as unrelated, down to 2^-16 of a level.
+constexpr int kPair = 16;
+GQSGD_INLINE uint32_t second_of_pair(uint32_t first) { return first ^ (first << 16); }
+
+// 32 random bits for element `index` of a tile.
+GQSGD_INLINE uint32_t dither_bits(uint64_t tile_key, uint32_t index) {
+  const uint32_t first = hash_bits(tile_key, index & ~uint32_t{kPair});
+  return index & kPair ? second_of_pair(first) : first;
 }
 
 // Correlated dithering: rank r of n uses xi_r = frac(U + ((r + h) mod n) / n) with U and h shared

@@ -14,12 +14,8 @@
 
 namespace gqsgd {
 
-// As many binary places as an int32 holds beside s levels, at least 16 for lanes of up to 16 bits.
-GQSGD_INLINE int fraction_bits(int32_t levels) {
-  int fraction = 31;
-  while (levels >> (31 - fraction)) --fraction;
-  return fraction;
-}
+// As many binary places as an int32 holds beside the most levels that a lane has: 16 at 16 bits.
+GQSGD_INLINE int fraction_bits(int bits) { return 32 - bits; }
 
 // How the elements of one block go to the grid: grid = (x * pre) * scale. `pre` is a power of two
 // (so that product is exact) and keeps the quotient in range from subnormal to largest norms.
@@ -108,7 +104,6 @@ struct LinearCode {
   using Sums = LinearSums<Real>;
   int bits;
   int32_t levels;
-  int fraction;
   bool unsigned_words;
 
   GQSGD_INLINE LevelRange levels_at(int bits) { return {1, ((1 << bits) - 1) / 2}; }
@@ -116,14 +111,13 @@ struct LinearCode {
     return ((1 << bits) - 1) / (2 * levels);
   }
   GQSGD_MEMBER explicit LinearCode(const CodeArgs& args)
-      : bits(args.bits),
-        levels(args.levels),
-        fraction(fraction_bits(args.levels)),
-        unsigned_words(args.unsigned_words) {}
+      : bits(args.bits), levels(args.levels), unsigned_words(args.unsigned_words) {}
   GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels, unsigned_words); }
-  GQSGD_MEMBER Grid<Real> grid(Real norm) const { return make_grid(norm, levels, fraction); }
+  GQSGD_MEMBER Grid<Real> grid(Real norm) const {
+    return make_grid(norm, levels, fraction_bits(bits));
+  }
   GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
-    return quantize_element(x, grid, levels, fraction, dither);
+    return quantize_element(x, grid, levels, fraction_bits(bits), dither);
   }
   // No more than the bits of a code count, whatever a word from another rank has above them: sums
   // of what this gives must not overflow.

@@ -18,6 +18,23 @@ MeansLayout means_layout(const Layout& layout) {
   return {layout, sizeof(Word), unit};
 }
 
+// Adds one rank's codes of a tile. kBits: their width, where shifts by constants make up for more
+// code, or 0.
+template <int kBits, class Word, class Code>
+GQSGD_INLINE void add_codes(const Word* __restrict in, const Layout::Tile& tile, int64_t lanes,
+                            Code code, typename Code::Sum* __restrict sum) {
+  if (kBits) code.bits = kBits;
+  for_each_lane(tile.size, tile.words, lanes, code.bits,
+                [&](int64_t first, int64_t count, int shift, bool top) {
+                  typename Code::Sum* __restrict to = sum + first;
+                  if (top) {
+                    for (int64_t j = 0; j < count; ++j) to[j] += code.decode(in[j], shift, true);
+                  } else {
+                    for (int64_t j = 0; j < count; ++j) to[j] += code.decode(in[j], shift, false);
+                  }
+                });
+}
+
 template <class Real, class Word, class Code>
 void requantize(const CodeArgs& args, const Code code, const Received& received, uint64_t key,
                 unsigned char* means, int64_t first_tile, int64_t begin, int64_t end) {
@@ -26,7 +43,6 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
   const MeansLayout at = means_layout<Real, Word>(layout);
   const int64_t first_word = layout.word(first_tile), first_unit = at.begin(first_tile);
   const Real ratio = static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks)));
-  const Word bias = static_cast<Word>(code.bias());
 
   for (int64_t t = begin; t < end; ++t) {
     const Layout::Tile tile = layout.tile(t);
@@ -40,11 +56,11 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
     for (int64_t rank = 0; rank < received.ranks; ++rank) {
       const Word* __restrict in = static_cast<const Word*>(received.words) +
                                   rank * received.stride + (tile.word - first_word);
-      for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
-                    [&](int64_t first, int64_t count, int shift, bool top) {
-                      typename Code::Sum* __restrict to = sum + first;
-                      for (int64_t j = 0; j < count; ++j) to[j] += code.decode(in[j], shift, top);
-                    });
+      if (sizeof(Word) == 4 && code.bits == 8) {
+        add_codes<8>(in, tile, layout.lanes, code, sum);
+      } else {
+        add_codes<0>(in, tile, layout.lanes, code, sum);
+      }
     }
     Real mean[kTile];
     Norm largest = 0;
@@ -55,9 +71,8 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
     }
     memcpy(record, &largest, sizeof(largest));
     Word* words = reinterpret_cast<Word*>(record + at.unit);
-    for (int64_t j = 0; j < tile.words; ++j) words[j] = bias;
-    encode_tile<Real>(mean, tile, layout.lanes, args.bits, code, code.grid(bit_cast<Real>(largest)),
-                      tile_key(key, static_cast<uint64_t>(t)), 0, words);
+    encode_tile(mean, tile, layout.lanes, code, code.grid(bit_cast<Real>(largest)),
+                tile_key(key, static_cast<uint64_t>(t)), 0, words);
   }
 }
 
@@ -71,21 +86,22 @@ void dequantize_means(const CodeArgs& args, const Code code, const unsigned char
   const int64_t first_unit = at.begin(first_tile);
   const Real ratio = static_cast<Real>(code.ratio(scale));
 
-  decode_tiles(args, layout, out, begin, end, [&](int64_t t, const Layout::Tile& tile, Real norm) {
-    const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
-    Norm share_bits;
-    memcpy(&share_bits, record, sizeof(share_bits));
-    const Real share = bit_cast<Real>(share_bits);
-    const Word* __restrict in = reinterpret_cast<const Word*>(record + at.unit);
-    for_each_lane(tile.size, tile.words, layout.lanes, args.bits,
-                  [&](int64_t first, int64_t count, int shift, bool top) {
-                    T* __restrict to = out + tile.begin + first;
-                    for (int64_t j = 0; j < count; ++j) {
-                      const Real c = static_cast<Real>(code.decode(in[j], shift, top));
-                      store(to + j, ((c * ratio) * share) * norm);
-                    }
-                  });
-  });
+  decode_tiles(args, layout, out, begin, end,
+               [&](int64_t t, const Layout::Tile& tile, Real norm, bool streamed) {
+                 const unsigned char* record = means + (at.begin(t) - first_unit) * at.unit;
+                 Norm share_bits;
+                 memcpy(&share_bits, record, sizeof(share_bits));
+                 const Real share = bit_cast<Real>(share_bits);
+                 const Word* __restrict in = reinterpret_cast<const Word*>(record + at.unit);
+                 for_each_lane(
+                     tile.size, tile.words, layout.lanes, args.bits,
+                     [&](int64_t first, int64_t count, int shift, bool top) {
+                       store_run(out + tile.begin + first, count, streamed, [=](int64_t j) {
+                         const Real c = static_cast<Real>(code.decode(in[j], shift, top));
+                         return ((c * ratio) * share) * norm;
+                       });
+                     });
+               });
 }
 
 }  // namespace

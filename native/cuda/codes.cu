@@ -87,7 +87,7 @@ __device__ __forceinline__ uint8_t combine_byte(uint8_t from, uint8_t to, uint64
   uint32_t sum = 0;
 #pragma unroll
   for (int shift = 0; shift < 8; shift += kBits) {
-    const uint32_t dither = dither_bits(key, static_cast<uint32_t>(i * 8 + shift) / kBits);
+    const uint32_t dither = hash_bits(key, static_cast<uint32_t>(i * 8 + shift) / kBits);
     sum |= exponential_sum<kBits>(from >> shift & kMask, to >> shift & kMask, dither) << shift;
   }
   return static_cast<uint8_t>(sum);

@@ -19,8 +19,8 @@ import numpy as np
 from reference.linear import (
     Array,
     dither,
-    dither_bits,
     floats,
+    hash_bits,
     lanes_of,
     mix64,
     narrow,
@@ -75,7 +75,7 @@ def combined_mean(
             continue
         keys = keys + key  # modulo 2^64
         mixed = np.array([mix64(int(k)) for k in keys], np.uint64)
-        total = exponential_sum(total, codes, bits, dither_bits(mixed[at.tile], index + at.lane))
+        total = exponential_sum(total, codes, bits, hash_bits(mixed[at.tile], index + at.lane))
     maxima = floats(shared)[at.block]
     real = maxima.dtype.type
     ratio = real(2.0 ** (n - 1) / n)

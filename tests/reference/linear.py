@@ -29,9 +29,9 @@ __all__ = [
     "codes",
     "decode",
     "dither",
-    "dither_bits",
     "dither_stream",
     "floats",
+    "hash_bits",
     "l2_norms",
     "levels",
     "mean",
@@ -52,6 +52,7 @@ __all__ = [
 Array = NDArray[Any]
 
 TILE = 1024  # elements that are packed together
+PAIR = 16  # how far apart elements lie that share a hash
 ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
@@ -106,7 +107,7 @@ def squares(x: Array, norms: Array, block_size: int | None) -> Array:
     Global-QSGD. x / M is rounded to the nearest multiple of 2^-15; 0 where M is not finite.
     """
     half = np.full(x.size, 2**31, np.uint32)
-    c = codes(x, norms, block_size, 2**15, half)
+    c = codes(x, norms, block_size, 2**15, half, 17)
     sums = np.zeros(norms.size, np.int64)
     np.add.at(sums, places(x.size, block_size, 8).block, c * c)
     return sums
@@ -141,11 +142,16 @@ def dither(
 def dither_stream(
     numel: int, block_size: int | None, *, seed: int, step: int, tensor_id: int, stream: int
 ) -> Array:
-    """32 random bits for each element: a hash of all these and of the element's place."""
+    """32 random bits for each element: a hash of all these and of the element's place.
+
+    Two elements 16 apart share one hash. Where the first one has the halves (h, l), the second one
+    has (h ^ l, l), so that the upper halves of both are independent.
+    """
     at = places(numel, block_size, 8)
     tiles = int(at.tile.max(initial=-1)) + 1
     keys = tile_keys(tiles, seed=seed, step=step, tensor_id=tensor_id, stream=stream)
-    return dither_bits(keys[at.tile], at.position)
+    shared = hash_bits(keys[at.tile], at.position & ~PAIR)
+    return np.where(at.position & PAIR, shared ^ shared << np.uint32(16), shared)
 
 
 def tile_keys(tiles: int, *, seed: int, step: int, tensor_id: int, stream: int) -> Array:
@@ -157,7 +163,7 @@ def tile_keys(tiles: int, *, seed: int, step: int, tensor_id: int, stream: int) 
     return np.array([mix64(key + t) for t in range(tiles)], np.uint64)
 
 
-def dither_bits(keys: Array, index: Array) -> Array:
+def hash_bits(keys: Array, index: Array) -> Array:
     """32 random bits for each pair of a key and an index (``uint32``)."""
     low, high = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32)
     x = index.astype(np.uint32) + low  # this, and what follows, modulo 2^32
@@ -191,13 +197,13 @@ def shares(values: Array, maxima: Array, one: int) -> Array:
     return out
 
 
-def codes(x: Array, norms: Array, block_size: int | None, s: int, xi: Array) -> Array:
+def codes(x: Array, norms: Array, block_size: int | None, s: int, xi: Array, bits: int) -> Array:
     """floor(x s / M + xi), with x s / M and xi cut to f binary places; 0 where M is not finite.
 
-    f is as large as an int32 allows. x s / M is cut towards zero, so that zero stays zero, and
-    s / M is rounded so that M gives s, whatever xi.
+    f is as large as an int32 allows beside the levels that lanes of this width have. x s / M is cut
+    towards zero, so that zero stays zero, and s / M is rounded so that M gives s, whatever xi.
     """
-    f = 31 - s.bit_length()
+    f = 32 - bits
     maxima = floats(norms)[places(x.size, block_size, 8).block]
     fixed = shares(widen(x), maxima, s * 2**f).astype(np.int64)  # towards zero
     return (fixed + (xi >> np.uint32(32 - f)).astype(np.int64)) // (1 << f)
@@ -271,7 +277,7 @@ def mean(
             numel, block_size, seed=seed, step=step, tensor_id=tensor_id,
             rank=rank, world_size=n, correlated=correlated,
         )  # fmt: skip
-        total = total + pack(codes(x, shared, block_size, s, xi), block_size, bits, s)
+        total = total + pack(codes(x, shared, block_size, s, xi, bits), block_size, bits, s)
     sums = unpack(np.asarray(total), numel, block_size, bits, s, n)
     return decode(sums, shared, block_size, s, 1 / n, rows.dtype)
 

@@ -115,7 +115,7 @@ def tile_offsets(numel: int, block_size: int | None, bits: int, norm_type: Any) 
 
 def _encode(x: Array, norms: Array, block_size: int | None, code: Code, xi: Array) -> Array:
     if code.kind == LINEAR:
-        return codes(x, norms, block_size, code.levels, xi)
+        return codes(x, norms, block_size, code.levels, xi, code.bits)
     return exponential_codes(x, norms, block_size, code.bits, xi)
 
 
