@@ -108,8 +108,8 @@ soak: setup ## train for 20,000 steps on 4 ranks, and look for what grows
 	@$(RUN) OMP_NUM_THREADS=1 mpirun -n 4 --map-by :OVERSUBSCRIBE --bind-to none \
 	    --mca mpi_yield_when_idle 1 $(PY) tests/soak.py $(ARGS)
 
-faults: setup ## commit faults with plain Horovod too; as root also a cable that is pulled for good
-	@$(RUN) $(PY) -m pytest -m long -s tests/test_faults.py $(ARGS)
+faults: setup ## run the tests that take long: faults with plain Horovod too, and resumed examples
+	@$(RUN) $(PY) -m pytest -m long -s tests $(ARGS)
 
 fuzz: setup ## give kernels and parsers what lying peers could send; ARGS: seconds (60)
 	@$(RUN) docker/fuzz.sh $(VENV)/fuzz $(ARGS)

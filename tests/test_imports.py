@@ -36,6 +36,7 @@ print(heavy & sys.modules.keys(), set(hvd_gqsgd.__all__) <= set(dir(hvd_gqsgd)))
 WITHOUT = """
 import sys
 sys.modules["horovod"] = sys.modules["mpi4py"] = None  # importing them fails
+import torch
 import torch.distributed as dist
 import hvd_gqsgd
 from hvd_gqsgd import GlobalQSGD
@@ -58,6 +59,7 @@ for call in (lambda: GlobalQSGD.compress(torch.ones(5000)), lambda: hvd_gqsgd.al
 WITHOUT_NATIVE = """
 import json, sys
 sys.modules["horovod"] = None
+import torch
 import hvd_gqsgd
 
 print(json.dumps(hvd_gqsgd.build_info()))
@@ -76,6 +78,7 @@ for use in 2 * uses:  # again, as in a notebook
 OTHERS_BROKEN = """
 import json, logging
 logging.basicConfig(format="%(levelname)s %(message)s")
+import torch
 import hvd_gqsgd
 from hvd_gqsgd._native import mpi, ops
 

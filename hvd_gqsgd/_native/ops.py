@@ -36,7 +36,7 @@ __all__ = [
 
 _log = logging.getLogger("hvd_gqsgd")
 
-# First: were it to fail after operators are declared, importing this again would fail otherwise.
+# Before operators are declared, which is possible once only: a second import fails in the same way.
 load("_C")
 
 _library = torch.library.Library("hvd_gqsgd", "DEF")

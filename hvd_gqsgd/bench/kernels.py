@@ -31,6 +31,9 @@ __all__ = ["main", "measure"]
 DTYPES = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 KERNELS = ("block_max", "quantize", "dequantize")
 
+_c_memcpy = ctypes.CDLL(None).memcpy
+_c_memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures and prints."""
@@ -60,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 2 <= options["bits"] <= 16:
         parser.error(f"--bits must be from 2 to 16, got {options['bits']}")
     wanted = options["instruction_set"]
+    if on_gpu and wanted is not None:
+        parser.error(f"--instruction-set is for --device cpu, got {wanted} with --device cuda")
     if wanted is not None and wanted not in ops.instruction_sets():
         sets = ", ".join(ops.instruction_sets())
         parser.error(f"--instruction-set must be one of {sets}, got {wanted}")
@@ -163,12 +168,10 @@ def measure(
 
 def _memcpy(to: torch.Tensor, x: torch.Tensor, threads: int, pool: Executor) -> None:
     """Copies by the C library. Not by ``Tensor.copy_``, which may be a loop of its own."""
-    memcpy = ctypes.CDLL(None).memcpy
-    memcpy.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
 
     def part(index: int) -> None:
         begin, end = (x.nbytes * i // threads for i in (index, index + 1))
-        memcpy(to.data_ptr() + begin, x.data_ptr() + begin, end - begin)
+        _c_memcpy(to.data_ptr() + begin, x.data_ptr() + begin, end - begin)
 
     if threads == 1:  # here, where the clock is
         part(0)

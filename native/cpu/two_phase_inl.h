@@ -18,8 +18,8 @@ MeansLayout means_layout(const Layout& layout) {
   return {layout, sizeof(Word), unit};
 }
 
-// Adds one rank's codes of a tile. kBits: their width, where shifts by constants make up for more
-// code, or 0.
+// Adds one rank's codes of a tile. kBits: the lane width as a constant, which makes shifts faster;
+// 0: that of the code.
 template <int kBits, class Word, class Code>
 GQSGD_INLINE void add_codes(const Word* __restrict in, const Layout::Tile& tile, int64_t lanes,
                             Code code, typename Code::Sum* __restrict sum) {
