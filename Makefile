@@ -66,7 +66,7 @@ demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD,
 test: setup ## run the tests
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),tests)
 
-quick: setup ## run the tests that start no ranks, in under two minutes
+quick: setup ## run the tests that start no ranks, in about three minutes
 	@$(RUN) $(PY) -m pytest -q -m 'not launches and not slow and not long' tests
 
 check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, types, known vulnerabilities, and (with nvcc) that GPU kernels compile
