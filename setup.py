@@ -139,7 +139,7 @@ CXXFLAGS = [
     "-std=c++17",
     "-O3",
     "-fno-math-errno",
-    # Nobody asks for the flags of exceptions, and conversions of float16 become loops of vectors.
+    # Floating-point exception flags are never read. Without them float16 conversions vectorize.
     "-fno-trapping-math",
     # A fused multiply-add rounds once where two operations round twice. Every instruction set must
     # give the same bits, so none may fuse.

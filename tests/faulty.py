@@ -117,7 +117,7 @@ def main() -> None:
                 raise
             except ArithmeticError as error:
                 print(repr(error), flush=True)
-                hvd.shutdown()  # as at exit, but with time for the others to say what they are told
+                hvd.shutdown()  # as at exit, but before the launcher ends the other ranks
                 time.sleep(2)
                 raise
             continue

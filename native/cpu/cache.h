@@ -13,8 +13,7 @@ namespace {
 
 constexpr int64_t kLine = 64;
 
-// Fetches the `bytes` that lie `ahead` bytes behind `from`, if there are any. Processors do so by
-// themselves, but begin anew with each page.
+// Prefetches `bytes` bytes, `ahead` bytes after `from`. Hardware prefetchers stop at each page.
 inline __attribute__((always_inline)) void prefetch(const void* from, int64_t ahead,
                                                     int64_t bytes) {
   const char* at = static_cast<const char*>(from) + ahead;
@@ -24,8 +23,8 @@ inline __attribute__((always_inline)) void prefetch(const void* from, int64_t ah
 // Results of so many bytes would push more out of the caches than they leave there to be read.
 constexpr int64_t kStreamed = int64_t{4} << 20;
 
-// Whether `numel` results of a type had better go past the caches. Numbers of 16 bits take longer
-// to make than to write.
+// Whether `numel` results of a type go past the caches. Those of 16 bits do not: their conversion
+// takes longer than the write.
 template <class T>
 inline __attribute__((always_inline)) bool is_streamed(int64_t numel) {
 #if defined(__SSE2__)
