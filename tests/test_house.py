@@ -1,8 +1,10 @@
-"""The folders keep apart what they should: who may include what."""
+"""The folders keep apart what they should: who may include and import what."""
 
 from __future__ import annotations
 
+import ast
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,50 @@ def test_the_core_includes_itself_alone() -> None:
     headers = {header for file in core for header in INCLUDE.findall(file.read_text())}
     assert {"core/config.h", "cstdint"} <= headers
     assert all(re.match(r"core/|[a-z_]+$", header) for header in headers), headers
+
+
+PACKAGE = ROOT / "hvd_gqsgd"
+LAYERS = ["frontends", "engine", "exchanges", "codecs transports", "_native"]
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in PACKAGE.rglob("*.py")}
+
+
+def imported(name: str) -> set[str]:
+    """The package's modules that a module imports, in functions and for type checkers too."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = names & MODULES.keys()
+            found |= modules or {node.module}
+    return found & MODULES.keys()
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    """Leaving out the package itself, which loads its public names when they are first used."""
+    graph = {name: imported(name) - {"hvd_gqsgd"} for name in MODULES if name != "hvd_gqsgd"}
+    assert {*TopologicalSorter(graph).static_order()} == graph.keys()
+
+
+def test_imports_go_down_the_layers() -> None:
+    """From the front ends to the native part; codecs and transports do not know each other."""
+    floor = {f"hvd_gqsgd.{folder}": i for i, row in enumerate(LAYERS) for folder in row.split()}
+    seen = set()
+    for name in MODULES:
+        upper = ".".join(name.split(".")[:2])
+        for lower in {".".join(other.split(".")[:2]) for other in imported(name)} & floor.keys():
+            if upper in floor and upper != lower:
+                assert floor[upper] < floor[lower], f"{name} imports {lower}"
+                seen.add((upper, lower))
+    assert len(seen) > len(LAYERS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -54,7 +54,10 @@ def try_load(name: str) -> str | None:
             f"a library that it needs is missing ({error.__cause__ or error})"
         )
     # It may load with another PyTorch all the same, and crash later.
-    built_for = built_for_torch(name)
+    try:
+        built_for = built_for_torch(name)
+    except AttributeError:
+        return f"the native library {file} was built from an older version of hvd_gqsgd"
     if built_for.split(".")[:2] != torch.__version__.split(".")[:2]:
         return (
             f"the native library {file} was built for PyTorch {built_for}, and PyTorch "
@@ -64,7 +67,11 @@ def try_load(name: str) -> str | None:
 
 
 def built_for_torch(name: str) -> str:
-    """The version of PyTorch that a library of ``NAMES``, which loads, was compiled for."""
+    """The version of PyTorch that a library of ``NAMES``, which loads, was compiled for.
+
+    Raises:
+        AttributeError: the library does not tell, as it is older than this function.
+    """
     version = ctypes.CDLL(library_file(name)).hvd_gqsgd_built_for_torch
     version.restype = ctypes.c_char_p
     return str(version().decode())

@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from hvd_gqsgd.transports.nccl import NcclGroup
-
-__all__ = ["Done", "Handle", "Transport", "nap"]
+__all__ = ["DeviceGroup", "Done", "Handle", "Transport", "nap"]
 
 
 class Handle(Protocol):
@@ -52,6 +49,21 @@ def nap(waited: float, shortest: float) -> None:
     time.sleep(min(shortest + waited / 40, max(shortest, 1e-3)))
 
 
+class DeviceGroup(Protocol):
+    """The ranks' GPUs, connected when they are first needed."""
+
+    def connect(self) -> Any:
+        """The communicator; see ``hvd_gqsgd._native.nccl.communicator``. All ranks must call this
+        the first time.
+
+        Raises:
+            RuntimeError: with the library's own text.
+        """
+
+    def close(self) -> None:
+        """Ends the communicator. All ranks must call this, with nothing in flight."""
+
+
 class Transport(Protocol):
     """Collectives on integer tensors, matched between ranks by name, or by order of operations with
     the same last part of the name.
@@ -79,7 +91,7 @@ class Transport(Protocol):
         """The MPI communicator, as in Fortran, where the native allreduce can be used on it."""
 
     @property
-    def nccl(self) -> NcclGroup | None:
+    def nccl(self) -> DeviceGroup | None:
         """The ranks' GPUs, where the native allreduce can be used on them."""
 
     @property

@@ -25,12 +25,7 @@ class NcclGroup:
         self._session: object = None
 
     def connect(self) -> Any:
-        """The communicator; see ``native_nccl.communicator``. All ranks must ask for it the first
-        time.
-
-        Raises:
-            RuntimeError: with NCCL's own text.
-        """
+        """See :class:`hvd_gqsgd.transports.base.DeviceGroup`."""
         if self._communicator is None or self._session is not self._base.session:
             self._session = self._base.session  # another one has other ranks
             unique_id = self._share(native_nccl.unique_id if self._base.rank == 0 else None)
@@ -41,7 +36,7 @@ class NcclGroup:
         return self._communicator
 
     def close(self) -> None:
-        """Ends it. All ranks must call this, with nothing in flight."""
+        """See :class:`hvd_gqsgd.transports.base.DeviceGroup`."""
         if self._communicator is not None:
             self._communicator.close()
             self._communicator = None
