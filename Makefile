@@ -44,6 +44,8 @@ SHELL := /bin/bash
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
+# Of pytest: tests for as many cores as CI has.
+PARALLEL := -n 2
 
 # For whatever builds the native parts.
 FOR_MPI = MPICXX=$(or $(MPICXX),$(CURDIR)/$(VENV)/bin/mpicxx)
@@ -54,6 +56,10 @@ export OMPI_ALLOW_RUN_AS_ROOT := 1
 export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 endif
 
+# Or each rank would compile all tests again.
+unexport PYTHONDONTWRITEBYTECODE
+test quick: export OMP_NUM_THREADS ?= 1
+
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
@@ -63,11 +69,11 @@ help: ## this list
 demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD, and compare
 	@$(RUN) $(PY) $(DEMO) $(ARGS)
 
-test: setup ## run the tests
-	@$(RUN) $(PY) -m pytest $(or $(ARGS),tests)
+test: setup ## run the tests: those that launch ranks one after the other, others beside them
+	@$(RUN) $(PY) -m pytest $(or $(ARGS),$(PARALLEL) --dist loadgroup tests)
 
-quick: setup ## run the tests that start no ranks, in about three minutes
-	@$(RUN) $(PY) -m pytest -q -m 'not launches and not slow and not long' tests
+quick: setup ## run the tests that start no ranks, in less than two minutes
+	@$(RUN) $(PY) -m pytest -q $(PARALLEL) -m 'not launches and not slow and not long' tests
 
 check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, types, known vulnerabilities, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check

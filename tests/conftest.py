@@ -47,7 +47,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU, or CUDA in this build, where there is none."""
+    """Skips what needs a GPU, or CUDA in this build, where there is none. For pytest-xdist: tests
+    that launch ranks need all cores, and go one after the other."""
     missing = None
     if not torch.cuda.is_available():
         missing = "there is no GPU that PyTorch can use"
@@ -56,6 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if missing and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=missing))
+        if item.get_closest_marker("launches"):
+            item.add_marker(pytest.mark.xdist_group("launches"))
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hvd_gqsgd import simulate
 pytestmark = pytest.mark.launches
 
 EXAMPLES = HERE.parent / "examples"
-QUICK_RUNS = 7
+QUICK_RUNS = 4
 
 
 def train(script: str, folder: Path, *arguments: str, ranks: int = 2) -> str:
@@ -53,9 +53,9 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
         words += ["sparse"] * bool(result["sparse_bytes"])
         of.setdefault(result["domain"], {})[" ".join(words)] = result
     assert {domain: sorted(settings) for domain, settings in of.items()} == {
-        "vision": ["gqsgd linear 8", "gqsgd linear dynamic", "none"],
-        "language": ["authors", "gqsgd exponential 8"],
-        "recommender": ["gqsgd linear 8", "gqsgd linear 8 sparse"],
+        "vision": ["gqsgd linear dynamic", "none"],
+        "language": ["gqsgd exponential 8"],
+        "recommender": ["gqsgd linear 8 sparse"],
     }
 
     assert all(result["replica_difference"] == 0 for result in results.values())
@@ -69,11 +69,8 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
         result = of[domain][setting]
         return result["compressed_bytes_before"] / result["compressed_bytes_on_wire"]
 
-    assert ratio("vision", "gqsgd linear 8") > 3.9
     assert ratio("vision", "gqsgd linear dynamic") == pytest.approx(32 / 5, rel=0.05)
     assert ratio("language", "gqsgd exponential 8") > 3.9
-    assert ratio("language", "authors") == pytest.approx(4, rel=0.01)
-    assert ratio("recommender", "gqsgd linear 8") > 3.9
     for settings in of.values():  # what they all would have taken without compression
         dense = [r["bytes_before"] / r["steps"] for r in settings.values() if not r["sparse_bytes"]]
         expected = [4 * sum(r["dense_numels"]) for r in settings.values() if not r["sparse_bytes"]]
@@ -84,8 +81,8 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
 
     table = (tmp_path / "comparison.md").read_text()
     for line in (
-        "| fp32 |", "| linear, 8 bits |", "| DQ-SGD, 5 bits |", "| exponential, 8 bits |",
-        "| authors' scheme, 8 bits |", "| linear, 8 bits, sparse tables |",
+        "| fp32 |", "| DQ-SGD, 5 bits |", "| exponential, 8 bits |",
+        "| linear, 8 bits, sparse tables |",
     ):  # fmt: skip
         assert line in table
     assert table.count("\n| ") == 3 + QUICK_RUNS  # three heads
@@ -94,7 +91,7 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
     assert len(figure) < 200_000
 
     # Other arguments would be another run; one file fewer, one run.
-    lost, *kept = sorted(results)
+    *kept, lost = sorted(results)  # of the recommender, which is the fastest
     lost.unlink()
     written = {path: path.stat().st_mtime_ns for path in kept}
     assert compare(tmp_path).stdout.count("s of training") == 1

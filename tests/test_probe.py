@@ -20,11 +20,14 @@ def reduce_(ranks, identities=None, prescale=1.0, postscale=1.0, average_over=No
     return Reading.of(torch.stack(probes).sum(0) * scale)
 
 
+MANY = pytest.param(10_000, marks=pytest.mark.slow)
+
+
 def contribution(ranks):
     return Contribution(len(ranks), sum(ranks), sum(map(rank_weight, ranks)))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 16, 127, 1000, 10_000])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 16, 127, 1000, MANY])
 @pytest.mark.parametrize("scales", [(1.0, 1.0), (1 / 3, 3.0), (1e-30, 1.0), (1.0, -2.0)])
 def test_the_right_reduction_is_recognized(size, scales):
     for average_over in (None, size):
@@ -62,7 +65,7 @@ def test_other_reductions_are_recognized(size):
         assert not Reading.of(result).matches(everyone(size))
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 8, 127, 1000, 10_000])
+@pytest.mark.parametrize("size", [2, 3, 4, 8, 127, 1000, MANY])
 @pytest.mark.parametrize("one", [1, 0x7FF, 0xFFF, 0x1000, 0xFFFFFF])
 def test_one_rank_with_another_tensor_is_noticed(size, one):
     for others in (0, one ^ 1, 0xABCDEF):

@@ -182,6 +182,7 @@ def test_the_benchmarks_formulas_are_those_of_theory(n: int) -> None:
             np.testing.assert_allclose(variance, expected, rtol=1e-6, atol=1e-9 * bound.max())
 
 
+@pytest.mark.slow
 def test_the_tables_can_be_printed(
     measured: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
