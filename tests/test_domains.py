@@ -100,25 +100,14 @@ def test_the_quick_comparison(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.md").read_text() == table
 
 
-# One of each domain takes two minutes; the code for checkpoints is the same for all.
 RESUMED = [
     ("vision.py", ["--epochs", "1", "--channels", "16", "--bits", "4"], 20),
-    pytest.param(
-        "language.py",
-        ["--steps", "16", "--width", "64", "--layers", "2", "--bits", "dynamic"],
-        7,
-        marks=pytest.mark.long,
-    ),
-    pytest.param(
-        "recommender.py",
-        ["--batch-size", "16384", "--sparse", "--compression", "authors"],
-        6,
-        marks=pytest.mark.long,
-    ),
+    ("language.py", ["--steps", "16", "--width", "64", "--layers", "2", "--bits", "dynamic"], 7),
+    ("recommender.py", ["--batch-size", "16384", "--sparse", "--compression", "authors"], 6),
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # two minutes; ranks/test_resume.py has the compressor's part of it
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("script", "arguments", "stop"), RESUMED)
 def test_a_resumed_run_ends_with_the_same_bits(
