@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,8 +54,7 @@ def _template(rank: int, identity: int) -> Tensor:
     return torch.tensor(slots, dtype=torch.float64, device="cpu")
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """A probe that came back."""
 
     slots: tuple[float, ...]
