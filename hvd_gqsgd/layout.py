@@ -23,6 +23,7 @@ __all__ = [
     "means_before",
     "means_dtype",
     "norm_dtype",
+    "runs",
     "tiles_for",
     "word_dtype",
     "words_before",
@@ -115,6 +116,12 @@ class Segments(NamedTuple):
     """Offset of the flag and the means of each rank, and at last their end."""
     of_rank: tuple[tuple[Part, ...], ...]
     of_tensor: tuple[tuple[Part, ...], ...]
+
+
+def runs(parts: Iterable[tuple[int, Part]]) -> list[int]:
+    """Parts as native operators take them: four numbers each, of which the first, given here, is
+    that of the tensor in the call."""
+    return [number for tensor, part in parts for number in (tensor, *part.tiles, part.means.start)]
 
 
 class Layout(NamedTuple):

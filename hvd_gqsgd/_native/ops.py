@@ -19,17 +19,22 @@ from hvd_gqsgd._native.loader import built, load
 
 __all__ = [
     "block_max",
+    "block_max_each",
     "block_squares",
     "combine",
     "dequantize",
+    "dequantize_each",
     "dequantize_means",
+    "dequantize_means_each",
     "devices",
     "instruction_set",
     "instruction_sets",
     "l2_norms",
     "quantize",
+    "quantize_each",
     "requantize",
-    "storage_use_count",
+    "requantize_each",
+    "storage_use_counts",
     "sum_of_squares",
     "use_instruction_set",
 ]
@@ -62,8 +67,28 @@ _library.define(
     "int bits, int levels, int first, int last, float scale) -> ()"
 )
 _library.define("combine(Tensor from_, Tensor(a!) to, int bits, int key) -> ()")
+_library.define("block_max_each(Tensor[] xs, int? block_size, Tensor(a!) norms) -> ()")
+_library.define(
+    "quantize_each(Tensor[] xs, Tensor norms, Tensor(a!) words, int? block_size, int kind, "
+    "int bits, int levels, int seed, int step, int[] tensor_ids, int rank, int world_size, "
+    "bool correlated) -> ()"
+)
+_library.define(
+    "dequantize_each(Tensor words, Tensor norms, Tensor(a!)[] outs, int[] word_starts, "
+    "int[] norm_starts, int? block_size, int kind, int bits, int levels, int contributors, "
+    "float scale) -> ()"
+)
+_library.define(
+    "requantize_each(Tensor received, Tensor norms, Tensor(a!) means, int[] numels, "
+    "int[] norm_starts, int[] runs, int begin, int? block_size, int kind, int bits, int levels, "
+    "int seed, int step, int[] tensor_ids) -> ()"
+)
+_library.define(
+    "dequantize_means_each(Tensor means, Tensor norms, Tensor(a!)[] outs, int[] norm_starts, "
+    "int[] runs, int? block_size, int kind, int bits, int levels, float scale) -> ()"
+)
 _library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
-_library.define("storage_use_count(Tensor tensor) -> int")
+_library.define("storage_use_counts(Tensor[] tensors) -> int[]")
 _library.define("kernel_table() -> int")
 _library.define("instruction_sets() -> str[]")
 _library.define("instruction_set() -> str")
@@ -71,7 +96,8 @@ _library.define("use_instruction_set(str name) -> ()")
 
 for _name in (
     "block_max", "quantize", "dequantize", "block_squares", "l2_norms", "requantize",
-    "dequantize_means", "combine", "sum_of_squares",
+    "dequantize_means", "combine", "sum_of_squares", "block_max_each", "quantize_each",
+    "dequantize_each", "requantize_each", "dequantize_means_each",
 ):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
@@ -144,8 +170,40 @@ combine = _ops.combine.default
 codes that stand for the sum of both on average, where no sum exceeds the largest level.
 """
 
-storage_use_count = _ops.storage_use_count.default
-"""``storage_use_count(tensor) -> int``: how many tensors share this one's memory, with itself."""
+block_max_each = _ops.block_max_each.default
+"""``block_max_each(xs, block_size, norms)``: ``block_max`` of each tensor of a bucket, with the
+norms one behind the other. Without a block size, here and below, all of a tensor shares one norm.
+"""
+
+quantize_each = _ops.quantize_each.default
+"""``quantize_each(xs, norms, words, block_size, kind, bits, levels, seed, step, tensor_ids, rank,
+world_size, correlated)``: ``quantize`` of each tensor of a bucket; norms and words are one behind
+the other.
+"""
+
+dequantize_each = _ops.dequantize_each.default
+"""``dequantize_each(words, norms, outs, word_starts, norm_starts, block_size, kind, bits, levels,
+contributors, scale)``: ``dequantize`` of some tensors of a bucket, whose words and norms begin at
+``word_starts`` and ``norm_starts``.
+"""
+
+requantize_each = _ops.requantize_each.default
+"""``requantize_each(received, norms, means, numels, norm_starts, runs, begin, block_size, kind,
+bits, levels, seed, step, tensor_ids)``: ``requantize`` of runs of tiles of a bucket's tensors.
+
+``runs`` has four numbers a run: the tensor, the first tile, the one after the last, and where its
+means begin in those of the bucket, of which ``means`` are those from ``begin`` on. ``received`` has
+the words of the runs one behind the other.
+"""
+
+dequantize_means_each = _ops.dequantize_means_each.default
+"""``dequantize_means_each(means, norms, outs, norm_starts, runs, block_size, kind, bits, levels,
+scale)``: ``dequantize_means`` of runs of tiles, as in ``requantize_each``, to ``outs``.
+"""
+
+storage_use_counts = _ops.storage_use_counts.default
+"""``storage_use_counts(tensors) -> list[int]``: how many tensors share the memory of each, with the
+tensor itself."""
 
 instruction_sets = _ops.instruction_sets.default
 """``instruction_sets() -> list[str]``: those this build has kernels for and this processor runs."""

@@ -1,12 +1,14 @@
 """The codec interface, and what all codecs share: norms, sizes of messages, rounding of means.
 
-Every method works on flat, contiguous tensors. A *tile* is a block of at most 1024 elements, or a
+Every method works on flat, contiguous tensors, and on all tensors of a bucket at once; their norms
+and words lie one behind the other. A *tile* is a block of at most 1024 elements, or a
 part of a larger block; it is the least that a rank can own in a two-phase exchange.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import ClassVar
@@ -77,46 +79,60 @@ class Codec(ABC):
         """Words for the codes of a tensor of ``numel`` elements."""
         return layout.words_for(numel, self.block(numel), self.bits)
 
-    def norms(self, x: Tensor, out: Tensor) -> None:
+    def norms(self, xs: Sequence[Tensor], out: Tensor) -> None:
         """Writes this rank's largest magnitudes, which are to be Max-reduced, to ``out``."""
-        ops.block_max(x, self.block(x.numel()), out)
+        ops.block_max_each(xs, self.block_size, out)
 
-    def squares(self, x: Tensor, norms: Tensor, out: Tensor) -> None:
+    def squares(self, xs: Sequence[Tensor], norms: Tensor, out: Tensor) -> None:
         """Writes this rank's sums of squares on the global ``norms``, to be summed, to ``out``."""
-        ops.block_squares(x, norms, out, self.block(x.numel()))
+        lengths = [self.num_norms(x.numel()) for x in xs]
+        for x, norm, square in zip(xs, norms.split(lengths), out.split(lengths), strict=True):
+            ops.block_squares(x, norm, square, self.block(x.numel()))
 
     def l2_norms(self, norms: Tensor, squares: Tensor) -> None:
         """Turns the global largest magnitudes into L2 norms, given the sums over all ranks."""
         ops.l2_norms(norms, squares)
 
-    def encode(self, x: Tensor, norms: Tensor, words: Tensor, step: int, tensor_id: int) -> None:
-        """Writes the codes of ``x`` on the global ``norms`` to ``words``.
+    def encode(
+        self, xs: Sequence[Tensor], norms: Tensor, words: Tensor, step: int,
+        tensor_ids: Sequence[int],
+    ) -> None:  # fmt: skip
+        """Writes the codes of ``xs`` on the global ``norms`` to ``words``.
 
-        Dither is a hash of the seed, ``step``, ``tensor_id``, the element and, unless it is
+        Dither is a hash of the seed, ``step``, the tensor's number, the element and, unless it is
         correlated, the rank.
         """
-        ops.quantize(
-            x, norms, words, self.block(x.numel()), *self.code,
-            self.seed, step, tensor_id, self.rank, self.world_size, self.correlated,
+        ops.quantize_each(
+            xs, norms, words, self.block_size, *self.code,
+            self.seed, step, tensor_ids, self.rank, self.world_size, self.correlated,
         )  # fmt: skip
 
     def requantize(
-        self, received: Tensor, norms: Tensor, means: Tensor, numel: int, tiles: tuple[int, int],
-        step: int, tensor_id: int,
+        self, received: Tensor, norms: Tensor, means: Tensor, numels: Sequence[int],
+        norm_starts: Sequence[int], runs: Sequence[int], begin: int, step: int,
+        tensor_ids: Sequence[int],
     ) -> None:  # fmt: skip
-        """Rounds the mean over the ranks of some tiles of a tensor once more, for all ranks.
+        """Rounds the mean over the ranks of some tiles of a bucket once more, for all ranks.
 
-        ``received`` has a row for each rank, with the words of tiles ``tiles[0]`` to ``tiles[1]``
-        (excluded). The dither does not depend on the rank, so neither does the result.
+        The dither does not depend on the rank, so neither does the result.
+
+        Args:
+            received: a row for each rank, with the words of these tiles.
+            means: written to; the means of the bucket from ``begin`` on.
+            numels, norm_starts, tensor_ids: of all tensors of the bucket.
+            runs: the tiles; see ``hvd_gqsgd.layout.runs``.
         """
-        ops.requantize(
-            received, norms, means, numel, self.block(numel), *self.code,
-            *tiles, self.seed, step, tensor_id,
+        ops.requantize_each(
+            received, norms, means, numels, norm_starts, runs, begin, self.block_size, *self.code,
+            self.seed, step, tensor_ids,
         )  # fmt: skip
 
     def decode_means(
-        self, means: Tensor, norms: Tensor, out: Tensor, tiles: tuple[int, int], scale: float
-    ) -> None:
-        """Writes ``scale`` times the mean over the ranks to tiles ``tiles[0]`` to ``tiles[1]``
-        (excluded) of ``out``, given the means of just these."""
-        ops.dequantize_means(means, norms, out, self.block(out.numel()), *self.code, *tiles, scale)
+        self, means: Tensor, norms: Tensor, outs: Sequence[Tensor], norm_starts: Sequence[int],
+        runs: Sequence[int], scale: float,
+    ) -> None:  # fmt: skip
+        """Writes ``scale`` times the mean over the ranks to some tiles of ``outs``, which are
+        tensors of the bucket whose norms begin at ``norm_starts``."""
+        ops.dequantize_means_each(
+            means, norms, outs, norm_starts, runs, self.block_size, *self.code, scale
+        )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item, Kind, kind_of
@@ -43,6 +45,12 @@ class BucketPlan:
             else:
                 filling[kind] = (number, total + nbytes)
         return cls(places, sizes)
+
+
+@functools.lru_cache(maxsize=2**15)  # the same tensors come step after step
+def _identity(label: Hashable, repeat: int, numel: int, dtype: torch.dtype) -> int:
+    """31 bits that identify a tensor on all ranks."""
+    return digest((label, repeat, numel, str(dtype)))
 
 
 class Filling:
@@ -83,7 +91,7 @@ class Filling:
         label = name if name is not None else next(self._arrivals)
         repeat = self._repeats[label]
         self._repeats[label] += 1
-        identity = digest((label, repeat, x.numel(), str(x.dtype)))
+        identity = _identity(label, repeat, x.numel(), x.dtype)
         kind = kind_of(x.dtype, x.device)
         planned = self._plan.places.get(name)
         key: Hashable

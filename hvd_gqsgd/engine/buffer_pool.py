@@ -7,7 +7,9 @@ Horovod, and not the ``p.grad`` that a decoded gradient became.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +27,11 @@ KEEP_STEPS = 8
 MOST_TRIES = 16
 
 
-@dataclass
+Kind = tuple[int, torch.dtype, torch.device]
+"""Elements, type and device of a flat tensor."""
+
+
+@dataclass(eq=False)
 class _Buffer:
     memory: Tensor
     last_step: int
@@ -35,9 +41,7 @@ class BufferPool:
     """Flat tensors by size, type and device."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[int, torch.dtype, torch.device], deque[_Buffer]] = defaultdict(
-            deque
-        )
+        self._buffers: dict[Kind, deque[_Buffer]] = defaultdict(deque)
         self._step = 0
 
     def __len__(self) -> int:
@@ -46,22 +50,54 @@ class BufferPool:
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat tensor with undefined contents, in use until nothing refers to its memory."""
-        if device.type != "cpu":  # PyTorch keeps this memory, and knows the streams that use it
-            return torch.empty(numel, dtype=dtype, device=device)
-        buffers = self._buffers[numel, dtype, device]
-        # From the one that has rested longest on, and not through all of them: a model may have
-        # hundreds of tensors of one size.
-        for _ in range(min(len(buffers), MOST_TRIES)):
-            buffer = buffers.popleft()
-            buffers.append(buffer)
-            if ops.storage_use_count(buffer.memory) == 1:
-                break
-        else:
-            with torch.inference_mode(False):  # or it could not be written to outside of it later
-                buffer = _Buffer(torch.empty(numel, dtype=dtype, device=device), self._step)
-            buffers.append(buffer)
+        return self.take_each([(numel, dtype, device)])[0]
+
+    def take_each(self, kinds: Sequence[Kind]) -> list[Tensor]:
+        """A tensor of each kind, as by ``take``."""
+        if any(device.type != "cpu" for _, _, device in kinds):
+            # PyTorch keeps this memory, and knows the streams that use it.
+            return [
+                torch.empty(numel, dtype=dtype, device=device) for numel, dtype, device in kinds
+            ]
+        # Those that have rested longest on; one call for all of them.
+        claimed: dict[_Buffer, None] = {}
+        firsts: list[_Buffer | None] = []
+        for kind in kinds:
+            buffers = self._buffers[kind]
+            first = buffers[0] if buffers else None
+            if first is not None and first not in claimed:
+                claimed[first] = None
+                buffers.rotate(-1)
+                firsts.append(first)
+            else:
+                firsts.append(None)
+        counts = ops.storage_use_counts([buffer.memory for buffer in claimed])
+        free = {buffer for buffer, count in zip(claimed, counts, strict=True) if count == 1}
+        taken = [self._hand_out(b) if b is not None and b in free else None for b in firsts]
+        return [
+            self._search(kind) if tensor is None else tensor
+            for tensor, kind in zip(taken, kinds, strict=True)
+        ]
+
+    def _hand_out(self, buffer: _Buffer) -> Tensor:
         buffer.last_step = self._step
         return buffer.memory.view(-1)
+
+    def _search(self, kind: Kind) -> Tensor:
+        """A free buffer, or a new one. Not all are looked at: a model may have hundreds of tensors
+        of one size."""
+        buffers = self._buffers[kind]
+        tried = list(itertools.islice(buffers, MOST_TRIES))
+        counts = ops.storage_use_counts([buffer.memory for buffer in tried])
+        first = counts.index(1) if 1 in counts else None
+        buffers.rotate(-len(tried) if first is None else -first - 1)
+        if first is not None:
+            return self._hand_out(tried[first])
+        numel, dtype, device = kind
+        with torch.inference_mode(False):  # or it could not be written to outside of it later
+            buffer = _Buffer(torch.empty(numel, dtype=dtype, device=device), self._step)
+        buffers.append(buffer)
+        return self._hand_out(buffer)
 
     def next_step(self) -> None:
         """Marks a step, and forgets buffers that have long not been asked for."""

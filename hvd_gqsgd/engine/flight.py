@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+from torch import Tensor
+
 from hvd_gqsgd.bucket import Bucket, Item
+from hvd_gqsgd.engine.buffer_pool import BufferPool
 from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.exchanges import Terms
 from hvd_gqsgd.exchanges.base import Result, Running
@@ -55,6 +60,9 @@ class Flight:
         self._transport = transport
         self._stats = stats
         self._sent: Collective | None = None
+        self._scale = math.nan
+        self._outs: dict[int, Tensor] | None = None
+        """Decoded tensors by their place in the bucket, until they are asked for."""
 
     @property
     def arrived(self) -> bool:
@@ -100,10 +108,30 @@ class Flight:
                 self._start(self._running.send(self._sent.tensor))
         return before
 
+    def decode(self, item: Item, scale: float, pool: BufferPool) -> Tensor:
+        """``scale`` times the sum over the ranks of a tensor, flat, once there is a result.
+
+        The first call decodes all tensors of the bucket: nearly always their scale is the same.
+        """
+        assert self.result is not None, "wait() comes before decode()"
+        if item.out is None and self._outs is None:
+            items = [each for each in self.bucket.items if each.out is None]
+            outs = pool.take_each([(each.numel, each.dtype, each.device) for each in items])
+            self.result.decode(items, outs, scale)
+            self._scale = scale
+            self._outs = {each.place: out for each, out in zip(items, outs, strict=True)}
+        if item.out is None and self._outs and scale == self._scale:
+            return self._outs.pop(item.place)
+        out = item.out
+        if out is None:
+            out = pool.take(item.numel, item.dtype, item.device)
+        self.result.decode([item], [out], scale)
+        return out
+
     def abandon(self) -> None:
         """Drops all references, also to an exception, whose traceback leads back here."""
         self._running.close()
-        self.handle = self.failure = self.result = self._sent = None
+        self.handle = self.failure = self.result = self._sent = self._outs = None
         self.bucket.items.clear()
 
     def _start(self, collective: Collective) -> None:

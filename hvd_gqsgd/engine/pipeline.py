@@ -85,6 +85,8 @@ class Pipeline:
         self.number = 0
         """Of the step's messages, among the pipelines that share names."""
         self.steps_begun = 0
+        self.rank = self.size = 0
+        """This rank, and the number of ranks, since the step began."""
         self._transport = transport
         self._protocol_type = protocol
         self._names = names or OperationNames()
@@ -237,12 +239,8 @@ class Pipeline:
         if ticket not in self._record.tickets:
             raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
         flight = self._flights[bucket]
-        assert flight.result is not None, "wait() comes before decode()"
         with on(bucket.stream):
-            out = item.out
-            if out is None:
-                out = self._pool.take(item.numel, item.dtype, item.device)
-            flight.result.decode(item, out, scale)
+            out = flight.decode(item, scale, self._pool)
             norm = ops.sum_of_squares(out) if self.steps.learns else None
         hand_out(out, bucket.stream)
         self._record.decoded(ticket, norm)
@@ -309,8 +307,8 @@ class Pipeline:
         self._orphans = [handle for handle in self._orphans if not reaped(handle)]
         self._filling.begin_step()
         self._pool.next_step()
-        rank_and_size = self._transport.rank, self._transport.size
-        if (self._way.exchange.rank, self._way.exchange.size) != rank_and_size:
+        self.rank, self.size = self._transport.rank, self._transport.size
+        if (self._way.exchange.rank, self._way.exchange.size) != (self.rank, self.size):
             self._way_or_none = None
         exchange = self._way.exchange
         self.number = self._names.join(self)

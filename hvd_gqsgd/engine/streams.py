@@ -10,7 +10,7 @@ freed memory for the stream that it was taken on.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -37,12 +37,16 @@ class Streams:
         return self._made[key]
 
 
-@contextmanager
-def on(stream: Stream) -> Iterator[None]:
+def on(stream: Stream) -> AbstractContextManager[None]:
     """Enqueues there what is done within, in whatever thread."""
-    if stream is None:
-        yield
-        return
+    return _NOWHERE if stream is None else _on(stream)
+
+
+_NOWHERE = nullcontext()
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
     # The device too: threads that are not PyTorch's own begin with the first one, and to go back to
     # a stream of that would make them use it.
     with torch.cuda.device(stream.device), torch.cuda.stream(stream):

@@ -6,6 +6,7 @@ the number of ranks. Marks before the codes count the ranks that took part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -66,7 +67,9 @@ class _Summed:
     norms: Tensor
     words: Tensor
 
-    def decode(self, item: Item, out: Tensor, scale: float) -> None:
-        words = self.words[self.layout.words[item.place]]
-        norms = self.norms[self.layout.norms[item.place]]
-        self.codec.decode(words, norms, out, self.contribution.count, scale)
+    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
+        words = [self.layout.words[item.place].start for item in items]
+        norms = [self.layout.norms[item.place].start for item in items]
+        self.codec.decode(
+            self.words, self.norms, outs, words, norms, self.contribution.count, scale
+        )

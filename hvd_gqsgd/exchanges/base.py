@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -63,8 +63,8 @@ class Result(Protocol):
     def contribution(self) -> Contribution:
         """The ranks that took part."""
 
-    def decode(self, item: Item, out: Tensor, scale: float) -> None:
-        """Writes ``scale`` times the sum over these ranks to ``out``, flat."""
+    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
+        """Writes ``scale`` times the sum over these ranks to ``outs``, flat, for some tensors."""
 
 
 Running = Generator[Collective, Tensor, Result]
@@ -152,14 +152,13 @@ class CodedExchange(Exchange):
         codec, header = self.codec(terms.bits), self._header
         layout = bucket.layout(self.options.block_size, terms.bits)
         message = self._take(header + layout.num_norms, bucket.norm_dtype, bucket.device)
-        for item, place in zip(bucket.items, layout.norms, strict=True):
-            codec.norms(item.x, message[header + place.start : header + place.stop])
+        xs = [item.x for item in bucket.items]
+        codec.norms(xs, message[header:])
         norms = (yield Max("norms", message))[header:]
         if self.options.norm == "l2":
             squares = self._take(layout.num_norms, torch.int64, bucket.device)
             if not terms.given_up:
-                for item, place in zip(bucket.items, layout.norms, strict=True):
-                    codec.squares(item.x, norms[place], squares[place])
+                codec.squares(xs, norms, squares)
             summed = yield Sum("squares", squares)
             if not terms.given_up:
                 codec.l2_norms(norms, summed)
@@ -167,7 +166,5 @@ class CodedExchange(Exchange):
 
     def _encode(self, bucket: Bucket, terms: Terms, norms: Tensor, words: Tensor) -> None:
         """Writes the codes of all tensors, one behind the other, to ``words``."""
-        codec = self.codec(terms.bits)
-        layout = bucket.layout(self.options.block_size, terms.bits)
-        for item, norm, word in zip(bucket.items, layout.norms, layout.words, strict=True):
-            codec.encode(item.x, norms[norm], words[word], terms.step, item.identity)
+        xs, identities = zip(*((item.x, item.identity) for item in bucket.items), strict=True)
+        self.codec(terms.bits).encode(xs, norms, words, terms.step, identities)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,9 +57,10 @@ class NativeExchange(Exchange):
 class _Reduced:
     contribution: Contribution
 
-    def decode(self, item: Item, out: Tensor, scale: float) -> None:
+    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
         """The native call has decoded the result."""
-        assert out is item.out and scale == item.scale
+        assert all(out is item.out for item, out in zip(items, outs, strict=True))
+        assert all(scale == item.scale for item in items)
 
 
 class MpiExchange(NativeExchange):

@@ -14,6 +14,7 @@ Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` the o
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.base import CodedExchange, Running, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
-from hvd_gqsgd.layout import FLAG, Layout, Segments
+from hvd_gqsgd.layout import FLAG, Layout, Segments, runs
 
 __all__ = ["TwoPhaseExchange"]
 
@@ -80,15 +81,12 @@ class TwoPhaseExchange(CodedExchange):
         own[:FLAG] = 1
         layout = bucket.layout(self.options.block_size, terms.bits)
         segments, codec = layout.segments(self.size), self.codec(terms.bits)
-        rows = received.view(self.size, -1) if received.numel() else received
-        begin = segments.means[self.rank]
-        for part in segments.of_rank[self.rank]:
-            item = bucket.items[part.tensor]
-            codec.requantize(
-                rows[:, part.words], norms[layout.norms[item.place]],
-                own[part.means.start - begin : part.means.stop - begin],
-                item.numel, part.tiles, terms.step, item.identity,
-            )  # fmt: skip
+        codec.requantize(
+            received.view(self.size, segments.words[self.rank]), norms, own,
+            [item.numel for item in bucket.items], [place.start for place in layout.norms],
+            runs((part.tensor, part) for part in segments.of_rank[self.rank]),
+            segments.means[self.rank], terms.step, [item.identity for item in bucket.items],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,14 @@ class _Averaged:
     norms: Tensor
     means: Tensor
 
-    def decode(self, item: Item, out: Tensor, scale: float) -> None:
+    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
         # The mean travelled. A share of 1/n, times n, may not be one again.
         size = self.contribution.count
         factor = 1.0 if scale == 1 / size else scale * size
-        norms = self.norms[self.layout.norms[item.place]]
-        for part in self.segments.of_tensor[item.place]:
-            self.codec.decode_means(self.means[part.means], norms, out, part.tiles, factor)
+        norms = [self.layout.norms[item.place].start for item in items]
+        parts = (
+            (i, part)
+            for i, item in enumerate(items)
+            for part in self.segments.of_tensor[item.place]
+        )
+        self.codec.decode_means(self.means, self.norms, outs, norms, runs(parts), factor)

@@ -38,9 +38,9 @@ from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.ddp import DDPState
-from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES, Reading, make_probe
+from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES, Reading, make_probe, with_shape
 from hvd_gqsgd.frontends.parameter_names import ParameterNames
-from hvd_gqsgd.options import FrontEnd, OptionsButBits, digest
+from hvd_gqsgd.options import FrontEnd, OptionsButBits
 from hvd_gqsgd.registry import of_horovod
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.host_staging import StagedTransport
@@ -190,13 +190,13 @@ class GlobalQSGD(Compressor):
         if self._pipeline is None:
             self._pipeline = self._start()
         name = self._names.find(tensor) if self._names is not None else None
-        flat = tensor.detach().contiguous().view(-1)
-        ticket = self._pipeline.submit(flat, name)
-        identity = digest((ticket.item.identity, *tensor.shape))
-        probe = make_probe(self._transport.rank, identity)
+        like = tensor.detach()
+        ticket = self._pipeline.submit(like.contiguous().view(-1), name)
+        identity = with_shape(ticket.item.identity, tensor.shape)
+        probe = make_probe(self._pipeline.rank, identity)
         self._stats.compressed_bytes_on_wire += PROBE_BYTES
-        self._world_size = self._transport.size
-        return probe, _Context(ticket, tensor.detach(), self._world_size)
+        self._world_size = self._pipeline.size
+        return probe, _Context(ticket, like, self._world_size)
 
     @_ClassOrInstanceMethod
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
@@ -221,13 +221,15 @@ class GlobalQSGD(Compressor):
         assert self._pipeline is not None, "the context is another compressor's"
         reading = Reading.of(tensor)
         contribution: Contribution | None = everyone(ctx.world_size)
-        if not reading.matches(everyone(ctx.world_size)):
+        of_all, of_one = reading.matches(everyone(ctx.world_size)), reading.same_tensor()
+        if not of_all:
             # Either ranks have left by hvd.join(), and the payload tells which, or there is no
             # right answer, and then the ranks of another process set may never send theirs.
             contribution = self._pipeline.wait(ctx.ticket, PATIENCE)
-        elif reading.same_tensor():
+        elif of_one:
             contribution = self._pipeline.wait(ctx.ticket)
-        problem = _problem(reading, contribution, everyone(ctx.world_size))
+        complete = of_all and of_one and contribution == everyone(ctx.world_size)
+        problem = None if complete else _problem(reading, contribution, everyone(ctx.world_size))
         if problem is not None or contribution is None:
             self._pipeline.end_step(Ending.DISAGREEMENT)
             raise AgreementError(problem)

@@ -17,15 +17,17 @@ same slots and so comes to the same verdict.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hvd_gqsgd.exchanges.contribution import Contribution, rank_weight
+from hvd_gqsgd.options import digest
 
-__all__ = ["PROBE_BYTES", "Reading", "make_probe"]
+__all__ = ["PROBE_BYTES", "Reading", "make_probe", "with_shape"]
 
 PROBE_BYTES = 7 * 8
 
@@ -34,15 +36,25 @@ PROBE_BYTES = 7 * 8
 RTOL = 1e-12
 
 
+@functools.lru_cache(maxsize=2**15)  # the same tensors come step after step
+def with_shape(identity: int, shape: tuple[int, ...]) -> int:
+    """31 bits that tell tensors of other shapes apart too."""
+    return digest((identity, *shape))
+
+
 def make_probe(rank: int, identity: int) -> Tensor:
     """This rank's probe for a tensor with a 31-bit identity: float64, 7 elements, on the CPU."""
+    return _template(rank, identity).clone()
+
+
+@functools.lru_cache(maxsize=2**15)
+def _template(rank: int, identity: int) -> Tensor:
     a, b = identity & 0xFFF, identity >> 12 & 0xFFF
     slots = [1, rank, rank_weight(rank), a, a * a, b, b * b]
     return torch.tensor(slots, dtype=torch.float64, device="cpu")
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):
     """A probe that came back."""
 
     slots: tuple[float, ...]

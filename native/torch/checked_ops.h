@@ -68,14 +68,21 @@ inline void check_tiles(const Layout& layout, int64_t first, int64_t last) {
                     "tiles must be within 0 to ", layout.tiles(), ", got ", first, " to ", last);
 }
 
-// The means of tiles [first, last) as a buffer of the wider one of norms and words.
-inline void check_means(const Tensor& means, const Layout& layout, DType dtype, int64_t bits,
-                        int64_t first, int64_t last, at::Device device) {
+// Elements that the means of tiles [first, last) take, of the wider type of norms and words.
+inline int64_t means_of(const Layout& layout, DType dtype, int64_t bits, int64_t first,
+                        int64_t last) {
+  check_tiles(layout, first, last);
   const int64_t norm_size = at::elementSize(norm_dtype(dtype));
   const int64_t word_size = at::elementSize(word_dtype(bits));
   const MeansLayout at{layout, word_size, std::max(norm_size, word_size)};
-  check_buffer(means, "means", at.unit == 8 ? at::kLong : at::kInt,
-               at.begin(last) - at.begin(first), device);
+  return at.begin(last) - at.begin(first);
+}
+
+inline void check_means(const Tensor& means, const Layout& layout, DType dtype, int64_t bits,
+                        int64_t first, int64_t last, at::Device device) {
+  const bool wide = norm_dtype(dtype) == at::kLong || word_dtype(bits) == at::kLong;
+  check_buffer(means, "means", wide ? at::kLong : at::kInt,
+               means_of(layout, dtype, bits, first, last), device);
 }
 
 // What sum_of_squares() checks, which devices do in other ways.
@@ -199,7 +206,6 @@ struct CheckedOps {
     const Layout layout = layout_of(out.numel(), block_size, bits);
     const DType dtype = dtype_of(out, "the tensor");
     const CodeArgs args = code_args(dtype, layout, norms, kind, bits, levels, out.device());
-    check_tiles(layout, first, last);
     check_means(means, layout, dtype, bits, first, last, out.device());
     Device::run(out, first, last, grain(kTile),
                 [&](const auto& kernels, int64_t begin, int64_t end) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "torch/bucket_ops.h"
 #include "torch/built_for.h"
 #include "torch/checked_ops.h"
 
@@ -59,8 +60,13 @@ void sum_of_squares(const Tensor& x, Tensor sum) {
   *sum.mutable_data_ptr<double>() = std::accumulate(parts.begin(), parts.end(), 0.0);
 }
 
-int64_t storage_use_count(const Tensor& tensor) {
-  return static_cast<int64_t>(tensor.storage().use_count());
+std::vector<int64_t> storage_use_counts(at::TensorList tensors) {
+  std::vector<int64_t> counts;
+  counts.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) {
+    counts.push_back(static_cast<int64_t>(tensor.storage().use_count()));
+  }
+  return counts;
 }
 
 std::vector<std::string> instruction_sets() {
@@ -89,11 +95,12 @@ void use_instruction_set(std::string name) {
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CPU, m) {
   gqsgd::CheckedOps<Cpu>::register_all(m);
+  gqsgd::BucketOps<Cpu>::register_all(m);
   m.impl("sum_of_squares", &sum_of_squares);
 }
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CompositeExplicitAutograd, m) {
-  m.impl("storage_use_count", &storage_use_count);
+  m.impl("storage_use_counts", &storage_use_counts);
 }
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CatchAll, m) {
