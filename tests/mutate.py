@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("scale of n + 1 ranks", "hvd_gqsgd/simulation.py", "1 / world.size)",
            "1 / (world.size + 1))", (LEVEL, UNBIASED)),
     Mutant("contributors that have left are counted", "hvd_gqsgd/exchanges/allreduce.py",
-           "self.contribution.count, scale)", "3, scale)", (JOIN,)),
+           "self.contribution.count, scale\n", "3, scale\n", (JOIN,)),
     Mutant("L2: the largest sum instead of all", "hvd_gqsgd/exchanges/base.py",
            "yield Sum(\"squares\", squares)", "yield Max(\"squares\", squares)",
            (EXPECTED,)),

@@ -171,7 +171,10 @@ class FixedBits:
             ValueError: it is the state of another schedule.
         """
         if state:
-            raise ValueError(f"the state of a fixed width must be empty, got {state!r}")
+            raise ValueError(
+                "the state of a fixed width must be empty, and this is one of DynamicBits: give "
+                f"bits as when the state was saved; got {state!r}"
+            )
 
 
 class Schedule:
@@ -276,7 +279,8 @@ class Schedule:
             raise TypeError(f"the state of a schedule must be a dict, got {state!r}")
         if state.keys() != set(self._KEYS):
             raise ValueError(
-                f"the state of a schedule must have the keys {self._KEYS}, got {tuple(state)}"
+                f"the state of DynamicBits must have the keys {self._KEYS}, got {tuple(state)}; "
+                "give bits as when the state was saved"
             )
         self.adopt([state[key] for key in self._KEYS])
 

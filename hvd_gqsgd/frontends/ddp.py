@@ -322,7 +322,9 @@ def ddp_hook(
         of the exchange on all ranks, as a ``RuntimeError`` that quotes it.
     """
     if not isinstance(state, DDPState):
+        remedy = "; give its ddp_state()" if hasattr(state, "ddp_state") else ""
         raise TypeError(
-            f"the state of ddp_hook must be a DDPState, as DDPState(bits=8), got {state!r}"
+            "the state of ddp_hook must be a GQSGDState (DDPState), as GQSGDState(bits=8), got "
+            f"{state!r}{remedy}"
         )
     return state.average(bucket.buffer(), first=bucket.index() == 0)

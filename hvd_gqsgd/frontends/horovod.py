@@ -139,6 +139,11 @@ class GlobalQSGD(Compressor):
         self.options = FRONT_END.options(self._given)
         self._names = None
         if named_parameters is not None:
+            if not isinstance(named_parameters, Iterable):
+                raise TypeError(
+                    "named_parameters must be pairs as from model.named_parameters(), got "
+                    f"{named_parameters!r}"
+                )
             named = self._given["named_parameters"] = list(named_parameters)
             if isinstance(named_parameters, Iterator) and not named:
                 raise ValueError(

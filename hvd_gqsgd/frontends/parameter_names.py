@@ -34,9 +34,11 @@ class ParameterNames:
                 and isinstance(pair[0], str)
                 and isinstance(pair[1], Tensor)
             ):
+                tensor = isinstance(pair, Tensor)
+                got = f"a tensor of shape {[*pair.shape]}" if tensor else repr(pair)
                 raise TypeError(
                     "named_parameters must be (name, parameter) pairs as from "
-                    f"model.named_parameters(), got {pair!r}"
+                    f"model.named_parameters(), got {got}"
                 )
         names = Counter(name for name, _ in self._pairs)
         if repeated := [name for name, count in names.items() if count > 1]:

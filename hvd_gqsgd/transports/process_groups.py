@@ -9,7 +9,31 @@ import torch.distributed as dist
 
 from hvd_gqsgd.registry import of_process_group
 
-__all__ = ["give_back_channels", "has_nccl", "host_group", "take_channels"]
+__all__ = ["check_group", "give_back_channels", "has_nccl", "host_group", "take_channels"]
+
+
+def check_group(group: object) -> dist.ProcessGroup:
+    """A process group that this process is in; None stands for the default one.
+
+    Raises:
+        TypeError: it is no process group.
+        ValueError: this process is not in it, or there is no default process group.
+    """
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if group is None:
+        if not dist.is_initialized():
+            raise ValueError(
+                "there is no default process group: call torch.distributed.init_process_group() "
+                "before, or give a process_group"
+            )
+        return check_group(dist.group.WORLD)
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "this process is not in the process group: torch.distributed.new_group() gave "
+            f"GroupMember.NON_GROUP_MEMBER ({group!r}) here; leave the call to the members"
+        )
+    raise TypeError(f"a torch.distributed.ProcessGroup or None is needed, got {group!r}")
 
 
 def has_nccl(group: dist.ProcessGroup | None) -> bool:

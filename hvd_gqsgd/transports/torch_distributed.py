@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.transports.base import nap
+from hvd_gqsgd.transports.process_groups import check_group
 
 __all__ = ["TorchDistributedTransport"]
 
@@ -44,7 +45,7 @@ class TorchDistributedTransport:
         notify: called, in any thread, when an operation is done.
 
     Raises:
-        ValueError: this process is not one of them.
+        TypeError, ValueError: see ``check_group``.
     """
 
     mpi_handle: ClassVar[None] = None
@@ -57,9 +58,7 @@ class TorchDistributedTransport:
         channels: Mapping[str, dist.ProcessGroup] | None = None,
         notify: Callable[[], None] | None = None,
     ) -> None:
-        group = group if group is not None else dist.group.WORLD
-        if not isinstance(group, dist.ProcessGroup):
-            raise ValueError(f"this process is not in the process group, which is {group!r} here")
+        group = check_group(group)
         # Weakly: what is remembered for a group must not keep it.
         self._group = weakref.ref(group)
         self.rank: int = dist.get_rank(group)
