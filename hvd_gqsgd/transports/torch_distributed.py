@@ -44,7 +44,8 @@ class TorchDistributedTransport:
         notify: called, in any thread, when an operation is done.
 
     Raises:
-        ValueError: this process is not one of them.
+        TypeError: ``group`` is no process group.
+        ValueError: this process is not one of them, or there is no default group.
     """
 
     mpi_handle: ClassVar[None] = None
@@ -58,8 +59,18 @@ class TorchDistributedTransport:
         notify: Callable[[], None] | None = None,
     ) -> None:
         group = group if group is not None else dist.group.WORLD
+        if group is None:
+            raise ValueError(
+                "there is no default process group: call torch.distributed.init_process_group() "
+                "first"
+            )
         if not isinstance(group, dist.ProcessGroup):
-            raise ValueError(f"this process is not in the process group, which is {group!r} here")
+            if group == dist.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError(f"this process is not in the process group, which is {group!r}")
+            raise TypeError(
+                "process_group must be a torch.distributed.ProcessGroup, or None for the default "
+                f"group, got {group!r}"
+            )
         # Weakly: what is remembered for a group must not keep it.
         self._group = weakref.ref(group)
         self.rank: int = dist.get_rank(group)
