@@ -95,9 +95,10 @@ class DDPState:
         options: see :class:`hvd_gqsgd.options.Options`. All but ``bucket_mb``.
 
     Raises:
-        TypeError: an option is unknown, has no effect here, or has the wrong type.
-        ValueError: an option is out of range, the lanes are too narrow for the world size, or this
-            process is not in the process group.
+        TypeError: an option is unknown, has no effect here, or has the wrong type, or
+            ``process_group`` is no process group.
+        ValueError: an option is out of range, the lanes are too narrow for the world size, this
+            process is not in the process group, or there is no default group.
         AgreementError: on all ranks, if their options differ; on all other ranks, if one raises an
             error about its options.
         RuntimeError: NCCL could not be started.
@@ -165,6 +166,7 @@ class DDPState:
         self._more = False
         self._waiting: list[_Waiting] = []
         self._failed = False  # in this step
+        self._closed = False
         if self._transport.nccl is not None:
             self._transport.nccl.connect()  # here, where all ranks are
 
@@ -179,8 +181,11 @@ class DDPState:
 
         Raises:
             NotImplementedError: it is on a device for which there are no kernels.
+            RuntimeError: the state was closed.
             ValueError: it is on another GPU than was the current one when this was made.
         """
+        if self._closed:
+            raise RuntimeError("the hook's state was closed: make another one")
         self._stats.tensors += 1
         check_device("GlobalQSGD got a bucket", buffer)
         if self._device is not None and buffer.device != self._device:
@@ -227,7 +232,7 @@ class DDPState:
         if self._transport.nccl is not None:
             self._transport.nccl.close()
         give_back_channels(self._host.group, self._channels)
-        self._channels = {}
+        self._channels, self._closed = {}, True
 
     def state_dict(self) -> dict[str, Any]:
         """See ``GlobalQSGD.state_dict``."""

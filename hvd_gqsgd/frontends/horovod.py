@@ -219,11 +219,13 @@ class GlobalQSGD(Compressor):
             AgreementError: the reduction is not linear (Min, Max, Product, Adasum), is over other
                 ranks than ``process_set``, or the ranks disagree on the options or the order of
                 tensors. It is raised on all ranks.
+            RuntimeError: the context was used before, or is another compressor's.
             HorovodInternalError: Horovod could not complete the exchange.
         """
         if ctx is None:
             return tensor
-        assert self._pipeline is not None, "the context is another compressor's"
+        if self._pipeline is None:
+            raise RuntimeError("the context is not of this compressor, which compressed nothing")
         reading = Reading.of(tensor)
         contribution: Contribution | None = everyone(ctx.world_size)
         of_all, of_one = reading.matches(everyone(ctx.world_size)), reading.same_tensor()

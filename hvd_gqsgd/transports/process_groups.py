@@ -33,7 +33,10 @@ def check_group(group: object) -> dist.ProcessGroup:
             "this process is not in the process group: torch.distributed.new_group() gave "
             f"GroupMember.NON_GROUP_MEMBER ({group!r}) here; leave the call to the members"
         )
-    raise TypeError(f"a torch.distributed.ProcessGroup or None is needed, got {group!r}")
+    raise TypeError(
+        "process_group must be a torch.distributed.ProcessGroup, or None for the default group, got "
+        f"{group!r}"
+    )
 
 
 def has_nccl(group: dist.ProcessGroup | None) -> bool:
@@ -79,10 +82,13 @@ def _spare(group: dist.ProcessGroup) -> defaultdict[str, list[dist.ProcessGroup]
 
 
 def _new_group(group: dist.ProcessGroup, backend: str, use: str) -> dist.ProcessGroup:
+    ranks = dist.get_process_group_ranks(group)
     made = dist.new_group(
-        dist.get_process_group_ranks(group),
+        ranks,
         backend=backend,
-        use_local_synchronization=True,  # ranks outside of the group know nothing of this
+        # Ranks outside of the group know nothing of this. Where there are none, PyTorch's usual way
+        # is the safer one: the other one hangs if ranks are in different numbers of groups.
+        use_local_synchronization=len(ranks) < dist.get_world_size(),
         group_desc=f"hvd_gqsgd {use}",
     )
     assert isinstance(made, dist.ProcessGroup)

@@ -13,7 +13,7 @@ from helpers import assert_same_on_all_ranks, backward, batch, gradients, mlp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from hvd_gqsgd import AgreementError, DynamicBits, GlobalQSGD, ddp_hook, simulate
+from hvd_gqsgd import AgreementError, DDPState, DynamicBits, GlobalQSGD, ddp_hook, simulate
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("the same as under mpirun", allow_module_level=True)
@@ -249,6 +249,19 @@ def test_a_part_of_the_ranks(rank, size):
     assert torch.equal(x, simulate(everyone))
     with pytest.raises(ValueError, match="not in the process group"):
         GlobalQSGD().ddp_state(groups[1 - rank % 2])
+
+
+def test_a_rank_in_more_groups_than_others(rank, size):
+    """PyTorch can name new groups by how many the rank is in, which must not matter here."""
+    process_group()
+    group = dist.new_group()  # one without connections to take over
+    more = dist.new_group([0])
+    everyone = gradients(size, 5000)
+    x = everyone[rank].clone()
+    DDPState(group, min_numel=0).average(x, first=True).wait()
+    assert torch.equal(x, simulate(everyone))
+    if rank == 0:
+        dist.destroy_process_group(more)
 
 
 def test_bits_that_are_too_few(new_state, rank, size):

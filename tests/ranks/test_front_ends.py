@@ -126,6 +126,17 @@ class TestDDPState:
         with pytest.raises(TypeError, match=message):
             compressor.ddp_state(process_group())
 
+    def test_what_is_no_process_group(self):
+        with pytest.raises(TypeError, match=r"process_group must be a torch\.dist.*, got 8"):
+            DDPState(8)
+
+    def test_a_closed_state_is_not_used(self):
+        """Its connections may be another state's by then."""
+        state = DDPState(process_group(), min_numel=0)
+        state.close()
+        with pytest.raises(RuntimeError, match="was closed"):
+            state.average(torch.ones(5000), first=True)
+
     def test_what_is_no_state(self):
         with pytest.raises(TypeError, match=r"must be a DDPState, as DDPState\(bits=8\), got <cla"):
             ddp_hook(GlobalQSGD, None)
