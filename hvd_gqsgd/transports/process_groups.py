@@ -34,7 +34,7 @@ def check_group(group: object) -> dist.ProcessGroup:
             f"GroupMember.NON_GROUP_MEMBER ({group!r}) here; leave the call to the members"
         )
     raise TypeError(
-        "process_group must be a torch.distributed.ProcessGroup, or None for the default group, got "
+        "process_group must be a torch.distributed.ProcessGroup, or None for the default one, got "
         f"{group!r}"
     )
 
