@@ -100,6 +100,19 @@ class Codec(ABC):
             self.seed, step, tensor_id, self.rank, self.world_size, self.correlated,
         )  # fmt: skip
 
+    def decode(
+        self, words: Tensor, norms: Tensor, out: Tensor, contributors: int, scale: float
+    ) -> None:
+        """Writes ``scale`` times the sum over ``contributors`` ranks to ``out``, given the sum of
+        their words.
+
+        Raises:
+            ValueError: codes of this kind cannot be added.
+        """
+        ops.dequantize(
+            words, norms, out, self.block(out.numel()), *self.code, contributors, scale
+        )  # fmt: skip
+
     def requantize(
         self, received: Tensor, norms: Tensor, means: Tensor, numel: int, tiles: tuple[int, int],
         step: int, tensor_id: int,

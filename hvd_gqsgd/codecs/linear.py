@@ -12,9 +12,6 @@ lanes, and s = 2^(b-1) - 1 for any number of ranks.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs.base import Codec, CodeKind
 
 __all__ = ["LinearCodec", "levels_for"]
@@ -46,11 +43,3 @@ class LinearCodec(Codec):
     def levels_for(cls, bits: int, summands: int) -> int:
         """See the function ``levels_for``."""
         return levels_for(bits, summands)
-
-    def decode(
-        self, words: Tensor, norms: Tensor, out: Tensor, contributors: int, scale: float
-    ) -> None:
-        """Writes ``scale`` times the sum over ``contributors`` ranks to ``out``."""
-        ops.dequantize(
-            words, norms, out, self.block(out.numel()), *self.code, contributors, scale
-        )  # fmt: skip
