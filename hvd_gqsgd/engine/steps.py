@@ -74,6 +74,8 @@ class Steps:
         self._next_step = step
         self._schedule = make_schedule(bits)
         self._records: weakref.WeakSet[StepRecord] = weakref.WeakSet()
+        # Outlives its pipeline, so that what its last step taught is not lost.
+        self._latest: StepRecord | None = None
 
     @property
     def learns(self) -> bool:
@@ -81,7 +83,9 @@ class Steps:
         return self._schedule.learns
 
     def record(self) -> StepRecord:
-        """A record for a pipeline."""
+        """A record for a new pipeline, which goes on where the latest one ended."""
+        if self._latest is not None:
+            self.learn(self._latest)
         record = StepRecord()
         self._records.add(record)
         return record
@@ -106,6 +110,7 @@ class Steps:
         self._next_step = max(self._next_step, agreement.step + 1)
         self._schedule.adopt(agreement.schedule)
         record.bits = agreement.bits
+        self._latest = record
 
     def learn(self, record: StepRecord) -> None:
         """Learns from the step of a record, once.
