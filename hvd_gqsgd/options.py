@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
@@ -166,9 +166,10 @@ class Options:
         """31 bits that differ, but for one chance in 2^31, when any option does."""
         return digest(("options", WIRE_VERSION, *dataclasses.astuple(self)))
 
-    def keywords(self) -> str:
-        """All options as keyword arguments, in words."""
-        return ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self))
+    def keywords(self, without: Container[str] = ()) -> str:
+        """All options but some as keyword arguments, in words."""
+        names = (name for name in OPTIONS if name not in without)
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
 def _levels(bits: int, summands: int) -> int:

@@ -30,8 +30,7 @@ from hvd_gqsgd.engine.agreement import Ahead, WithNorms
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
-from hvd_gqsgd.frontends.horovod import _problem
-from hvd_gqsgd.frontends.horovod_probe import Reading
+from hvd_gqsgd.frontends.horovod_probe import Reading, disagreement
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.transports.base import Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
@@ -261,7 +260,7 @@ def test_probes_of_any_content(slots: list[float], contribution: Contribution) -
     for got, count in ((ranks, contribution.ranks), (weights, contribution.weights)):
         a, b = got * contribution.count, one * count
         assert abs(a - b) <= Fraction(1e-11) * max(abs(a), abs(b))
-    if contribution.count > 0 and _problem(reading, contribution, contribution) is None:
+    if contribution.count > 0 and disagreement(reading, contribution, contribution) is None:
         assert math.isfinite(reading.scale(contribution.count, 4))
 
 

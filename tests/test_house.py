@@ -91,6 +91,15 @@ def test_imports_go_down_the_layers() -> None:
     assert len(seen) > len(LAYERS)
 
 
+def test_no_file_is_long() -> None:
+    """One idea a file: at most 400 lines of code."""
+    folders = ("hvd_gqsgd", "native", "tests", "examples")
+    files = {file for folder in folders for file in (ROOT / folder).rglob("*")}
+    code = [file for file in files if file.suffix in (".py", ".h", ".cc", ".cu")]
+    assert {PACKAGE / "options.py", NATIVE / "core" / "codes.h"} <= set(code)
+    assert [str(file) for file in code if len(file.read_text().splitlines()) > 400] == []
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutants_apply(mutant: Mutant) -> None:
     """``make mutate`` takes an hour: what it replaces must still be there, once."""

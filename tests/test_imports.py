@@ -155,6 +155,13 @@ def corrupt(native: Path) -> str:
     return f"the native library {library} was built for another PyTorch than "
 
 
+def cut_short(native: Path) -> str:
+    """Loading it would kill the process."""
+    library = native / f"_C{SUFFIX}"
+    library.write_bytes((PACKAGE / "_native" / library.name).read_bytes()[:100_000])
+    return f"the native library {library} is incomplete"
+
+
 def for_another_pytorch(native: Path) -> str:
     """Symbols of c10 that this PyTorch does not have."""
     library = native / f"_C{SUFFIX}"
@@ -174,7 +181,7 @@ def for_another_pytorch_but_loads(native: Path) -> str:
     return f"the native library {library} was built for PyTorch {another}, and PyTorch "
 
 
-SPOILS = [missing, corrupt, for_another_pytorch, for_another_pytorch_but_loads]
+SPOILS = [missing, corrupt, cut_short, for_another_pytorch, for_another_pytorch_but_loads]
 
 
 @pytest.mark.timeout(150)

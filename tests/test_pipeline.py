@@ -1,144 +1,39 @@
-"""The pipeline between several ranks of one process: right sums, agreement, steps and buffers."""
+"""The pipeline between several ranks of one process: right sums, agreement and failures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, as_numpy, bits_of, from_bits, gradient_like
+from helpers import DTYPES
 from reference import linear as reference
+from simulated_ranks import (
+    Elastic,
+    Group,
+    Named,
+    Watched,
+    check_unnamed,
+    expected,
+    gradients,
+    same,
+)
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError
 from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.engine.agreement import HEADER
 from hvd_gqsgd.engine.bucketing import BucketPlan
-from hvd_gqsgd.engine.buffer_pool import KEEP_STEPS, BufferPool
 from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
-from hvd_gqsgd.engine.operation_slots import SlotFilling
 from hvd_gqsgd.engine.pipeline import Pipeline
-from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.contribution import MARKS, rank_weight
-from hvd_gqsgd.options import Options, digest
-from hvd_gqsgd.transports.base import Done, Handle
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.transports.base import Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
-CPU = torch.device("cpu")
-FLOAT = kind_of(torch.float32, CPU)
-
-Named = tuple[str | None, Tensor]
-
-
-class Elastic:
-    """A transport that can be moved to another world, as ``hvd.init()`` moves Horovod's."""
-
-    def __init__(self, world: SimulatedWorld, rank: int) -> None:
-        self.end = world.transport(rank)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.end, name)
-
-
-class Group:
-    """A pipeline for each rank of a simulated world."""
-
-    def __init__(
-        self,
-        size: int = 2,
-        *,
-        options: Sequence[dict[str, Any]] = (),
-        steps: Sequence[int] = (),
-        transport: Callable[[SimulatedWorld, int], Any] = SimulatedTransport,
-        plan: BucketPlan | None = None,
-        **everywhere: Any,
-    ) -> None:
-        self.world = SimulatedWorld(size)
-        self.transports = [transport(self.world, rank) for rank in range(size)]
-        self.ranks = []
-        for rank, end in enumerate(self.transports):
-            resolved = Options(**everywhere, **(options[rank] if options else {}))
-            start = Steps(resolved.bits, steps[rank] if steps else 0)
-            filling = SlotFilling(end.fill_slot, 4) if isinstance(end, Watched) else None
-            self.ranks.append(Pipeline(resolved, end, plan=plan, steps=start, slot_filling=filling))
-
-    def submit(self, tensors: Sequence[Sequence[Named]]) -> list[list[Ticket]]:
-        """Hands in each rank's tensors, rank after rank."""
-        return [
-            [pipeline.submit(x, name) for name, x in own]
-            for pipeline, own in zip(self.ranks, tensors, strict=True)
-        ]
-
-    def settle(self) -> None:
-        """Lets all ranks come so far that none has to wait for another one."""
-        for pipeline in self.ranks:
-            pipeline.flush()
-        for _ in range(3):  # as many collectives as an exchange has after the norms
-            for pipeline in self.ranks:
-                pipeline.advance()
-
-    def exchange(self, tensors: Sequence[Sequence[Named]]) -> list[list[Tensor]]:
-        """Each rank's means, in the order in which it handed in the tensors."""
-        tickets = self.submit(tensors)
-        self.settle()
-        for pipeline, own in zip(self.ranks, tickets, strict=True):
-            for ticket in own:
-                pipeline.wait(ticket)
-        return [
-            [pipeline.decode(ticket, 1 / self.world.size) for ticket in own]
-            for pipeline, own in zip(self.ranks, tickets, strict=True)
-        ]
-
-    def errors(self, tensors: Sequence[Sequence[Named]]) -> list[str]:
-        """What each rank is told when it waits for its first tensor."""
-        tickets = self.submit(tensors)
-        self.settle()
-        messages = []
-        for pipeline, own in zip(self.ranks, tickets, strict=True):
-            with pytest.raises(AgreementError) as caught:
-                pipeline.wait(own[0])
-            messages.append(str(caught.value))
-        return messages
-
-
-def gradients(
-    ranks: int, shapes: Sequence[tuple[str | None, int]], dtype: torch.dtype = torch.float32
-) -> list[list[Named]]:
-    """Tensors of these names and lengths for each rank."""
-    rng = np.random.default_rng(len(shapes))
-    return [
-        [(name, gradient_like(rng, numel, dtype)) for name, numel in shapes] for _ in range(ranks)
-    ]
-
-
-def expected(
-    rows: Sequence[Tensor], label: str | int, *, repeat: int = 0, step: int = 0, bits: int = 8
-) -> Tensor:
-    """What the reference makes of one tensor of each rank."""
-    identity = digest((label, repeat, rows[0].numel(), str(rows[0].dtype)))
-    mean = reference.mean(
-        np.stack([as_numpy(x) for x in rows]), tensor_id=identity, step=step, bits=bits,
-        block_size=1024, correlated=True, seed=0,
-    )  # fmt: skip
-    return from_bits(mean.view(f"i{mean.itemsize}"), rows[0].dtype)
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Bit for bit."""
-    return a.dtype == b.dtype and torch.equal(bits_of(a), bits_of(b))
-
-
-def check_unnamed(
-    means: Sequence[Sequence[Tensor]], tensors: list[list[Named]], **known: Any
-) -> None:
-    """All ranks have the reference's mean of all tensors, told apart by their order."""
-    for i in range(len(tensors[0])):
-        right = expected([own[i][1] for own in tensors], i, **known)
-        assert all(same(own[i], right) for own in means), i
+FLOAT, DOUBLE = (kind_of(dtype, torch.device("cpu")) for dtype in (torch.float32, torch.float64))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -163,25 +58,6 @@ def test_widths(bits: int) -> None:
     tensors = gradients(3, [(None, 1500), (None, 7)])
     group = Group(3, bits=bits, exchange="allreduce")
     check_unnamed(group.exchange(tensors), tensors, bits=bits)
-
-
-@dataclass(frozen=True)
-class Watched(SimulatedTransport):
-    """Notes what was started."""
-
-    started: list[str] = field(default_factory=list)
-
-    def max_async(self, tensor: Tensor, name: str) -> Handle:
-        self.started.append(name)
-        return super().max_async(tensor, name)
-
-    def sum_async(self, tensor: Tensor, name: str) -> Handle:
-        self.started.append(name)
-        return super().sum_async(tensor, name)
-
-    def fill_slot(self, name: str) -> Handle:
-        self.started.append(name)
-        return Done()
 
 
 @pytest.mark.parametrize(
@@ -249,10 +125,9 @@ def test_operations_are_counted_alike(order: int) -> None:
 
 def test_plan() -> None:
     """Buckets fill by kind, and one is closed by the tensor that makes it full."""
-    double = kind_of(torch.float64, CPU)
     plan = BucketPlan.of(
-        [("a", FLOAT, 50), ("b", double, 10), ("c", FLOAT, 50), ("d", FLOAT, 99), ("e", FLOAT, 1),
-         ("f", FLOAT, 300), ("g", double, 10)],
+        [("a", FLOAT, 50), ("b", DOUBLE, 10), ("c", FLOAT, 50), ("d", FLOAT, 99), ("e", FLOAT, 1),
+         ("f", FLOAT, 300), ("g", DOUBLE, 10)],
         100,
     )  # fmt: skip
     assert {name: number for name, (number, _) in plan.places.items()} == {
@@ -346,102 +221,6 @@ def test_other_options(other: dict[str, Any]) -> None:
     for rank, message in enumerate(messages):
         assert "the ranks use different options" in message
         assert str(Options(**(other if rank == 1 else {}))) in message
-
-
-# --- steps ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reached", ["submitted", "sent off", "summed", "waited for"])
-def test_dropped_tickets(reached: str) -> None:
-    """Wherever a step was given up by all ranks, the next one is as if nothing had happened."""
-    tensors = gradients(3, [(None, 1500), (None, 10)])
-    group = Group(3, bucket_mb=4096 / 2**20)
-    tickets = group.submit(tensors)
-    if reached == "sent off":
-        for pipeline in group.ranks:
-            pipeline.flush()
-    elif reached != "submitted":
-        group.settle()
-        if reached == "waited for":
-            for pipeline, own in zip(group.ranks, tickets, strict=True):
-                pipeline.wait(own[0])
-    del tickets
-    if reached == "waited for":
-        del pipeline, own
-    check_unnamed(group.exchange(tensors), tensors, step=1)
-    check_unnamed(group.exchange(tensors), tensors, step=2)
-
-
-def test_one_ticket_of_many_dropped() -> None:
-    """The others are still good, and the next step begins after them."""
-    tensors = gradients(2, [(None, 100), (None, 200), (None, 300)])
-    group = Group(2)
-    tickets = group.submit(tensors)
-    group.settle()
-    for own in tickets:
-        del own[1]
-    for pipeline, own in zip(group.ranks, tickets, strict=True):
-        for ticket, i in zip(own, (0, 2), strict=True):
-            pipeline.wait(ticket)
-            right = expected([mine[i][1] for mine in tensors], i)
-            assert same(pipeline.decode(ticket, 0.5), right)
-    del own, ticket
-    check_unnamed(group.exchange(tensors), tensors, step=1)
-
-
-def test_steps_begin_when_all_is_decoded() -> None:
-    """Not while a ticket is out, even if it has been waited for."""
-    tensors = gradients(2, [(None, 100)])
-    group = Group(2)
-    first = group.submit(tensors)
-    group.settle()
-    second = group.submit(tensors)
-    group.settle()
-    for pipeline, (one,), (two,) in zip(group.ranks, first, second, strict=True):
-        for number, ticket in enumerate((one, two)):
-            pipeline.wait(ticket)
-            right = expected([own[0][1] for own in tensors], number, step=0)
-            assert same(pipeline.decode(ticket, 0.5), right)
-        assert pipeline.stats.steps == 1
-
-
-@pytest.mark.parametrize("steps", [(0, 5, 3), (5, 0, 0), (0, 0, 2**30)])
-def test_the_largest_step_counts(steps: tuple[int, ...]) -> None:
-    """A rank that lost steps, or came later, falls in line."""
-    tensors = gradients(3, [(None, 1500), (None, 1500)])
-    group = Group(3, steps=steps, bucket_mb=4096 / 2**20)
-    check_unnamed(group.exchange(tensors), tensors, step=max(steps))
-    check_unnamed(group.exchange(tensors), tensors, step=max(steps) + 1)
-
-
-def test_the_largest_step_is_remembered() -> None:
-    """Even once the rank that brought it is gone."""
-    group = Group(3, steps=(0, 0, 50), transport=Elastic)
-    tensors = gradients(3, [(None, 100)])
-    check_unnamed(group.exchange(tensors), tensors, step=50)
-    left = Group(2)
-    left.ranks = group.ranks[:2]
-    for rank in range(2):
-        group.transports[rank].end = left.transports[rank]
-    check_unnamed(left.exchange(tensors[:2]), tensors[:2], step=51)
-
-
-def test_the_world_changes_between_steps() -> None:
-    """Ranks and levels are taken anew each step."""
-    first = Group(3, transport=Elastic)
-    for step, size in enumerate((3, 2, 1, 3)):
-        world = SimulatedWorld(size)
-        group = Group(size)
-        group.ranks = first.ranks[:size]
-        for rank in range(size):
-            first.transports[rank].end = SimulatedTransport(world, rank)
-        tensors = gradients(size, [(None, 1000)])
-        check_unnamed(group.exchange(tensors), tensors, step=step)
-
-
-def test_too_many_ranks() -> None:
-    with pytest.raises(ValueError, match=r"bits=2 is too narrow for 2 ranks.* at least 3"):
-        Group(2, bits=2, exchange="allreduce").ranks[0].submit(torch.ones(5))
 
 
 def test_two_pipelines_at_once() -> None:
@@ -566,112 +345,3 @@ def test_waiting_for_a_rank_that_has_not_started() -> None:
     ticket = group.ranks[0].submit(torch.ones(10))
     with pytest.raises(RuntimeError, match="before all simulated ranks had started"):
         group.ranks[0].wait(ticket)
-
-
-# --- buffers -------------------------------------------------------------------------------------
-
-
-def take(pool: BufferPool, numel: int = 100, dtype: torch.dtype = torch.float32) -> Tensor:
-    """On the CPU."""
-    return pool.take(numel, dtype, CPU)
-
-
-@pytest.mark.parametrize(
-    "hold",
-    [
-        lambda x: x,
-        lambda x: x.view(10, 10),
-        lambda x: x[50:60],
-        lambda x: x.detach(),
-        lambda x: x.numpy(),
-        lambda x: torch.nn.Parameter(x),
-        lambda x: {"grad": [x]},
-    ],
-    ids=["itself", "view", "slice", "detached", "numpy", "parameter", "container"],
-)
-def test_held_buffers_are_not_handed_out(hold: Callable[[Tensor], object]) -> None:
-    """In whatever form they are held; and they are again as soon as they are not."""
-    pool = BufferPool()
-    x = take(pool)
-    address = x.data_ptr()
-    held = hold(x)
-    del x
-    for _ in range(3):
-        assert take(pool).data_ptr() != address
-    del held
-    assert address in {y.data_ptr() for y in [take(pool), take(pool)]}
-
-
-def test_buffers_of_which_python_has_the_storage() -> None:
-    """PyTorch never again tells whether it is held, so they are not handed out any more."""
-    pool = BufferPool()
-    x = take(pool)
-    address = x.data_ptr()
-    storage = x.untyped_storage()
-    del x
-    kept = [take(pool)]
-    assert kept[0].data_ptr() != address
-    del storage
-    kept += [take(pool), take(pool)]
-    assert len({y.data_ptr() for y in kept}) == 3
-
-
-def test_buffers_are_told_apart() -> None:
-    """By length and type: a buffer is never cut from another one."""
-    pool = BufferPool()
-    first = take(pool).data_ptr()
-    assert take(pool).data_ptr() == first
-    kept = [take(pool), take(pool, 99), take(pool, 100, torch.int32), take(pool, 0)]
-    assert [x.numel() for x in kept] == [100, 99, 100, 0]
-    assert [x.dtype for x in kept] == [torch.float32, torch.float32, torch.int32, torch.float32]
-    assert len({x.data_ptr() for x in kept}) == 4
-
-
-def test_buffers_are_given_back() -> None:
-    """Once they have not been asked for in some steps."""
-    pool = BufferPool()
-    x = take(pool)
-    held = x.untyped_storage()
-    del x
-    for _ in range(KEEP_STEPS):
-        pool.next_step()
-    assert len(pool) == 1
-    pool.next_step()
-    assert len(pool) == 0
-    assert held.nbytes() == 400
-
-
-def test_results_are_never_overwritten() -> None:
-    """While the user holds a gradient, steps use other memory; after that, the same again."""
-    tensors = gradients(2, [(None, 5000)])
-    group = Group(2)
-    held = group.exchange(tensors)
-    copies = [own[0].clone() for own in held]
-    for step in (1, 2, 3):
-        check_unnamed(group.exchange(tensors), tensors, step=step)
-    for own, copy in zip(held, copies, strict=True):
-        assert same(own[0], copy)
-
-    addresses = {own[0].data_ptr() for own in held}
-    del held, own
-    seen = set()
-    for _ in range(4):
-        seen |= {own[0].data_ptr() for own in group.exchange(tensors)}
-    assert addresses < seen
-    assert len(seen) == 4, "two buffers a rank take turns"
-
-
-def test_no_memory_is_taken_in_later_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Norms, words and results come from the step before."""
-    tensors = gradients(2, [(None, 5000), (None, 300)])
-    group = Group(2)
-    group.exchange(tensors)
-    made = []
-    empty = torch.empty
-    monkeypatch.setattr(
-        "hvd_gqsgd.engine.buffer_pool.torch.empty", lambda *a, **k: made.append(a) or empty(*a, **k)
-    )
-    group.exchange(tensors)
-    assert not made
-    group.exchange(gradients(2, [(None, 5001)]))
-    assert made

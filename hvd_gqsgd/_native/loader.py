@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import struct
 
 __all__ = ["NAMES", "REMEDY", "built", "built_for_torch", "library_file", "load", "try_load"]
 
@@ -44,6 +46,8 @@ def try_load(name: str) -> str | None:
     file = library_file(name)
     if file is None:
         return f"the native library hvd_gqsgd/_native/{name} is not built"
+    if _is_cut_short(file):
+        return f"the native library {file} is incomplete, as an interrupted build or copy leaves it"
     import torch  # here, as it takes seconds
 
     try:
@@ -75,3 +79,14 @@ def built_for_torch(name: str) -> str:
     version = ctypes.CDLL(library_file(name)).hvd_gqsgd_built_for_torch
     version.restype = ctypes.c_char_p
     return str(version().decode())
+
+
+def _is_cut_short(file: str) -> bool:
+    """Whether a file ends before its ELF section headers do: loading it may kill the process."""
+    with open(file, "rb") as library:
+        header = library.read(64)
+    if len(header) < 64 or header[:6] != b"\x7fELF\2\1":  # 64 bits, little-endian
+        return False  # the dynamic linker tells what is wrong
+    (sections,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return bool(os.path.getsize(file) < sections + size * count)

@@ -173,7 +173,7 @@ def wire_bytes(
     two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
 ) -> int:  # fmt: skip
     """Bytes for a bucket of tensors of so many elements, of float64 if ``double``, as ``Stats``
-    counts them, but without probes and passed turns.
+    counts them, but without probes and filled slots.
     """
     norm, word = 8 if double else 4, 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)

@@ -107,6 +107,22 @@ class Codec(ABC):
             self.seed, step, tensor_ids, self.rank, self.world_size, self.correlated,
         )  # fmt: skip
 
+    def decode(
+        self, words: Tensor, norms: Tensor, outs: Sequence[Tensor], word_starts: Sequence[int],
+        norm_starts: Sequence[int], contributors: int, scale: float,
+    ) -> None:  # fmt: skip
+        """Writes ``scale`` times the sum over ``contributors`` ranks to ``outs``, given the sum of
+        their words; the words and norms of these tensors begin at ``word_starts`` and
+        ``norm_starts``.
+
+        Raises:
+            ValueError: codes of this kind cannot be added.
+        """
+        ops.dequantize_each(
+            words, norms, outs, word_starts, norm_starts, self.block_size, *self.code,
+            contributors, scale,
+        )  # fmt: skip
+
     def requantize(
         self, received: Tensor, norms: Tensor, means: Tensor, numels: Sequence[int],
         norm_starts: Sequence[int], runs: Sequence[int], begin: int, step: int,

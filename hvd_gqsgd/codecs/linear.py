@@ -12,11 +12,6 @@ lanes, and s = 2^(b-1) - 1 for any number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs.base import Codec, CodeKind
 
 __all__ = ["LinearCodec", "levels_for"]
@@ -48,14 +43,3 @@ class LinearCodec(Codec):
     def levels_for(cls, bits: int, summands: int) -> int:
         """See the function ``levels_for``."""
         return levels_for(bits, summands)
-
-    def decode(
-        self, words: Tensor, norms: Tensor, outs: Sequence[Tensor], word_starts: Sequence[int],
-        norm_starts: Sequence[int], contributors: int, scale: float,
-    ) -> None:  # fmt: skip
-        """Writes ``scale`` times the sum over ``contributors`` ranks to ``outs``, which are tensors
-        of the bucket whose words and norms begin at ``word_starts`` and ``norm_starts``."""
-        ops.dequantize_each(
-            words, norms, outs, word_starts, norm_starts, self.block_size, *self.code,
-            contributors, scale,
-        )  # fmt: skip

@@ -73,7 +73,11 @@ class Steps:
     def __init__(self, bits: int | DynamicBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
-        self._records: weakref.WeakSet[StepRecord] = weakref.WeakSet()
+        # By number, so that all ranks go through them in one order.
+        self._records: weakref.WeakValueDictionary[int, StepRecord] = weakref.WeakValueDictionary()
+        self._records_made = 0
+        # Outlives its pipeline, so that what its last step taught is not lost.
+        self._latest: StepRecord | None = None
 
     @property
     def learns(self) -> bool:
@@ -81,9 +85,12 @@ class Steps:
         return self._schedule.learns
 
     def record(self) -> StepRecord:
-        """A record for a pipeline."""
+        """A record for a new pipeline, which goes on where the latest one ended."""
+        if self._latest is not None:
+            self.learn(self._latest)
         record = StepRecord()
-        self._records.add(record)
+        self._records[self._records_made] = record
+        self._records_made += 1
         return record
 
     def propose(self, summands: int, step: int | None) -> Agreement:
@@ -106,6 +113,7 @@ class Steps:
         self._next_step = max(self._next_step, agreement.step + 1)
         self._schedule.adopt(agreement.schedule)
         record.bits = agreement.bits
+        self._latest = record
 
     def learn(self, record: StepRecord) -> None:
         """Learns from the step of a record, once.
@@ -121,7 +129,7 @@ class Steps:
         Changes nothing, so that one rank alone may ask for it.
         """
         schedule = copy.deepcopy(self._schedule)
-        for record in self._records:
+        for record in self._records.values():
             record.teach(schedule)
         return {"step": self._next_step, "schedule": schedule.state_dict()}
 
@@ -132,7 +140,7 @@ class Steps:
             TypeError, ValueError: it is not a result of ``state_dict``.
             RuntimeError: tensors are in flight.
         """
-        if any(record.tickets for record in self._records):
+        if any(record.tickets for record in self._records.values()):
             raise RuntimeError("a state cannot be loaded while gradients are in flight")
         if not isinstance(state, dict):
             raise TypeError(f"a state must be a dict, got {state!r}")
@@ -140,7 +148,7 @@ class Steps:
             raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
         check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
         self._schedule.load_state_dict(state["schedule"])
-        for record in self._records:
+        for record in self._records.values():
             record.forget()
         self._next_step = state["step"]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import LinearCodec
+from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Sum
@@ -23,7 +23,7 @@ __all__ = ["AllreduceExchange"]
 
 
 class AllreduceExchange(CodedExchange):
-    """Max of norms, then Sum of codes; for linear dithering."""
+    """Max of norms, then Sum of codes; for codes that can be added."""
 
     code_messages = ("codes",)
 
@@ -55,14 +55,13 @@ class AllreduceExchange(CodedExchange):
                 f"{self.size}: a rank sent an invalid message"
             )
         codec = self.codec(terms.bits)
-        assert isinstance(codec, LinearCodec)
         return _Summed(contribution, codec, layout, norms, summed[self._marks :])
 
 
 @dataclass(frozen=True)
 class _Summed:
     contribution: Contribution
-    codec: LinearCodec
+    codec: Codec
     layout: Layout
     norms: Tensor
     words: Tensor

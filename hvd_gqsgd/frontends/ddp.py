@@ -246,7 +246,7 @@ class DDPState:
 
     def __repr__(self) -> str:
         described = self.options.describe(self.world_size)
-        return f"{type(self).__name__}({self.options.keywords()}): {described}"
+        return f"{type(self).__name__}({self.options.keywords(FRONT_END.without)}): {described}"
 
     def _average_plainly(self, buffer: Tensor) -> Future[Tensor]:
         self._stats.tensors_bypassed += 1

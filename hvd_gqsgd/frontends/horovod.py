@@ -28,17 +28,22 @@ from torch import Tensor
 
 from hvd_gqsgd.codecs import check_device, is_compressible
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
-from hvd_gqsgd.engine.agreement import ORDER
 from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.operation_slots import SlotFilling
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
-from hvd_gqsgd.errors import GAVE_UP, AgreementError
+from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.ddp import DDPState
-from hvd_gqsgd.frontends.horovod_probe import PROBE_BYTES, Reading, make_probe, with_shape
+from hvd_gqsgd.frontends.horovod_probe import (
+    PROBE_BYTES,
+    Reading,
+    disagreement,
+    make_probe,
+    with_shape,
+)
 from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.options import FrontEnd, OptionsButBits
 from hvd_gqsgd.registry import of_horovod
@@ -236,7 +241,9 @@ class GlobalQSGD(Compressor):
         elif of_one:
             contribution = self._pipeline.wait(ctx.ticket)
         complete = of_all and of_one and contribution == everyone(ctx.world_size)
-        problem = None if complete else _problem(reading, contribution, everyone(ctx.world_size))
+        problem = (
+            None if complete else disagreement(reading, contribution, everyone(ctx.world_size))
+        )
         if problem is not None or contribution is None:
             self._pipeline.end_step(Ending.DISAGREEMENT)
             raise AgreementError(problem)
@@ -356,23 +363,6 @@ class GlobalQSGD(Compressor):
             slot_filling=SlotFilling(transport.fill_slot, SLOT_BYTES),
             stats=self._stats,
         )
-
-
-def _problem(
-    reading: Reading, contribution: Contribution | None, everyone: Contribution
-) -> str | None:
-    """Why there is no right answer, if so; the same on all ranks."""
-    if contribution != everyone and reading.matches(everyone):
-        return GAVE_UP  # all have sent a probe, and not all a payload
-    if contribution is None or not reading.matches(contribution):
-        return (
-            "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "
-            "factors) over the ranks of its process_set. Got another one: op=hvd.Min, Max, Product "
-            "or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
-        )
-    if not reading.same_tensor():
-        return f"the ranks compress tensors of other shapes or types, or in another order; {ORDER}"
-    return None
 
 
 def _nbytes(tensor: Tensor) -> int:

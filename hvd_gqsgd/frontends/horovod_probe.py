@@ -24,10 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_gqsgd.engine.agreement import ORDER
+from hvd_gqsgd.errors import GAVE_UP
 from hvd_gqsgd.exchanges.contribution import Contribution, rank_weight
 from hvd_gqsgd.options import digest
 
-__all__ = ["PROBE_BYTES", "Reading", "make_probe", "with_shape"]
+__all__ = ["PROBE_BYTES", "Reading", "disagreement", "make_probe", "with_shape"]
 
 PROBE_BYTES = 7 * 8
 
@@ -86,6 +88,23 @@ class Reading(NamedTuple):
             if _close(scale, exact):
                 return exact
         return scale
+
+
+def disagreement(
+    reading: Reading, contribution: Contribution | None, everyone: Contribution
+) -> str | None:
+    """Returns the reason if there is no right answer, or else None; the same on all ranks."""
+    if contribution != everyone and reading.matches(everyone):
+        return GAVE_UP  # all have sent a probe, and not all a payload
+    if contribution is None or not reading.matches(contribution):
+        return (
+            "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "
+            "factors) over the ranks of its process_set. Got another one: op=hvd.Min, Max, Product "
+            "or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
+        )
+    if not reading.same_tensor():
+        return f"the ranks compress tensors of other shapes or types, or in another order; {ORDER}"
+    return None
 
 
 def _close(a: float, b: float) -> bool:

@@ -106,9 +106,8 @@ def test_bytes_of_a_two_phase_exchange(rank, size, norm, options, lanes, word, d
         + (means + size * unit) // 2  # the Allgather
     )
     if size > 1:
-        stats = compressor.stats()
-        turns = 0  # neither filled its bucket
-        assert stats.compressed_bytes_on_wire == expected + turns
+        # Without slots to fill, as neither filled its bucket.
+        assert compressor.stats().compressed_bytes_on_wire == expected
 
 
 @pytest.mark.core

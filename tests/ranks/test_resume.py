@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import horovod.torch as hvd
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hvd_gqsgd import DynamicBits, GlobalQSGD, ddp_hook
 
-BEFORE, AFTER = 5, 4
+BEFORE, AFTER = 6, 4  # a new schedule would have other widths than one that goes on from here
 
 
 def new_compressor() -> GlobalQSGD:
@@ -64,9 +65,9 @@ def copy_of(model):
 
 @pytest.mark.parametrize("train", [train_horovod, train_ddp])
 def test_a_resumed_training_has_the_bits_of_an_uninterrupted_one(rank, several, train):
-    """The state is loaded before the front end exists. Without it the bits differ."""
-    whole = mlp()
-    train(whole, new_compressor(), rank, range(BEFORE + AFTER))
+    """The state is loaded before the front end exists. With a part of it the bits differ."""
+    whole, throughout = mlp(), new_compressor()
+    train(whole, throughout, rank, range(BEFORE + AFTER))
     first, saved = mlp(), new_compressor()
     train(first, saved, rank, range(BEFORE))
     state = saved.state_dict()
@@ -76,11 +77,28 @@ def test_a_resumed_training_has_the_bits_of_an_uninterrupted_one(rank, several, 
     compressor.load_state_dict(state)
     train(resumed, compressor, rank, range(BEFORE, BEFORE + AFTER))
     assert torch.equal(weights(resumed), weights(whole))
-    assert compressor.state_dict()["step"] == BEFORE + AFTER
+    assert compressor.state_dict() == throughout.state_dict()
 
-    fresh = copy_of(first)
-    train(fresh, new_compressor(), rank, range(BEFORE, BEFORE + AFTER))
-    assert not torch.equal(weights(fresh), weights(whole))
+    for lost in ({"step": 0}, {"schedule": new_compressor().state_dict()["schedule"]}):
+        other, compressor = copy_of(first), new_compressor()
+        compressor.load_state_dict(state | lost)
+        train(other, compressor, rank, range(BEFORE, BEFORE + AFTER))
+        assert not torch.equal(weights(other), weights(whole)), lost
+
+
+@pytest.mark.parametrize("train", [train_horovod, train_ddp])
+def test_a_front_end_goes_on_where_one_that_is_gone_ended(rank, several, train):
+    """With the same compressor, whose state does not depend on when the garbage is collected."""
+    whole = mlp()
+    train(whole, new_compressor(), rank, range(BEFORE + AFTER))
+    first, compressor = mlp(), new_compressor()
+    train(first, compressor, rank, range(BEFORE))
+    before = compressor.state_dict()
+    gc.collect()
+    assert compressor.state_dict() == before
+    second = copy_of(first)
+    train(second, compressor, rank, range(BEFORE, BEFORE + AFTER))
+    assert torch.equal(weights(second), weights(whole))
 
 
 @pytest.mark.parametrize("train", [train_horovod, train_ddp])
