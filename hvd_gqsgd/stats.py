@@ -69,7 +69,8 @@ class Stats:
         return self.tensors_bypassed / self.tensors if self.tensors else 0.0
 
     def reset(self) -> None:
-        """Sets all counts to zero."""
+        """Sets all counts of this object to zero; ``GlobalQSGD.reset_stats`` does so for those of a
+        compressor, of which ``stats`` returns a copy."""
         for each in fields(self):
             setattr(self, each.name, each.default)
 

@@ -46,6 +46,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"hvd_gqsgd: {build_info()}"]
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what needs a GPU, or CUDA in this build, where there is none. For pytest-xdist: tests
     that launch ranks need all cores, and go one after the other."""
