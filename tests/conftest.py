@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
+HERE = Path(__file__).parent
 LAUNCHED = bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
 
 collect_ignore = [] if LAUNCHED else ["ranks"]
@@ -46,10 +49,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [f"hvd_gqsgd: {build_info()}"]
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs a GPU, or CUDA in this build, where there is none. For pytest-xdist: tests
-    that launch ranks need all cores, and go one after the other."""
+    """Skips what needs a GPU, or CUDA in this build, where there is none."""
     missing = None
     if not torch.cuda.is_available():
         missing = "there is no GPU that PyTorch can use"
@@ -58,8 +59,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if missing and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=missing))
-        if item.get_closest_marker("launches"):
-            item.add_marker(pytest.mark.xdist_group("launches"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """For ``--dist loadgroup``: files that launch ranks need all cores, so their tests go one after
+    the other. (The groups of pytest-xdist 3.8 itself have no effect with pytest 9.2.)"""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    mark = "pytestmark = pytest.mark.launches"
+    launching = {f.name for f in HERE.glob("test_*.py") if mark in f.read_text()}
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0].rpartition("/")[2]
+            return "launches" if file in launching else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture
