@@ -69,7 +69,7 @@ help: ## this list
 demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD, and compare
 	@$(RUN) $(PY) $(DEMO) $(ARGS)
 
-test: setup ## run the tests: those that launch ranks one after the other, others beside them
+test: setup ## run the tests, two at a time; of those that need all cores one
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),$(PARALLEL) --dist loadgroup tests)
 
 quick: setup ## run the tests that start no ranks, in less than two minutes
