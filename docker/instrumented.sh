@@ -45,7 +45,7 @@ assert hvd_gqsgd.__file__.startswith("$work"), f"this is not the build to test: 
 print("hvd_gqsgd: testing", *hvd_gqsgd.build_info()["parts"])
 END
 pytest=(env "${environment[@]}" python -m pytest -q -p no:cacheprovider)
-"${pytest[@]}" "$tests"/test_{combine,kernels,kernel_errors,layout,norms,dither,exponential,fuzz,two_phase,untrusted}.py
+"${pytest[@]}" "$tests"/test_{bucket_ops,combine,kernels,kernel_errors,layout,norms,dither,exponential,fuzz,two_phase,untrusted}.py
 if ls hvd_gqsgd/_native/_mpi.*.so >/dev/null 2>&1; then
     OMPI_MCA_mpi_yield_when_idle=1 mpirun --map-by :OVERSUBSCRIBE --bind-to none -n 3 \
         "${pytest[@]}" "$tests/ranks/test_mpi.py"

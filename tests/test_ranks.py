@@ -44,6 +44,6 @@ def test_a_failing_rank_ends_the_job(launcher, tmp_path):
         "    hvd.barrier()\n"
     )
     pytest_ = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(tmp_path)]
-    result = run(launcher(2) + pytest_, limit=60)
+    result = run(launcher(2) + pytest_, limit=120)
     assert result.returncode != 0
     assert "on purpose" in result.stdout
