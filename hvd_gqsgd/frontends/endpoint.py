@@ -16,7 +16,7 @@ from hvd_gqsgd.options import Options
 from hvd_gqsgd.registry import of_horovod, of_mpi, of_process_group
 from hvd_gqsgd.transports.base import Transport
 from hvd_gqsgd.transports.devices import transport_for
-from hvd_gqsgd.transports.process_groups import check_group, has_nccl, host_group
+from hvd_gqsgd.transports.process_groups import NOT_A_MEMBER, check_group, has_nccl, host_group
 from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Endpoint:
         mpi = sys.modules.get("mpi4py.MPI")  # if it was not imported, this is none of its
         if mpi is not None and isinstance(comm, mpi.Comm):
             return _of_mpi(comm)
-        if isinstance(comm, dist.ProcessGroup) or comm == dist.GroupMember.NON_GROUP_MEMBER:
+        if isinstance(comm, dist.ProcessGroup) or comm is NOT_A_MEMBER:
             return _of_process_group(check_group(comm))
         raise TypeError(
             "comm must be an mpi4py.MPI.Comm, a torch.distributed.ProcessGroup, or None for "

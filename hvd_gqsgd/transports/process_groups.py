@@ -9,7 +9,17 @@ import torch.distributed as dist
 
 from hvd_gqsgd.registry import of_process_group
 
-__all__ = ["check_group", "give_back_channels", "has_nccl", "host_group", "take_channels"]
+__all__ = [
+    "NOT_A_MEMBER",
+    "check_group",
+    "give_back_channels",
+    "has_nccl",
+    "host_group",
+    "take_channels",
+]
+
+NOT_A_MEMBER: object = dist.GroupMember.NON_GROUP_MEMBER
+"""The value of ``torch.distributed.new_group`` on ranks outside of the new group."""
 
 
 def check_group(group: object) -> dist.ProcessGroup:
@@ -28,7 +38,7 @@ def check_group(group: object) -> dist.ProcessGroup:
                 "before, or give a process_group"
             )
         return check_group(dist.group.WORLD)
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    if group is NOT_A_MEMBER:
         raise ValueError(
             "this process is not in the process group: torch.distributed.new_group() gave "
             f"GroupMember.NON_GROUP_MEMBER ({group!r}) here; leave the call to the members"
@@ -44,14 +54,17 @@ def has_nccl(group: dist.ProcessGroup | None) -> bool:
     return "nccl" in dist.get_backend_config(group)
 
 
-def host_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+def host_group(group: object) -> dist.ProcessGroup:
     """The ranks as a process group that takes tensors on the CPU: ``group`` itself, or one over
-    Gloo, which all ranks must then ask for."""
-    if group is None:
-        group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup) or "cpu:" in dist.get_backend_config(group):
-        return group
-    return of_process_group(group, "host", lambda: _new_group(group, "gloo", "host"))
+    Gloo, which all ranks must then ask for.
+
+    Raises:
+        TypeError, ValueError: see ``check_group``.
+    """
+    checked = check_group(group)
+    if "cpu:" in dist.get_backend_config(checked):
+        return checked
+    return of_process_group(checked, "host", lambda: _new_group(checked, "gloo", "host"))
 
 
 def take_channels(

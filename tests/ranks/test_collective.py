@@ -270,6 +270,8 @@ def test_an_error_of_one_rank_is_one_on_all(rank, size, comm, error):
 def test_what_is_no_communicator():
     with pytest.raises(TypeError, match=r"comm must be an mpi4py.MPI.Comm, .* got 'world'"):
         allreduce(torch.ones(3), "world")
+    with pytest.raises(TypeError, match=r"comm must be an mpi4py.MPI.Comm, .* got tensor\("):
+        allreduce(torch.ones(3), torch.ones(3))  # two tensors do not compare to one truth
 
 
 @pytest.mark.usefixtures("several")
