@@ -59,25 +59,20 @@ class BufferPool:
             return [
                 torch.empty(numel, dtype=dtype, device=device) for numel, dtype, device in kinds
             ]
-        # Those that have rested longest on; one call for all of them.
-        claimed: dict[_Buffer, None] = {}
-        firsts: list[_Buffer | None] = []
-        for kind in kinds:
+        # Those that have rested longest; one call looks at all of them.
+        firsts: dict[_Buffer, int] = {}
+        for i, kind in enumerate(kinds):
             buffers = self._buffers[kind]
-            first = buffers[0] if buffers else None
-            if first is not None and first not in claimed:
-                claimed[first] = None
+            if buffers and buffers[0] not in firsts:
+                firsts[buffers[0]] = i
                 buffers.rotate(-1)
-                firsts.append(first)
-            else:
-                firsts.append(None)
-        counts = ops.storage_use_counts([buffer.memory for buffer in claimed])
-        free = {buffer for buffer, count in zip(claimed, counts, strict=True) if count == 1}
-        taken = [self._hand_out(b) if b is not None and b in free else None for b in firsts]
-        return [
-            self._search(kind) if tensor is None else tensor
-            for tensor, kind in zip(taken, kinds, strict=True)
-        ]
+        counts = ops.storage_use_counts([buffer.memory for buffer in firsts])
+        taken = {
+            i: self._hand_out(buffer)
+            for (buffer, i), count in zip(firsts.items(), counts, strict=True)
+            if count == 1
+        }
+        return [taken[i] if i in taken else self._search(kind) for i, kind in enumerate(kinds)]
 
     def _hand_out(self, buffer: _Buffer) -> Tensor:
         buffer.last_step = self._step

@@ -111,20 +111,21 @@ class Flight:
     def decode(self, item: Item, scale: float, pool: BufferPool) -> Tensor:
         """``scale`` times the sum over the ranks of a tensor, flat, once there is a result.
 
-        The first call decodes all tensors of the bucket: nearly always their scale is the same.
+        The first call decodes all tensors of the bucket, as their scale is nearly always the same.
         """
         assert self.result is not None, "wait() comes before decode()"
-        if item.out is None and self._outs is None:
+        if item.out is not None:
+            self.result.decode([item], [item.out], scale)
+            return item.out
+        if self._outs is None:
             items = [each for each in self.bucket.items if each.out is None]
             outs = pool.take_each([(each.numel, each.dtype, each.device) for each in items])
             self.result.decode(items, outs, scale)
             self._scale = scale
             self._outs = {each.place: out for each, out in zip(items, outs, strict=True)}
-        if item.out is None and self._outs and scale == self._scale:
+        if scale == self._scale:
             return self._outs.pop(item.place)
-        out = item.out
-        if out is None:
-            out = pool.take(item.numel, item.dtype, item.device)
+        out = pool.take(item.numel, item.dtype, item.device)
         self.result.decode([item], [out], scale)
         return out
 

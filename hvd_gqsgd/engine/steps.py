@@ -23,9 +23,14 @@ __all__ = ["StepRecord", "Steps"]
 
 
 class StepRecord:
-    """The step that one pipeline is in."""
+    """The step that one pipeline is in.
 
-    def __init__(self) -> None:
+    Args:
+        number: of the record, in the order that all ranks make them in.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
         self.bits = 0
         """Width of the lanes, as settled by the ranks."""
         self.tickets: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -73,8 +78,7 @@ class Steps:
     def __init__(self, bits: int | DynamicBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
-        # By number, so that all ranks go through them in one order.
-        self._records: weakref.WeakValueDictionary[int, StepRecord] = weakref.WeakValueDictionary()
+        self._records: weakref.WeakSet[StepRecord] = weakref.WeakSet()
         self._records_made = 0
         # Outlives its pipeline, so that what its last step taught is not lost.
         self._latest: StepRecord | None = None
@@ -88,9 +92,9 @@ class Steps:
         """A record for a new pipeline, which goes on where the latest one ended."""
         if self._latest is not None:
             self.learn(self._latest)
-        record = StepRecord()
-        self._records[self._records_made] = record
+        record = StepRecord(self._records_made)
         self._records_made += 1
+        self._records.add(record)
         return record
 
     def propose(self, summands: int, step: int | None) -> Agreement:
@@ -129,7 +133,7 @@ class Steps:
         Changes nothing, so that one rank alone may ask for it.
         """
         schedule = copy.deepcopy(self._schedule)
-        for record in self._records.values():
+        for record in sorted(self._records, key=lambda record: record.number):
             record.teach(schedule)
         return {"step": self._next_step, "schedule": schedule.state_dict()}
 
@@ -140,7 +144,7 @@ class Steps:
             TypeError, ValueError: it is not a result of ``state_dict``.
             RuntimeError: tensors are in flight.
         """
-        if any(record.tickets for record in self._records.values()):
+        if any(record.tickets for record in self._records):
             raise RuntimeError("a state cannot be loaded while gradients are in flight")
         if not isinstance(state, dict):
             raise TypeError(f"a state must be a dict, got {state!r}")
@@ -148,7 +152,7 @@ class Steps:
             raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
         check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
         self._schedule.load_state_dict(state["schedule"])
-        for record in self._records.values():
+        for record in self._records:
             record.forget()
         self._next_step = state["step"]
 
