@@ -44,7 +44,7 @@ SHELL := /bin/bash
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
 RUN := PATH="$(CURDIR)/$(VENV)/bin:$$PATH"
-# Of pytest: tests for as many cores as CI has.
+# For pytest-xdist: as many workers as CI has cores.
 PARALLEL := -n 2
 
 # For whatever builds the native parts.
@@ -69,7 +69,7 @@ help: ## this list
 demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD, and compare
 	@$(RUN) $(PY) $(DEMO) $(ARGS)
 
-test: setup ## run the tests, two at a time; of those that need all cores one
+test: setup ## run the tests in two processes, those that need all cores one at a time
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),$(PARALLEL) --dist loadgroup tests)
 
 quick: setup ## run the tests that start no ranks, in less than two minutes

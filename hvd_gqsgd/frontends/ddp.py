@@ -166,7 +166,6 @@ class DDPState:
         self._more = False
         self._waiting: list[_Waiting] = []
         self._failed = False  # in this step
-        self._closed = False
         if self._transport.nccl is not None:
             self._transport.nccl.connect()  # here, where all ranks are
 
@@ -184,8 +183,8 @@ class DDPState:
             RuntimeError: the state was closed.
             ValueError: it is on another GPU than was the current one when this was made.
         """
-        if self._closed:
-            raise RuntimeError("the hook's state was closed: make another one")
+        if not self._channels:
+            raise RuntimeError("the state of ddp_hook was closed: make another one")
         self._stats.tensors += 1
         check_device("GlobalQSGD got a bucket", buffer)
         if self._device is not None and buffer.device != self._device:
@@ -232,7 +231,7 @@ class DDPState:
         if self._transport.nccl is not None:
             self._transport.nccl.close()
         give_back_channels(self._host.group, self._channels)
-        self._channels, self._closed = {}, True
+        self._channels = {}
 
     def state_dict(self) -> dict[str, Any]:
         """See ``GlobalQSGD.state_dict``."""

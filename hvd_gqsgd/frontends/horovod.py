@@ -230,7 +230,7 @@ class GlobalQSGD(Compressor):
         if ctx is None:
             return tensor
         if self._pipeline is None:
-            raise RuntimeError("the context is not of this compressor, which compressed nothing")
+            raise RuntimeError("the context is another compressor's: decompress it with that one")
         reading = Reading.of(tensor)
         contribution: Contribution | None = everyone(ctx.world_size)
         of_all, of_one = reading.matches(everyone(ctx.world_size)), reading.same_tensor()

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--version", action="version", version=f"hvd_gqsgd {__version__}")
     parser.add_argument("command", nargs="+", help="one of those below")
-    if given[:1] == ["bench"] and (given[1:2] or ["-h"])[0] in ("-h", "--help"):
+    if given in (["bench"], ["bench", "-h"], ["bench", "--help"]):
         given = ["--help"]
     if not given or given[0].startswith("-"):
         parser.parse_args(given)
