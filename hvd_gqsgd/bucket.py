@@ -24,7 +24,7 @@ class Item:
     """One tensor of a bucket."""
 
     x: Tensor
-    """Flat and contiguous; deleted once the item is decoded."""
+    """Contiguous; deleted once the item is decoded."""
     position: int
     """Items are sorted by it when the bucket is closed."""
     identity: int
@@ -32,12 +32,13 @@ class Item:
     scale: float | None = None
     """Factor of the sum over the ranks, if it is known in advance."""
     out: Tensor | None = None
-    """Flat memory to decode to, possibly ``x`` itself; None: from the buffer pool."""
+    """Contiguous memory to decode to, possibly ``x`` itself; None: from the buffer pool."""
     place: int = 0
     """Index in the closed bucket."""
 
     def __post_init__(self) -> None:
         self.numel, self.dtype, self.device = self.x.numel(), self.x.dtype, self.x.device
+        self.shape = self.x.shape
 
     def release(self) -> None:
         """Drops the references to tensors of the user."""

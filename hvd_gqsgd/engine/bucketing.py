@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +80,12 @@ class Filling:
         self._opened: Counter[str] = Counter()
 
     def add(
-        self, x: Tensor, name: str | None, scale: float | None, out: Tensor | None, prefix: str
+        self,
+        x: Tensor,
+        name: str | None,
+        scale: float | None,
+        out: Tensor | None,
+        prefix: Callable[[], str],
     ) -> tuple[Bucket, Item, bool]:
         """Adds a tensor to its bucket, and tells whether the bucket is full; then it is removed.
 
@@ -88,10 +93,11 @@ class Filling:
             x, name, scale, out: as for ``Pipeline.submit``.
             prefix: begins the bucket's name, if it is a new one.
         """
-        label = name if name is not None else next(self._arrivals)
-        repeat = self._repeats[label]
-        self._repeats[label] += 1
-        identity = _identity(label, repeat, x.numel(), x.dtype)
+        if name is None:
+            identity = _identity(next(self._arrivals), 0, x.numel(), x.dtype)
+        else:
+            identity = _identity(name, self._repeats[name], x.numel(), x.dtype)
+            self._repeats[name] += 1
         kind = kind_of(x.dtype, x.device)
         planned = self._plan.places.get(name)
         key: Hashable
@@ -105,7 +111,7 @@ class Filling:
             # Named the same whatever tensors another rank has: the two meet, and it is told what
             # differs.
             stream = self._streams.take(x.device, self._opened.total())
-            self._open[key] = Bucket(f"{prefix}.{group}{self._opened[group]}", kind, stream)
+            self._open[key] = Bucket(f"{prefix()}.{group}{self._opened[group]}", kind, stream)
             self._opened[group] += 1
         bucket = self._open[key]
         item = Item(x, position, identity, scale, out)

@@ -27,8 +27,8 @@ KEEP_STEPS = 8
 MOST_TRIES = 16
 
 
-Kind = tuple[int, torch.dtype, torch.device]
-"""Elements, type and device of a flat tensor."""
+Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
+"""Shape, type and device of a contiguous tensor."""
 
 
 @dataclass(eq=False)
@@ -38,7 +38,7 @@ class _Buffer:
 
 
 class BufferPool:
-    """Flat tensors by size, type and device."""
+    """Contiguous tensors by shape, type and device."""
 
     def __init__(self) -> None:
         self._buffers: dict[Kind, deque[_Buffer]] = defaultdict(deque)
@@ -50,14 +50,14 @@ class BufferPool:
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A flat tensor with undefined contents, in use until nothing refers to its memory."""
-        return self.take_each([(numel, dtype, device)])[0]
+        return self.take_each([((numel,), dtype, device)])[0]
 
     def take_each(self, kinds: Sequence[Kind]) -> list[Tensor]:
         """A tensor of each kind, as by ``take``."""
         if any(device.type != "cpu" for _, _, device in kinds):
             # PyTorch keeps this memory, and knows the streams that use it.
             return [
-                torch.empty(numel, dtype=dtype, device=device) for numel, dtype, device in kinds
+                torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds
             ]
         # Those that have rested longest; one call looks at all of them.
         firsts: dict[_Buffer, int] = {}
@@ -76,7 +76,7 @@ class BufferPool:
 
     def _hand_out(self, buffer: _Buffer) -> Tensor:
         buffer.last_step = self._step
-        return buffer.memory.view(-1)
+        return buffer.memory.view(buffer.memory.shape)
 
     def _search(self, kind: Kind) -> Tensor:
         """A free buffer, or a new one. Not all are looked at: a model may have hundreds of tensors
@@ -88,9 +88,9 @@ class BufferPool:
         buffers.rotate(-len(tried) if first is None else -first - 1)
         if first is not None:
             return self._hand_out(tried[first])
-        numel, dtype, device = kind
+        shape, dtype, device = kind
         with torch.inference_mode(False):  # or it could not be written to outside of it later
-            buffer = _Buffer(torch.empty(numel, dtype=dtype, device=device), self._step)
+            buffer = _Buffer(torch.empty(shape, dtype=dtype, device=device), self._step)
         buffers.append(buffer)
         return self._hand_out(buffer)
 

@@ -12,6 +12,7 @@ from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.exchanges import Terms
 from hvd_gqsgd.exchanges.base import Result, Running
 from hvd_gqsgd.exchanges.collectives import Collective
+from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Handle, Transport
 
@@ -54,6 +55,8 @@ class Flight:
         """The one in flight."""
         self.result: Result | None = None
         self.failure: Exception | None = None
+        self.contribution: Contribution | None = None
+        """That of the result, once ``Pipeline.wait`` has returned it."""
         self.undecoded = len(bucket.items)
         self._running = running
         self._terms = terms
@@ -109,7 +112,7 @@ class Flight:
         return before
 
     def decode(self, item: Item, scale: float, pool: BufferPool) -> Tensor:
-        """``scale`` times the sum over the ranks of a tensor, flat, once there is a result.
+        """``scale`` times the sum over the ranks of a tensor, once there is a result.
 
         The first call decodes all tensors of the bucket, as their scale is nearly always the same.
         """
@@ -119,13 +122,13 @@ class Flight:
             return item.out
         if self._outs is None:
             items = [each for each in self.bucket.items if each.out is None]
-            outs = pool.take_each([(each.numel, each.dtype, each.device) for each in items])
+            outs = pool.take_each([(each.shape, each.dtype, each.device) for each in items])
             self.result.decode(items, outs, scale)
             self._scale = scale
             self._outs = {each.place: out for each, out in zip(items, outs, strict=True)}
         if scale == self._scale:
             return self._outs.pop(item.place)
-        out = pool.take(item.numel, item.dtype, item.device)
+        (out,) = pool.take_each([(item.shape, item.dtype, item.device)])
         self.result.decode([item], [out], scale)
         return out
 

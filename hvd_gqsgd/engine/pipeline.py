@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import math
 import time
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,21 +34,14 @@ from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.operation_slots import OperationSlots, SlotFilling, reaped
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import Streams, hand_out, on
-from hvd_gqsgd.exchanges import Exchange, Setup, Terms, make_exchange
+from hvd_gqsgd.engine.way import Way
+from hvd_gqsgd.exchanges import Terms
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Handle, Transport
 
 __all__ = ["Pipeline"]
-
-
-class _Way(NamedTuple):
-    """The exchange and the agreement among the ranks that there are now."""
-
-    exchange: Exchange
-    protocol: AgreementProtocol
-    messages: tuple[str, ...]
 
 
 class Pipeline:
@@ -101,7 +93,7 @@ class Pipeline:
         self._in_flight: list[Flight] = []  # of these, those without a result
         self._orphans: list[Handle] = []
         self._sent = 0  # tensors whose exchange was started and that are not decoded
-        self._way_or_none: _Way | None = None
+        self._way_or_none: Way | None = None
         self._proposal = Agreement(0, 0, ())
         self._done_its_part = False
         self._slots = OperationSlots(slot_filling, self.stats)
@@ -145,13 +137,13 @@ class Pipeline:
         scale: float | None = None,
         out: Tensor | None = None,
     ) -> Ticket:
-        """Hands in a flat, contiguous tensor, which must not change until it is decoded.
+        """Hands in a contiguous tensor, which must not change until it is decoded.
 
         Args:
             x: the tensor.
             name: the same on all ranks, for tensors that come in another order there.
             scale: that of ``decode``, if it is known already; the same on all ranks.
-            out: flat and contiguous memory to decode to, possibly ``x`` itself.
+            out: contiguous memory of its shape to decode to, possibly ``x`` itself.
 
         Raises:
             ValueError: the lanes are too narrow for the number of ranks.
@@ -162,7 +154,7 @@ class Pipeline:
         self._way.exchange.check(x.numel())
         self._done_its_part = False
 
-        bucket, item, full = self._filling.add(x, name, scale, out, self._prefix())
+        bucket, item, full = self._filling.add(x, name, scale, out, self._prefix)
         ticket = Ticket(bucket, item)
         self._record.submitted(ticket)
         if full:
@@ -197,6 +189,9 @@ class Pipeline:
             RuntimeError: the ticket was decoded or given up before.
             Exception: an error of the transport.
         """
+        known = self._flights.get(ticket.bucket)
+        if known and known.contribution and ticket in self._record.tickets and not self._filling:
+            return known.contribution  # as for another tensor of the bucket
         began = time.monotonic()
         self.flush()
         while (contribution := self.poll(ticket)) is None:
@@ -234,7 +229,7 @@ class Pipeline:
         return None
 
     def decode(self, ticket: Ticket, scale: float) -> Tensor:
-        """``scale`` times the sum over the ranks, flat. Once a ticket, and after ``wait``."""
+        """``scale`` times the sum over the ranks. Once a ticket, and after ``wait``."""
         bucket, item = ticket.bucket, ticket.item
         if ticket not in self._record.tickets:
             raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
@@ -318,16 +313,11 @@ class Pipeline:
         self.steps_begun += 1
 
     @property
-    def _way(self) -> _Way:
+    def _way(self) -> Way:
         if self._way_or_none is None:
-            protocol = self._protocol_type
-            setup = Setup(
-                self.options, self._transport, self._pool.take, protocol.header_in_norms,
-                protocol.may_give_up,
-            )  # fmt: skip
-            exchange = make_exchange(setup)
-            agreement = protocol(self.options, exchange, self._transport, self._settle)
-            self._way_or_none = _Way(exchange, agreement, (*protocol.messages, *exchange.messages))
+            self._way_or_none = Way.of(
+                self.options, self._transport, self._protocol_type, self._pool.take, self._settle
+            )
         return self._way_or_none
 
     def _settle(self, agreement: Agreement) -> None:
@@ -373,9 +363,11 @@ class Pipeline:
         for flight in list(self._in_flight):
             if flight.arrived:
                 self._advance(flight)
-        done = self._slots.done()
-        result = self._flights[bucket].result if bucket in self._flights else None
-        return result.contribution if done and result is not None else None
+        known = self._flights.get(bucket)
+        if not self._slots.done() or known is None or known.result is None:
+            return None
+        known.contribution = known.result.contribution
+        return known.contribution
 
     def _advance(self, flight: Flight) -> bool:
         """Takes a flight one collective further; returns whether that went well."""

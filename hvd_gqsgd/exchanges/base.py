@@ -64,7 +64,7 @@ class Result(Protocol):
         """The ranks that took part."""
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
-        """Writes ``scale`` times the sum over these ranks to ``outs``, flat, for some tensors."""
+        """Writes ``scale`` times the sum over these ranks to ``outs``, for some tensors."""
 
 
 Running = Generator[Collective, Tensor, Result]

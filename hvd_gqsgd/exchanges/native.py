@@ -36,7 +36,7 @@ class NativeExchange(Exchange):
         def call() -> None:
             for item in bucket.items:
                 if item.out is None:
-                    item.out = self._take(item.numel, item.dtype, item.device)
+                    item.out = self._take(item.numel, item.dtype, item.device).view(item.shape)
                 self._reduce(item, item.out, codec, terms.step)
 
         nbytes = sum(self._nbytes(item, codec) for item in bucket.items)

@@ -98,7 +98,8 @@ class _Context(NamedTuple):
     """What ``decompress`` needs to know of a tensor."""
 
     ticket: Ticket
-    like: Tensor
+    like: Tensor | None
+    """The gradient, if its layout is not that of the result."""
     world_size: int
 
 
@@ -200,8 +201,9 @@ class GlobalQSGD(Compressor):
         if self._pipeline is None:
             self._pipeline = self._start()
         name = self._names.find(tensor) if self._names is not None else None
-        like = tensor.detach()
-        ticket = self._pipeline.submit(like.contiguous().view(-1), name)
+        x = tensor.detach() if tensor.requires_grad else tensor
+        like = None if x.is_contiguous() else x
+        ticket = self._pipeline.submit(x if like is None else x.contiguous(), name)
         identity = with_shape(ticket.item.identity, tensor.shape)
         probe = make_probe(self._pipeline.rank, identity)
         self._stats.compressed_bytes_on_wire += PROBE_BYTES
@@ -231,27 +233,23 @@ class GlobalQSGD(Compressor):
             return tensor
         if self._pipeline is None:
             raise RuntimeError("the context is another compressor's: decompress it with that one")
-        reading = Reading.of(tensor)
-        contribution: Contribution | None = everyone(ctx.world_size)
-        of_all, of_one = reading.matches(everyone(ctx.world_size)), reading.same_tensor()
-        if not of_all:
+        reading, all_ranks = Reading.of(tensor), everyone(ctx.world_size)
+        contribution: Contribution | None = all_ranks
+        complete = reading.complete(all_ranks)
+        if complete:
+            contribution = self._pipeline.wait(ctx.ticket)
+        elif not reading.matches(all_ranks):
             # Either ranks have left by hvd.join(), and the payload tells which, or there is no
             # right answer, and then the ranks of another process set may never send theirs.
             contribution = self._pipeline.wait(ctx.ticket, PATIENCE)
-        elif of_one:
-            contribution = self._pipeline.wait(ctx.ticket)
-        complete = of_all and of_one and contribution == everyone(ctx.world_size)
-        problem = (
-            None if complete else disagreement(reading, contribution, everyone(ctx.world_size))
-        )
-        if problem is not None or contribution is None:
-            self._pipeline.end_step(Ending.DISAGREEMENT)
-            raise AgreementError(problem)
+        if not (complete and contribution == all_ranks):
+            problem = disagreement(reading, contribution, all_ranks)
+            if problem is not None or contribution is None:
+                self._pipeline.end_step(Ending.DISAGREEMENT)
+                raise AgreementError(problem)
         scale = reading.scale(contribution.count, ctx.world_size)
-        flat = self._pipeline.decode(ctx.ticket, scale)
-        if ctx.like.is_contiguous():
-            return flat.view(ctx.like.shape)
-        return torch.empty_like(ctx.like).copy_(flat.view(ctx.like.shape))
+        mean = self._pipeline.decode(ctx.ticket, scale)
+        return mean if ctx.like is None else torch.empty_like(ctx.like).copy_(mean)
 
     def ddp_state(self, process_group: dist.ProcessGroup | None = None) -> DDPState:
         """Returns a state for ``ddp_hook`` with these options, for one model::
@@ -336,7 +334,7 @@ class GlobalQSGD(Compressor):
             # A result of hvd.allreduce() that is differentiated needs Horovod's autograd function.
             and not (tensor.requires_grad and torch.is_grad_enabled())
             # Horovod has its own error for a tensor from a process outside of the process set.
-            and self._transport.included
+            and (self._process_set is None or self._transport.included)
         )
 
     def _is_large(self, tensor: Tensor) -> bool:

@@ -66,6 +66,11 @@ class Reading(NamedTuple):
         """Reads a reduced probe."""
         return cls(tuple(probe.tolist()))
 
+    @functools.lru_cache(maxsize=2**15)  # noqa: B019 (numbers alone, the same step after step)
+    def complete(self, everyone: Contribution) -> bool:
+        """Whether all ranks asked for the same, and for something that can be had."""
+        return self.matches(everyone) and self.same_tensor()
+
     def matches(self, contribution: Contribution) -> bool:
         """Whether it was reduced linearly over just these contributors."""
         one, rank, weight = self.slots[:3]
@@ -78,6 +83,7 @@ class Reading(NamedTuple):
         one, _, _, a, aa, b, bb = self.slots
         return _close(one * aa, a * a) and _close(one * bb, b * b)
 
+    @functools.lru_cache(maxsize=2**15)  # noqa: B019
     def scale(self, contributors: int, world_size: int) -> float:
         """What to multiply the sum over the contributors by, to get what the user asked for.
 
