@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["GAVE_UP", "REFUSED", "AgreementError", "RankLeftError"]
+__all__ = ["GAVE_UP", "REFUSED", "AgreementError"]
 
 GAVE_UP = (
     "a rank has given up this step, as after an exception that it caught, so its gradients are "
@@ -20,10 +20,4 @@ class AgreementError(RuntimeError):
     Raised on every rank that takes part, from the reduced values that all of them see: other
     options or other tensors on another rank, another order of tensors, or a reduction that is not
     linear. No gradient is returned.
-    """
-
-
-class RankLeftError(AgreementError):
-    """A rank has left by ``hvd.join()``, and the exchange needs it. The ranks that are left all see
-    this, and have started the same; the one that has left knows nothing of it.
     """

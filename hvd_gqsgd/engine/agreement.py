@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket
 from hvd_gqsgd.codecs.bit_schedule import Schedule
-from hvd_gqsgd.errors import REFUSED, AgreementError, RankLeftError
+from hvd_gqsgd.errors import REFUSED, AgreementError
 from hvd_gqsgd.exchanges import Exchange, Terms
 from hvd_gqsgd.exchanges.base import Running
 from hvd_gqsgd.exchanges.collectives import Max
@@ -133,11 +133,6 @@ class AgreementProtocol(ABC):
         sent = (step, step + 1, *agreed.schedule)
         if min(sent) < 0 or max(sent) >= 2**31:
             raise AgreementError(f"{bucket.name}: a rank sent numbers that no rank has: {agreed}")
-        if not agreed.all_here and self._exchange.needs_all_ranks:
-            raise RankLeftError(
-                f"{bucket.name}: a rank has left by hvd.join(), and an exchange in two phases "
-                "needs all of them; pass exchange='allreduce', with bits enough for it"
-            )
         # The largest of all ranks' is no less than this one's, which is enough for all of them.
         if not proposal.bits <= bits <= max(proposal.bits, self._options.most_bits):
             raise AgreementError(
@@ -145,7 +140,7 @@ class AgreementProtocol(ABC):
                 f"{self._options.least_bits} to {self._options.most_bits}"
             )
         self._exchange.codec(bits)
-        terms.step, terms.bits = step, bits
+        terms.step, terms.bits, terms.all_here = step, bits, agreed.all_here
         self._settle(agreed)
 
 

@@ -258,12 +258,7 @@ class Pipeline:
             self.flush()  # other ranks may wait for these buckets too
         if ending.starts_rest:
             self._start_rest()
-        if ending.renames:
             self._names.failures += 1
-        if ending.waits:
-            handles = [flight.handle for flight in self._in_flight if flight.handle is not None]
-            while not (all(handle.done() for handle in handles) and self._slots.done()):
-                self._transport.idle()
         for flight in self._flights.values():
             if flight.handle is not None:
                 self._orphans.append(flight.handle)

@@ -40,6 +40,10 @@ class AllreduceExchange(CodedExchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         norms = yield from self._norms(bucket, terms)
+        return (yield from self._sum(bucket, terms, norms, "codes"))
+
+    def _sum(self, bucket: Bucket, terms: Terms, norms: Tensor, name: str) -> Running:
+        """Sums the codes of a bucket, in a last message of this name."""
         layout = bucket.layout(self.options.block_size, terms.bits)
         message = self._take(self._marks + layout.num_words, layout.word_dtype, bucket.device)
         message[: self._marks] = 0
@@ -47,7 +51,7 @@ class AllreduceExchange(CodedExchange):
             self._encode(bucket, terms, norms, message[self._marks :])
             if self._marks:
                 mark(message, self.rank)
-        summed = yield Sum("codes", message)
+        summed = yield Sum(name, message)
         contribution = read_marks(summed) if self._marks else everyone(self.size)
         if not 1 <= contribution.count <= self.size:
             raise AgreementError(

@@ -52,6 +52,8 @@ class Terms:
 
     step: int
     bits: int
+    all_here: bool = True
+    """Whether no rank has left by ``hvd.join()``; known with the first message too."""
     given_up: bool = False
     """Whether this rank has given up the step, and sends only what others may be waiting for."""
 
@@ -80,8 +82,6 @@ class Exchange(ABC):
 
     messages: tuple[str, ...]
     """The collectives of a bucket, in their order."""
-    needs_all_ranks: ClassVar[bool] = False
-    """Whether a rank that has left by ``hvd.join()`` would be missing."""
 
     def __init__(self, setup: Setup) -> None:
         self.options = setup.options

@@ -8,23 +8,26 @@ of levels does not fall with the number of ranks; and all ranks decode the same.
 A flag before a rank's means tells whether the rank took part. A rank that has given up the step
 sends codes and means that mean nothing, so that the other ranks do not wait.
 
-Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` the others raise.
+Alltoall and Allgather need all ranks: once one has left by ``hvd.join()``, codes are summed.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.codecs import Codec, levels_for
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
-from hvd_gqsgd.exchanges.base import CodedExchange, Running, Terms
-from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall
+from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
+from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
+from hvd_gqsgd.exchanges.remaining import RemainingSum
 from hvd_gqsgd.layout import FLAG, Layout, Segments, runs
 
 __all__ = ["TwoPhaseExchange"]
@@ -34,8 +37,10 @@ class TwoPhaseExchange(CodedExchange):
     """Max of norms, Alltoall of codes, Allgather of means; for both ditherings."""
 
     code_messages = ("codes", "means")
-    # Horovod would raise an error of its own, but only for names that it has not seen before.
-    needs_all_ranks = True
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._setup = setup
 
     @property
     def summands(self) -> int:
@@ -45,6 +50,10 @@ class TwoPhaseExchange(CodedExchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         norms = yield from self._norms(bucket, terms)
+        if not terms.all_here:
+            # Every exchange has as many messages as it says. The last one may be left out.
+            yield Sum("codes", torch.zeros(1, dtype=torch.int32, device=bucket.device))
+            return (yield from self._remaining.sum(bucket, terms, norms, "means"))
         layout = bucket.layout(self.options.block_size, terms.bits)
         segments = layout.segments(self.size)
         words = self._take(layout.num_words, layout.word_dtype, bucket.device)
@@ -73,6 +82,11 @@ class TwoPhaseExchange(CodedExchange):
         return _Averaged(
             everyone(self.size), self.codec(terms.bits), layout, segments, norms, means
         )
+
+    @functools.cached_property
+    def _remaining(self) -> RemainingSum:
+        most = self.options.most_bits
+        return RemainingSum(self._setup, levels_for(most, 1))
 
     def _average(
         self, bucket: Bucket, terms: Terms, norms: Tensor, received: Tensor, own: Tensor
