@@ -11,6 +11,7 @@ import pytest
 
 from hvd_gqsgd.bench import predict
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
+from hvd_gqsgd.options import Options
 from hvd_gqsgd.tools import cost_model as model
 from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
 
@@ -69,7 +70,7 @@ def test_predictions_are_sane(preset: str, ranks: int, name: str) -> None:
     result = predict.predict(gradients, ranks, machine, 0.1)
     for setting in SETTINGS:
         if setting.name not in result["steps"]:
-            assert setting.quantized and not setting.two_phase and ranks > 7
+            assert setting.quantized and not setting.two_phase and ranks > 4
             continue
         step = result["steps"][setting.name]["ms"] / 1e3
         sent = gradients.elements * setting.bits / 8 * (ranks - 1) / ranks
@@ -94,10 +95,26 @@ def test_break_even() -> None:
         assert model.recommend(gradients, 8, there, 0.03, 0.07).startswith(advice)
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 16])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_recommends_no_less_accurate_setting_that_is_as_fast(preset: str, ranks: int) -> None:
+    gradients, machine = predict.gradients_of("resnet50"), PRESETS[preset]
+    result = predict.predict(gradients, ranks, machine, 0.1)
+    if result["advice"].startswith("Do not"):
+        return
+    chosen = next(s for s in SETTINGS if result["advice"].startswith(f"Take {s.name}: "))
+    ms = {name: step["ms"] for name, step in result["steps"].items()}
+    for setting in SETTINGS[1:]:
+        if ms.get(setting.name, math.inf) <= ms[chosen.name]:
+            variances = [model.relative_variance(each, ranks) for each in (chosen, setting)]
+            assert variances[0] <= variances[1]
+
+
 def test_narrow_lanes() -> None:
     """8 bits in an Allreduce are for as many ranks as exchange='auto' gives them."""
     eight = next(setting for setting in SETTINGS if setting.name == "8 bits")
-    assert model.possible(eight, 18) and not model.possible(eight, 19)
+    assert model.possible(eight, 4) and not model.possible(eight, 5)
+    assert Options().exchange_for(4) == "allreduce" and Options().exchange_for(5) == "two_phase"
     with pytest.raises(ValueError, match="8 bits is too narrow for 200 ranks"):
         model.exchange_seconds(eight, predict.gradients_of("dlrm"), 200, LINK)
 

@@ -11,7 +11,6 @@ from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
-from hvd_gqsgd.options import ENOUGH_LEVELS
 
 __all__ = ["EXCHANGES", "Exchange", "Setup", "Terms", "make_exchange"]
 
@@ -44,12 +43,6 @@ def make_exchange(setup: Setup) -> Exchange:
     exchange = make(setup)
     if transport.rank == 0:
         _say_once(logging.INFO, f"{kind} among {size} ranks: {options}")
-        if kind == "two_phase" and (options.exchange, options.dither) == ("auto", "linear"):
-            _say_once(
-                logging.WARNING,
-                f"bits={options.bits} leaves less than {ENOUGH_LEVELS} levels to the sum over "
-                f"{size} ranks: exchange='auto' takes the two-phase exchange",
-            )
         if isinstance(options.bits, DynamicBits):
             least = wire_bits(Schedule(options.bits).usable(exchange.summands)[0])
             if least > options.bits.budget:

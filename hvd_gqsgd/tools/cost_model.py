@@ -132,8 +132,8 @@ FUSED = 128 * 2**20
 PROBE_BYTES = 56
 """Bytes that Horovod reduces in place of each compressed gradient."""
 
-MIN_LEVELS = 7
-"""Fewest levels a side that are of use in an Allreduce."""
+MIN_LEVELS = 31
+"""Fewest levels a side in an Allreduce, as for ``exchange="auto"``."""
 
 
 def possible(setting: Setting, ranks: int) -> bool:
@@ -141,6 +141,19 @@ def possible(setting: Setting, ranks: int) -> bool:
     if not setting.quantized or setting.two_phase:
         return True
     return ((1 << int(setting.bits)) - 1) // (2 * ranks) >= MIN_LEVELS
+
+
+def relative_variance(setting: Setting, ranks: int) -> float:
+    """Bound of the squared error of a mean to the squared norm of its blocks, but for a factor that
+    is the same for all linear settings: the square of the distance of two levels, for each time
+    that a number is rounded. 0 without quantization.
+
+    See "Two phases" in ``docs/THEORY.md``.
+    """
+    if not setting.quantized:
+        return 0.0
+    levels = ((1 << int(setting.bits)) - 1) // (2 * (1 if setting.two_phase else ranks))
+    return (2 if setting.two_phase else 1) / levels**2
 
 
 def allreduce_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
@@ -251,14 +264,18 @@ def break_even(
 def _best(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
 ) -> tuple[Setting, float, float]:
-    """The fastest setting but fp32, and the seconds of a step with it and with fp32."""
+    """The most accurate of the fastest settings but fp32, and the seconds of a step with it and
+    with fp32. Two settings are as fast if they differ by less than ``MARGIN``."""
     steps = {
         setting: step_seconds(setting, gradients, ranks, machine, forward, backward)
         for setting in SETTINGS
         if possible(setting, ranks)
     }
     plain = steps.pop(FP32)
-    best = min(steps, key=lambda setting: steps[setting])
+    fastest, pays = min(steps.values()), plain * (1 - MARGIN)
+    enough = min(fastest / (1 - MARGIN), pays) if fastest <= pays else fastest
+    fast = [setting for setting, seconds in steps.items() if seconds <= enough]
+    best = min(fast, key=lambda setting: relative_variance(setting, ranks))
     return best, steps[best], plain
 
 
