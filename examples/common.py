@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
@@ -31,6 +32,11 @@ def add_compression_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dither", choices=("linear", "exponential"), default="linear")
     parser.add_argument("--exchange", choices=("auto", "allreduce", "two_phase"), default="auto")
     parser.add_argument("--norm", choices=("max", "l2"), default="max")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE",
+        help="do not compress, and save the gradients of the last step, for hvd-gqsgd bench "
+        "frontier",
+    )  # fmt: skip
 
 
 def width(text: str) -> int | str:
@@ -68,6 +74,31 @@ class Counted(Compressor):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """There is nothing to go on from."""
+
+
+class Recorded(Counted):
+    """No compression; keeps the gradients of the last step for ``hvd-gqsgd bench frontier``."""
+
+    def __init__(self) -> None:
+        super().__init__(hvd.Compression.none)
+        self._gradients: list[Tensor] = []
+        self._complete = False
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        if self._complete:  # of the step before
+            self._gradients, self._complete = [], False
+        self._gradients.append(tensor.detach().clone())
+        return super().compress(tensor)
+
+    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
+        self._complete = True
+        return super().decompress(tensor, ctx)
+
+    def save(self, path: Path) -> None:
+        """Writes the gradients of all ranks on rank 0; all ranks must call this."""
+        rows = [hvd.allgather(g[None], name=f"row.{i}") for i, g in enumerate(self._gradients)]
+        if hvd.rank() == 0:
+            torch.save(rows, path)
 
 
 class Authors(Compressor):
@@ -140,6 +171,9 @@ Compression = Counted | GlobalQSGD | Authors
 
 def make_compression(args: argparse.Namespace, model: nn.Module, steps: int) -> Compression:
     """The one that was asked for, for a run of so many steps."""
+    if args.record:
+        args.compression = "none"
+        return Recorded()
     if args.compression == "authors":
         return Authors(args.seed)
     if args.compression == "gqsgd":

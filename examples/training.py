@@ -19,7 +19,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import torch
-from common import Compression, replica_difference, report_bytes
+from common import Compression, Recorded, replica_difference, report_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -142,6 +142,8 @@ class Run:
     def finish(self, domain: str, metric: str, value: float) -> None:
         """Reports on rank 0; ends with an error if the replicas differ."""
         seconds = self._counts()["seconds"]
+        if isinstance(self.compression, Recorded):
+            self.compression.save(self._args.record)
         difference = replica_difference(self.model)
         if hvd.rank() == 0:
             if self._writer:

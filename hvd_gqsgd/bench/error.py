@@ -25,7 +25,7 @@ from hvd_gqsgd.codecs.bit_schedule import wire_bits
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import simulate
 
-__all__ = ["expected_variance", "main", "measure", "variance_bound", "wire_bytes"]
+__all__ = ["expected_variance", "main", "measure", "student", "variance_bound", "wire_bytes"]
 
 TILE = layout.TILE
 BUCKET = 25 * 2**20 // 4  # elements of float32 in a bucket of DistributedDataParallel
@@ -105,7 +105,7 @@ def measure(
         "ratio_to_authors", the error of the authors' scheme over that of the default.
     """
     rng = np.random.default_rng(0)
-    large = _student(rng, ranks, numel)
+    large = student(rng, ranks, numel)
     comparison = [_row(name, large, 1, options) for name, options in COMPARISON]
     for row in comparison:
         row["to_default"] = row["relative_error"] / comparison[3]["relative_error"]
@@ -236,7 +236,8 @@ def _reach(x: Tensor, norm: Tensor, step: Tensor, options: Options) -> Tensor:
 # --- measurements --------------------------------------------------------------------------------
 
 
-def _student(rng: np.random.Generator, ranks: int, numel: int) -> Tensor:
+def student(rng: np.random.Generator, ranks: int, numel: int) -> Tensor:
+    """Heavy-tailed gradients of shape (ranks, numel); float32."""
     return torch.from_numpy(rng.standard_t(4, (ranks, numel)).astype(np.float32))
 
 
@@ -321,7 +322,7 @@ def _tight(rng: np.random.Generator, n: int, trials: int) -> list[dict[str, Any]
 def _by_ranks(rng: np.random.Generator, ranks: int, trials: int) -> dict[str, Any]:
     """Both exchanges at 8 bits, on independent ranks and on ranks that hold the same."""
     row: dict[str, Any] = {"ranks": ranks}
-    different = _student(rng, ranks, 2**14)
+    different = student(rng, ranks, 2**14)
     for kind, rows in (("different", different), ("equal", different[:1].repeat(ranks, 1))):
         for exchange in ("allreduce", "two_phase"):
             options: dict[str, Any] = {"exchange": exchange}

@@ -1,0 +1,182 @@
+"""Errors of means at equal bytes, with rivals: ``hvd-gqsgd bench frontier``.
+
+Gradients are synthetic and heavy-tailed, as for ``bench error``, or recorded ones: a file by
+``torch.save`` with a list of tensors, one for each parameter, of shape (ranks, *shape). Several
+files are several steps of one training. Seeds are fixed, and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.bench import rivals
+from hvd_gqsgd.bench.error import AUTHORS, student, wire_bytes
+from hvd_gqsgd.bench.rivals import Estimate
+from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.simulation import simulate
+
+__all__ = ["main", "measure"]
+
+OURS: dict[str, dict[str, Any]] = {
+    **{f"Allreduce, {bits} bits": {"bits": bits, "exchange": "allreduce"} for bits in (4, 8, 16)},
+    **{
+        f"two phases, {bits} bits": {"bits": bits, "exchange": "two_phase"}
+        for bits in (2, 3, 4, 5, 6, 8)
+    },
+    "exponential, 8 bits": {"bits": 8, "dither": "exponential"},
+    "exponential, 4 bits": {"bits": 4, "dither": "exponential"},
+    "authors' scheme, 8 bits": {"bits": 8, "exchange": "allreduce", **AUTHORS},
+}
+"""Options of this package's settings."""
+
+Step = list[Tensor]
+"""The gradients of a step: of each parameter, those of all ranks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(
+        prog="hvd-gqsgd bench frontier",
+        description="Compares squared errors of means at equal bytes, with rival compressors.",
+    )
+    parser.add_argument(
+        "gradients", nargs="*", type=Path, metavar="FILE",
+        help="recorded gradients of a step, in the order of steps (default: synthetic ones)",
+    )  # fmt: skip
+    parser.add_argument("--ranks", type=int, default=8, help="of synthetic gradients (default: 8)")
+    parser.add_argument("--node", type=int, help="ranks of a node, for qgZ (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--markdown", action="store_true", help="print Markdown")
+    options = parser.parse_args(arguments)
+    if not 2 <= options.ranks <= 127:
+        parser.error(f"--ranks must be from 2 to 127, got {options.ranks}")
+    try:
+        steps = [load(path) for path in options.gradients] or [synthetic(options.ranks)]
+    except ValueError as error:
+        parser.error(str(error))
+    ranks = len(steps[0][0])
+    node = options.node or ranks
+    if node < 1 or ranks % node:
+        parser.error(f"--node must divide the {ranks} ranks, got {options.node}")
+    rows = measure(steps, node)
+    if options.json:
+        print(json.dumps({"ranks": ranks, "steps": len(steps), "rows": rows}))
+        return
+    show_table(
+        ["", "bits an element", "squared error to squared mean"],
+        [[row["name"], f"{row['bits']:.2f}", f"{row['error']:.2e}"] for row in rows],
+        title=f"{ranks} ranks, {sum(x[0].numel() for x in steps[0]):,} elements",
+        markdown=options.markdown,
+    )
+
+
+def load(path: Path) -> Step:
+    """A recorded step.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        step = torch.load(path, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not (
+        isinstance(step, list)
+        and step
+        and all(isinstance(x, Tensor) and x.dim() > 1 and len(x) == len(step[0]) > 1 for x in step)
+    ):
+        raise ValueError(
+            f"{path} must hold a list of tensors of shape (ranks, ...), for 2 ranks or more"
+        )
+    return [x.float() for x in step]
+
+
+def synthetic(ranks: int) -> Step:
+    """Independent numbers with Student's t distribution, which differ in scale by rows."""
+    rng = np.random.default_rng(0)
+    scales = torch.from_numpy(rng.lognormal(sigma=1.0, size=(512, 1))).float()
+    return [student(rng, ranks, 512 * 512).view(ranks, 512, 512) * scales]
+
+
+def measure(steps: Sequence[Step], node: int) -> list[dict[str, Any]]:
+    """Measures all settings on the last step; earlier ones teach those that have a state.
+
+    Args:
+        steps: gradients, in the order of steps.
+        node: ranks of a node, for qgZ.
+
+    Returns:
+        A row for each setting that so many ranks can have, from few bits to many: its "name", the
+        "bits" on the wire for an element, and its "error", that of the mean to the mean's square.
+    """
+    last = steps[-1]
+    rows = torch.cat([x.flatten(1) for x in last], 1)
+    true = rows.double().mean(0)
+    estimates: dict[str, Estimate | None] = {
+        name: _ours(last, options) for name, options in OURS.items()
+    }
+    estimates |= {
+        "fp16": rivals.fp16(rows),
+        "MXFP8": rivals.mx(rows, rivals.MXFP8),
+        "MXFP4": rivals.mx(rows, rivals.MXFP4),
+        "ZeRO++ qgZ, 4 bits": rivals.qgz(rows, node),
+        "IntSGD, 8 bits": _taught(rivals.IntSgd(), steps) if len(steps) > 1 else None,
+    }
+    estimates |= {f"PowerSGD, rank {rank}": _power(steps, rank) for rank in (1, 2, 4)}
+    result = [
+        {
+            "name": name,
+            "bits": estimate.bits,
+            "error": float((estimate.mean.double() - true).square().sum() / true.square().sum()),
+        }
+        for name, estimate in estimates.items()
+        if estimate is not None
+    ]
+    return sorted(result, key=lambda row: row["bits"])
+
+
+def _ours(step: Step, options: dict[str, Any]) -> Estimate | None:
+    """As one bucket; None if the lanes are too narrow."""
+    ranks = len(step[0])
+    resolved = Options(**options)
+    two_phase = resolved.exchange_for(ranks) == "two_phase"
+    numels = [x[0].numel() for x in step]
+    try:
+        means = [simulate(x.flatten(1), step=i, **options) for i, x in enumerate(step)]
+    except ValueError:
+        return None
+    sent = wire_bytes(
+        numels, bits=resolved.most_bits, block_size=resolved.block_size, two_phase=two_phase,
+        ranks=ranks,
+    )  # fmt: skip
+    return Estimate(torch.cat(means), 8 * sent / sum(numels))
+
+
+def _taught(rival: Callable[[Tensor], Estimate], steps: Sequence[Step]) -> Estimate:
+    """The estimate of the last step, after all before."""
+    return [rival(torch.cat([x.flatten(1) for x in step], 1)) for step in steps][-1]
+
+
+def _power(steps: Sequence[Step], rank: int) -> Estimate:
+    """PowerSGD on each matrix; vectors are not compressed, as in the paper."""
+    parts: list[Estimate] = []
+    for i, x in enumerate(steps[-1]):
+        matrix = (x.shape[1], math.prod(x.shape[2:]))
+        if min(matrix) == 1:
+            parts.append(Estimate(x.flatten(1).mean(0), 32))
+            continue
+        rival = rivals.PowerSgd(matrix, rank)
+        parts.append([rival(step[i].flatten(1)) for step in steps][-1])
+    mean = torch.cat([part.mean for part in parts])
+    bits = sum(part.bits * part.mean.numel() for part in parts) / mean.numel()
+    return Estimate(mean, bits)

@@ -1,0 +1,180 @@
+"""Rival compressors, by their published formulas, to measure errors of means at equal bytes.
+
+Each takes the gradients of all ranks, of shape (ranks, elements), in float32, and returns the mean
+that every rank decodes, in float32, and the bits on the wire for an element, counted as those of a
+ring Allreduce: an exchange in two phases carries each element once as a code of a rank, and once as
+a code of the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["MXFP4", "MXFP8", "Estimate", "Float", "IntSgd", "PowerSgd", "fp16", "mx", "qgz"]
+
+
+class Estimate(NamedTuple):
+    """A decoded mean."""
+
+    mean: Tensor
+    """Of shape (elements,); float32."""
+    bits: float
+    """On the wire, for each element."""
+
+
+def fp16(rows: Tensor) -> Estimate:
+    """Float16 on the wire and in the sum, as ``hvd.Compression.fp16``."""
+    total = rows[0].half()
+    for row in rows[1:]:
+        total = total + row.half()
+    return Estimate(total.float() / len(rows), 16)
+
+
+class Float(NamedTuple):
+    """A small floating-point format."""
+
+    mantissa: int
+    """Bits behind the binary point."""
+    least_exponent: int
+    """Of normal numbers."""
+    largest_exponent: int
+    largest: float
+    bits: int
+
+    def round(self, x: Tensor) -> Tensor:
+        """The nearest numbers of the format, ties to even; larger ones become the largest."""
+        exponent = torch.frexp(x).exponent - 1
+        step = torch.ldexp(
+            torch.ones_like(x), exponent.clamp(min=self.least_exponent) - self.mantissa
+        )
+        rounded: Tensor = (x / step).round() * step
+        return rounded.clamp(-self.largest, self.largest)
+
+
+MXFP8 = Float(mantissa=3, least_exponent=-6, largest_exponent=8, largest=448, bits=8)
+"""E4M3 elements of the Open Compute Project's Microscaling (MX) formats, version 1.0."""
+
+MXFP4 = Float(mantissa=1, least_exponent=0, largest_exponent=2, largest=6, bits=4)
+"""E2M1 elements of the same."""
+
+MX_BLOCK = 32
+MX_SCALE_BITS = 8
+
+
+def mx(rows: Tensor, element: Float) -> Estimate:
+    """An MX format in two phases: blocks of 32 elements on a shared scale, which is a power of two.
+
+    The scale is 2^(e - largest_exponent), with e the exponent of the block's largest magnitude
+    (section 6.3 of the specification).
+    """
+
+    def encoded(x: Tensor) -> Tensor:
+        blocks = _blocks(x, MX_BLOCK)
+        largest = blocks.abs().amax(-1, keepdim=True)
+        exponent = (torch.frexp(largest).exponent - 1).clamp(min=-126)
+        scale = torch.ldexp(torch.ones_like(largest), exponent - element.largest_exponent)
+        return (element.round(blocks / scale) * scale).flatten(-2)[..., : x.shape[-1]]
+
+    return Estimate(encoded(encoded(rows).mean(0)), element.bits + MX_SCALE_BITS / MX_BLOCK)
+
+
+def qgz(rows: Tensor, node: int, bits: int = 4, group: int = 512) -> Estimate:
+    """ZeRO++'s quantized gradients (qgZ, arXiv 2306.10209, section 3.3), and an Allgather.
+
+    A first Alltoall among the ranks of a node carries codes on the scale of each group, rounded to
+    nearest; the means of nodes are rounded again and go through a second one among nodes. ZeRO++
+    leaves the result on its owner; here an Allgather with the same codes brings it to all.
+
+    Args:
+        rows: the gradients.
+        node: ranks of a node, which divide the number of ranks.
+        bits: width of a code.
+        group: elements on one scale, which is a float32.
+    """
+    most = 2 ** (bits - 1) - 1
+
+    def encoded(x: Tensor) -> Tensor:
+        groups = _blocks(x, group)
+        scale = groups.abs().amax(-1, keepdim=True) / most
+        codes = torch.where(scale > 0, groups / scale, torch.zeros(())).round()
+        decoded: Tensor = codes * scale
+        return decoded.flatten(-2)[..., : x.shape[-1]]
+
+    each = bits + 32 / group
+    means = encoded(rows).view(-1, node, rows.shape[1]).mean(1)
+    if len(means) > 1:
+        # Of a node's data each of its ranks sends its part on, in codes again.
+        means, hops = encoded(means), 2 + 1 / node
+    else:
+        hops = 2.0
+    return Estimate(encoded(means.mean(0)), each * hops / 2)
+
+
+class IntSgd:
+    """IntSGD (arXiv 2102.08374): integers on a scale that follows from earlier steps.
+
+    Algorithm 1, for steps x_{k+1} = x_k - eta g_k: a rank sends
+    round(alpha x) with stochastic rounding, clipped so that the sum of all ranks fits its type;
+    alpha = sqrt(d) / sqrt(2 n r / eta^2 + eps^2), and r is the moving average of
+    ||x_k - x_{k-1}||^2. With the estimate's own steps r / eta^2 is that of ||g||^2. The first step
+    is exact, as in the paper.
+    """
+
+    def __init__(self, bits: int = 8, beta: float = 0.9, eps: float = 1e-8, seed: int = 0) -> None:
+        self.clipped = 0.0
+        """Share of elements that the last call clipped."""
+        self._bits, self._beta, self._eps = bits, beta, eps
+        self._average: float | None = None
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, rows: Tensor) -> Estimate:
+        """The mean of a step's gradients."""
+        ranks, elements = rows.shape
+        if self._average is None:
+            mean, bits = rows.mean(0), 32
+        else:
+            alpha = math.sqrt(elements / (2 * ranks * self._average + self._eps**2))
+            most = (2 ** (self._bits - 1) - 1) // ranks
+            dither = torch.rand(rows.shape, generator=self._generator)
+            codes = (rows * alpha + dither).floor()
+            self.clipped = float((codes.abs() > most).float().mean())
+            mean, bits = codes.clamp(-most, most).sum(0) / (ranks * alpha), self._bits
+        square = float(mean.double().square().sum())
+        before = square if self._average is None else self._average
+        self._average = self._beta * before + (1 - self._beta) * square
+        return Estimate(mean, bits)
+
+
+class PowerSgd:
+    """PowerSGD (arXiv 1905.13727, algorithm 1): one step of subspace iteration on a matrix.
+
+    Without error feedback: the error of one mean is measured.
+
+    Args:
+        shape: of the gradient as a matrix.
+        rank: columns of the factors.
+        seed: of the first factor.
+    """
+
+    def __init__(self, shape: tuple[int, int], rank: int, seed: int = 0) -> None:
+        self._shape, self._rank = shape, min(rank, *shape)
+        generator = torch.Generator().manual_seed(seed)
+        self._q = torch.randn(shape[1], self._rank, generator=generator)
+
+    def __call__(self, rows: Tensor) -> Estimate:
+        """The mean of a step's gradients; the factor is kept for the next step."""
+        mean = rows.mean(0).view(self._shape)  # both factors are linear in the gradients
+        p, _ = torch.linalg.qr(mean @ self._q)
+        self._q = mean.T @ p
+        m, n = self._shape
+        return Estimate((p @ self._q.T).flatten(), 32 * self._rank * (m + n) / (m * n))
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """The last dimension in blocks, filled up with zeros."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
+    return padded.view(*padded.shape[:-1], -1, size)
