@@ -61,13 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 2 <= options.ranks <= 127:
         parser.error(f"--ranks must be from 2 to 127, got {options.ranks}")
     try:
-        steps = [load(path) for path in options.gradients] or [synthetic(options.ranks)]
+        steps = [load(path) for path in options.gradients]
     except ValueError as error:
         parser.error(str(error))
-    ranks = len(steps[0][0])
+    ranks = len(steps[0][0]) if steps else options.ranks
     node = options.node or ranks
     if node < 1 or ranks % node:
         parser.error(f"--node must divide the {ranks} ranks, got {options.node}")
+    steps = steps or [synthetic(ranks)]
     rows = measure(steps, node)
     if options.json:
         print(json.dumps({"ranks": ranks, "steps": len(steps), "rows": rows}))
