@@ -64,7 +64,7 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, "__version__"})
+    return sorted([*__all__, *(name for name in globals() if name[:2] == name[-2:] == "__")])
 
 
 def _version() -> str:

@@ -16,7 +16,7 @@ from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Sched
 __all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 # Fewer levels a side than that, and exchange="auto" takes two phases. With 31 (8 bits, 4 ranks) the
 # examples reach the loss of fp32; with 15 (8 ranks) the language model loses 0.7 % of perplexity.
@@ -207,6 +207,10 @@ class FrontEnd:
                 raise TypeError(f"{self.name} takes no option {name!r}: {self.without[name]}")
             if name not in OPTIONS:
                 raise TypeError(self._unknown(name))
+        asked = given.get("exchange", "auto")
+        if not self.over_mpi and asked != "reduce_scatter":
+            accepted = tuple(name for name in get_args(Exchange) if name != "reduce_scatter")
+            check_choice("exchange", asked, accepted)
         options = Options(**given)
         if options.exchange == "reduce_scatter" and not self.over_mpi:
             raise ValueError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.codecs import check_compressible, check_unmasked
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.options import FrontEnd, OptionKeywords
@@ -52,6 +53,7 @@ def simulate(
 
     Raises:
         TypeError: ``gradients`` or an option has the wrong type, or an option is unknown.
+        NotImplementedError: ``gradients`` is on a device for which there are no kernels.
         ValueError: ``gradients`` has the wrong shape, an option or ``step`` is out of range, or the
             lanes are too narrow for the world size.
 
@@ -61,16 +63,15 @@ def simulate(
         >>> error = simulate(rows, bits=4) - rows.mean(0)
     """
     if isinstance(gradients, np.ndarray):
+        check_unmasked("gradients", gradients)
         return simulate(torch.from_numpy(np.array(gradients)), step=step, **options).numpy()
     if not isinstance(gradients, Tensor):
         raise TypeError(f"gradients must be a tensor or a NumPy array, got {type(gradients)}")
+    check_compressible("gradients", gradients)
     if gradients.dim() != 2 or gradients.shape[0] < 1:
         raise ValueError(
             f"gradients must be of shape (ranks, elements), got {tuple(gradients.shape)}"
         )
-    if not gradients.dtype.is_floating_point:
-        raise TypeError(f"gradients must be floating-point, got {gradients.dtype}")
-
     check_int("step", step, 0, 2**31 - 2)  # it travels in 32 bits, and so does the next one
 
     resolved = FRONT_END.options(options)

@@ -254,6 +254,15 @@ def test_launching_where_that_is_not_possible(
     assert "mpirun was found neither in" in said
 
 
+@pytest.mark.parametrize("ranks", ["0", "-1"])
+def test_no_ranks(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for benchmark in ("step", "allreduce", "memory", "calibrate"):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["bench", benchmark, "--ranks", ranks])
+        said = capsys.readouterr().err
+        assert f"argument --ranks: must be at least 1, got {ranks}" in said
+
+
 def result_of(*arguments: str) -> dict[str, Any]:
     """The result of a benchmark on 2 ranks."""
     done = run([*COMMAND, "bench", *arguments, "--json"])

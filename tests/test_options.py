@@ -276,15 +276,30 @@ def test_named_parameters_that_are_used_up() -> None:
     """As when one iterator is given to Horovod and to the compressor."""
     named = nn.Linear(3, 2).named_parameters()
     GlobalQSGD(named_parameters=named)
-    with pytest.raises(ValueError, match=r"yield nothing: .* give it model"):
-        GlobalQSGD(named_parameters=named)
-    GlobalQSGD(named_parameters=[])  # of a model that has none
+    for nothing in (named, [], nn.ReLU().named_parameters()):
+        with pytest.raises(ValueError, match=r"yield nothing: give it model.*, or leave it out"):
+            GlobalQSGD(named_parameters=nothing)
 
 
 @pytest.mark.parametrize("process_set", [0, [0, 1], "all"])
 def test_what_is_no_process_set(process_set: Any) -> None:
     with pytest.raises(TypeError, match=re.escape(f"or None (all ranks), got {process_set!r}")):
         GlobalQSGD(process_set=process_set)
+
+
+@pytest.mark.parametrize("name", FRONT_ENDS)
+def test_exchanges_that_it_has_are_offered(name: str) -> None:
+    """Not the one over MPI alone."""
+    offered = "exchange must be one of ('auto', 'allreduce', 'two_phase'), got 'ring'"
+    with pytest.raises(ValueError, match=re.escape(offered)):
+        FRONT_ENDS[name](exchange="ring")
+
+
+@pytest.mark.parametrize("bits", [8, DynamicBits(6)])
+@pytest.mark.parametrize("state", [None, [], "x"])
+def test_what_is_no_state_of_a_schedule(bits: Any, state: Any) -> None:
+    with pytest.raises(TypeError, match=f"must be a dict, got {re.escape(repr(state))}"):
+        GlobalQSGD(bits).load_state_dict({"step": 3, "schedule": state})
 
 
 def test_repr() -> None:

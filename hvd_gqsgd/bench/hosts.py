@@ -31,12 +31,20 @@ INTERFACE = "HVD_GQSGD_BENCH_INTERFACE"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds ``--ranks`` and ``--rate``."""
     group = parser.add_argument_group("ranks (unless started by mpirun or horovodrun)")
-    group.add_argument("--ranks", type=int, default=2, help="(default: %(default)s)")
+    group.add_argument("--ranks", type=_ranks, default=2, help="(default: %(default)s)")
     group.add_argument(
         "--rate",
         help="limit of each host's link in both directions, such as 1gbit or 200mbit: makes a host "
         "of each rank, by network namespaces; needs root",
     )
+
+
+def _ranks(text: str) -> int:
+    """The value of ``--ranks``."""
+    ranks = int(text)
+    if ranks < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {ranks}")
+    return ranks
 
 
 def is_rank() -> bool:

@@ -66,17 +66,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too, as PNG")
     options = parser.parse_args(arguments)
-    if options.ranks < 1 or options.compute < 0:
-        parser.error("--ranks must be at least 1, and --compute at least 0")
+    if options.ranks < 1 or not 0 <= options.compute < math.inf:
+        parser.error(
+            "--ranks must be at least 1, and --compute a number of at least 0, got "
+            f"{options.ranks} and {options.compute:g}"
+        )
+    if options.measured is not None and options.plot is not None:
+        parser.error("--plot draws predictions for many ranks; leave it or --measured out")
     chosen = PRESETS[options.preset]
-    if options.machine is not None:
-        try:
-            chosen = Machine(**json.loads(options.machine.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            parser.error(f"--machine {options.machine}: {error}")
-    if options.measured is not None:
-        _show_against(json.loads(options.measured.read_text()), chosen, options.json)
-        return
+    try:
+        if options.machine is not None:
+            chosen = _machine(options.machine)
+        if options.measured is not None:
+            measured, found = _measured(options.measured, chosen)
+            _show_against(measured, found, options.json)
+            return
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     result = predict(gradients_of(options.model), options.ranks, chosen, options.compute / 1e3)
     if options.plot is not None:
         _plot(gradients_of(options.model), options.compute / 1e3, chosen, options.plot)
@@ -87,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         [name, f"{step['ms']:.1f}", f"{step['times_faster']:.2f}"]
         for name, step in result["steps"].items()
     ]
-    print(f"{options.model} on {options.ranks} ranks, {options.compute:g} ms of computing a step")
+    ranks = f"{options.ranks} rank{'s' * (options.ranks > 1)}"
+    print(f"{options.model} on {ranks}, {options.compute:g} ms of computing a step")
     show_table(["", "ms a step", "times faster"], rows)
     print(result["advice"])
 
@@ -146,8 +153,65 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
     return found
 
 
-def _show_against(measured: dict[str, Any], machine: Machine, as_json: bool) -> None:
-    found = against(measured, machine)
+def _machine(file: Path) -> Machine:
+    """Reads the output of ``bench calibrate``.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is something else.
+    """
+    numbers = _read(file, "--machine", "calibrate")
+    known = {field.name for field in dataclasses.fields(Machine)}
+    if unknown := numbers.keys() - known:
+        raise ValueError(
+            f"--machine {file}: it has {', '.join(sorted(unknown))}, which a machine has not"
+        )
+    if missing := {"alpha", "beta"} - numbers.keys():
+        raise ValueError(f"--machine {file}: it must have {' and '.join(sorted(missing))}")
+    for name, value in numbers.items():
+        optional = name == "beta_two_phase" and value is None
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not optional and not (number and 0 <= value < math.inf):
+            raise ValueError(f"--machine {file}: {name} must be a number from 0 on, got {value!r}")
+    for name in ("beta", "beta_two_phase", "gamma"):
+        if numbers.get(name) == 0:
+            raise ValueError(f"--machine {file}: {name} must be above 0")
+    return Machine(**numbers)
+
+
+def _measured(file: Path, machine: Machine) -> tuple[dict[str, Any], dict[str, dict[str, float]]]:
+    """Reads the output of ``bench step --json``, and compares it with predictions.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is something else.
+    """
+    measured = _read(file, "--measured", "step --json")
+    try:
+        return measured, against(measured, machine)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"--measured {file}: it must be the output of hvd-gqsgd bench step --json "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
+def _read(file: Path, option: str, command: str) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{option} {file}: it is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{option} {file}: it must be the output of hvd-gqsgd bench {command}, one JSON "
+            f"object, got {type(content).__name__}"
+        )
+    return content
+
+
+def _show_against(
+    measured: dict[str, Any], found: dict[str, dict[str, float]], as_json: bool
+) -> None:
     if as_json:
         print(json.dumps(found))
         return

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from hvd_gqsgd.codecs.base import Codec, CodeKind
 from hvd_gqsgd.codecs.exponential import ExponentialCodec
 from hvd_gqsgd.codecs.linear import LinearCodec, levels_for
-from hvd_gqsgd.codecs.support import check_device, is_compressible
+from hvd_gqsgd.codecs.support import (
+    check_compressible,
+    check_device,
+    check_plain,
+    check_unmasked,
+    is_compressible,
+)
 
 if TYPE_CHECKING:
     from hvd_gqsgd.options import Options
@@ -18,7 +24,10 @@ __all__ = [
     "Codec",
     "ExponentialCodec",
     "LinearCodec",
+    "check_compressible",
     "check_device",
+    "check_plain",
+    "check_unmasked",
     "is_compressible",
     "levels_for",
     "make_codec",

@@ -168,8 +168,11 @@ class FixedBits:
         """Checks that there is nothing to load.
 
         Raises:
+            TypeError: ``state`` is not a dict.
             ValueError: it is the state of another schedule.
         """
+        if not isinstance(state, dict):
+            raise TypeError(f"the state of a fixed width must be a dict, got {state!r}")
         if state:
             raise ValueError(
                 "the state of a fixed width must be empty, and this is one of DynamicBits: give "

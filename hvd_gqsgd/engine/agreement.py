@@ -25,6 +25,7 @@ from hvd_gqsgd.errors import REFUSED, AgreementError
 from hvd_gqsgd.exchanges import Exchange, Terms
 from hvd_gqsgd.exchanges.base import Running
 from hvd_gqsgd.exchanges.collectives import Max
+from hvd_gqsgd.exchanges.contribution import everyone
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.transports.base import Transport
 
@@ -157,15 +158,10 @@ class WithNorms(AgreementProtocol):
         exchange = self._exchange.run(bucket, terms)
         norms = next(exchange)
         self._write(norms.tensor[:HEADER], bucket, proposal)
-        result = yield norms
+        reduced = yield norms
         if not terms.given_up:
-            self._read(result[:HEADER], bucket, proposal, terms)
-        while True:
-            try:
-                collective = exchange.send(result)
-            except StopIteration as done:
-                return done.value  # type: ignore[no-any-return]
-            result = yield collective
+            self._read(reduced[:HEADER], bucket, proposal, terms)
+        return (yield from _rest(exchange, reduced))
 
 
 class Ahead(AgreementProtocol):
@@ -181,12 +177,33 @@ class Ahead(AgreementProtocol):
 
     def run(self, bucket: Bucket, proposal: Agreement, terms: Terms) -> Running:
         """See :class:`AgreementProtocol`."""
+        exchange = self._exchange.run(bucket, terms)
+        first = next(exchange)
         # On the host, wherever the tensors are: the host reads the reduced header.
         header = torch.empty(HEADER, dtype=torch.int64, device="cpu")
-        self._write(header, bucket, proposal)
+        if terms.failure is None:
+            self._write(header, bucket, proposal)
+        else:
+            header = refusal()
         reduced = yield Max("header", header)
-        self._read(reduced, bucket, proposal, terms)
-        return (yield from self._exchange.run(bucket, terms))
+        terms.raise_failure()
+        if not terms.given_up:
+            self._read(reduced, bucket, proposal, terms)
+        result = yield from _rest(exchange, (yield first))
+        # All were here by the header; a rank that had an error since then sends no codes.
+        if terms.all_here and result.contribution != everyone(self._exchange.size):
+            raise AgreementError(REFUSED)
+        return result
+
+
+def _rest(exchange: Running, result: Tensor) -> Running:
+    """An exchange after its first message, given the result of that."""
+    while True:
+        try:
+            collective = exchange.send(result)
+        except StopIteration as done:
+            return done.value  # type: ignore[no-any-return]
+        result = yield collective
 
 
 def refusal() -> Tensor:
@@ -196,7 +213,11 @@ def refusal() -> Tensor:
 
 def refuse(transport: Transport, name: str) -> None:
     """Sends a refusal to the other ranks, which wait for this one's header of this name."""
-    _max(transport, refusal(), name)
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    # Within torch.func even a new tensor has no memory to send.
+    with temporarily_clear_interpreter_stack():
+        _max(transport, refusal(), name)
 
 
 def check(transport: Transport, options: Options, name: str) -> None:

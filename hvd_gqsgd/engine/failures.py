@@ -2,6 +2,8 @@
 
     what happened here            the other ranks       rest and new names
     DISAGREEMENT  AgreementError  see the same error    yes
+                  an error that   see AgreementError
+                  messages told
     GIVEN_UP      tickets dropped know nothing of it,   yes
                   early           and wait
     DROPPED       tickets dropped complete the step     no

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.engine.buffer_pool import BufferPool
+from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.streams import on
 from hvd_gqsgd.exchanges import Terms
 from hvd_gqsgd.exchanges.base import Result, Running
@@ -71,6 +72,14 @@ class Flight:
     def arrived(self) -> bool:
         """Whether its collective in flight is done."""
         return self.failure is None and self.handle is not None and self.handle.done()
+
+    @property
+    def ending(self) -> Ending:
+        """How the step ends after ``failure``; one that the messages told the others ends it for
+        them too."""
+        assert self.failure is not None
+        told = self.failure is self._terms.failure
+        return Ending.DISAGREEMENT if told else Ending.of(self.failure)
 
     def launch(self) -> None:
         """Starts the first collective."""

@@ -217,10 +217,10 @@ class Pipeline:
         if contribution is not None:
             self._done_its_part = True
             return contribution
-        failure = next((f.failure for f in self._in_flight if f.failure is not None), None)
-        if failure is not None:
-            self.end_step(Ending.of(failure))
-            raise failure
+        for flight in self._in_flight:
+            if (failure := flight.failure) is not None:
+                self.end_step(flight.ending)
+                raise failure
         if ticket not in self._record.tickets:
             raise RuntimeError(
                 f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "

@@ -78,10 +78,21 @@ class Steps:
     def __init__(self, bits: int | DynamicBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
+        self._begin_records()
+
+    def _begin_records(self) -> None:
         self._records: weakref.WeakSet[StepRecord] = weakref.WeakSet()
         self._records_made = 0
         # Outlives its pipeline, so that what its last step taught is not lost.
         self._latest: StepRecord | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies go on after all complete steps."""
+        return {"_next_step": self._next_step, "_schedule": self._learned()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._begin_records()
 
     @property
     def learns(self) -> bool:
@@ -132,10 +143,14 @@ class Steps:
 
         Changes nothing, so that one rank alone may ask for it.
         """
+        return {"step": self._next_step, "schedule": self._learned().state_dict()}
+
+    def _learned(self) -> FixedBits | Schedule:
+        """A copy of the schedule after all complete steps."""
         schedule = copy.deepcopy(self._schedule)
         for record in sorted(self._records, key=lambda record: record.number):
             record.teach(schedule)
-        return {"step": self._next_step, "schedule": schedule.state_dict()}
+        return schedule
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; the next step continues from it.

@@ -39,7 +39,11 @@ class Way(NamedTuple):
         Raises:
             ValueError: the options leave no levels to this many ranks.
         """
-        setup = Setup(options, transport, take, protocol.header_in_norms, protocol.may_give_up)
+        setup = Setup(
+            options, transport, take, protocol.header_in_norms,
+            # Over NCCL the host looks at no message.
+            protocol.may_give_up or transport.nccl is None,
+        )  # fmt: skip
         exchange = make_exchange(setup)
         agreement = protocol(options, exchange, transport, settle)
         return cls(exchange, agreement, (*protocol.messages, *exchange.messages))

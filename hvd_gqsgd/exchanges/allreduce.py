@@ -47,11 +47,13 @@ class AllreduceExchange(CodedExchange):
         layout = bucket.layout(self.options.block_size, terms.bits)
         message = self._take(self._marks + layout.num_words, layout.word_dtype, bucket.device)
         message[: self._marks] = 0
-        if not terms.given_up:
-            self._encode(bucket, terms, norms, message[self._marks :])
-            if self._marks:
-                mark(message, self.rank)
+        with terms.attempt():
+            if terms.takes_part:
+                self._encode(bucket, terms, norms, message[self._marks :])
+                if self._marks:
+                    mark(message, self.rank)
         summed = yield Sum(name, message)
+        terms.raise_failure()
         contribution = read_marks(summed) if self._marks else everyone(self.size)
         if not 1 <= contribution.count <= self.size:
             raise AgreementError(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -56,6 +57,26 @@ class Terms:
     """Whether no rank has left by ``hvd.join()``; known with the first message too."""
     given_up: bool = False
     """Whether this rank has given up the step, and sends only what others may be waiting for."""
+    failure: Exception | None = None
+    """An error of this rank alone, raised once its messages have told the others."""
+
+    @property
+    def takes_part(self) -> bool:
+        """Whether this rank's messages mean something."""
+        return not self.given_up and self.failure is None
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Keeps an error as ``failure``: raised at once, it would leave the others waiting."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = error
+
+    def raise_failure(self) -> None:
+        """Raises the error that was kept."""
+        if self.failure is not None:
+            raise self.failure
 
 
 class Result(Protocol):
@@ -102,7 +123,8 @@ class Exchange(ABC):
         """Exchanges a closed bucket.
 
         Once ``terms.given_up`` is set, the generator is sent no results: it must not look at them,
-        and goes on with messages of the same sizes that tell the other ranks to ignore them.
+        and goes on with messages of the same sizes that tell the other ranks to ignore them. It
+        does so too after a failure of ``terms.attempt``, which it raises after the last message.
 
         Raises:
             AgreementError: messages do not fit together.
@@ -153,15 +175,18 @@ class CodedExchange(Exchange):
         layout = bucket.layout(self.options.block_size, terms.bits)
         message = self._take(header + layout.num_norms, bucket.norm_dtype, bucket.device)
         xs = [item.x for item in bucket.items]
-        codec.norms(xs, message[header:])
+        with terms.attempt():
+            codec.norms(xs, message[header:])
         norms = (yield Max("norms", message))[header:]
         if self.options.norm == "l2":
             squares = self._take(layout.num_norms, torch.int64, bucket.device)
-            if not terms.given_up:
-                codec.squares(xs, norms, squares)
+            with terms.attempt():
+                if terms.takes_part:
+                    codec.squares(xs, norms, squares)
             summed = yield Sum("squares", squares)
-            if not terms.given_up:
-                codec.l2_norms(norms, summed)
+            with terms.attempt():
+                if terms.takes_part:
+                    codec.l2_norms(norms, summed)
         return norms
 
     def _encode(self, bucket: Bucket, terms: Terms, norms: Tensor, words: Tensor) -> None:

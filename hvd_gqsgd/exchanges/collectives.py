@@ -87,13 +87,13 @@ class NativeCall(Collective):
     """A native operator that exchanges a bucket by itself; ``tensor`` is empty."""
 
     call: Callable[[], None]
-    moved: int
-    """Bytes that its collectives move."""
+    moved: Callable[[], int]
+    """Counts the bytes that its collectives move."""
 
     @property
     def nbytes(self) -> int:
         """See :class:`Collective`."""
-        return self.moved
+        return self.moved()
 
     def start(self, transport: Transport, name: str) -> Handle:
         """Returns once it is done, or enqueued on the current stream."""

@@ -31,16 +31,22 @@ class NativeExchange(Exchange):
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
-        codec = self.codec(terms.bits)
-
-        def call() -> None:
+        with terms.attempt():
             for item in bucket.items:
                 if item.out is None:
                     item.out = self._take(item.numel, item.dtype, item.device).view(item.shape)
-                self._reduce(item, item.out, codec, terms.step)
 
-        nbytes = sum(self._nbytes(item, codec) for item in bucket.items)
-        yield NativeCall("native", torch.empty(0), call, nbytes)
+        # The step and the width are settled by the time of these calls.
+        def call() -> None:
+            for item in bucket.items:
+                assert item.out is not None
+                self._reduce(item, item.out, self.codec(terms.bits), terms.step)
+
+        def moved() -> int:
+            return sum(self._nbytes(item, self.codec(terms.bits)) for item in bucket.items)
+
+        nothing = torch.empty(0, dtype=torch.int32, device="cpu")
+        yield NativeCall("native", nothing, call, moved)
         return _Reduced(everyone(self.size))
 
     @abstractmethod

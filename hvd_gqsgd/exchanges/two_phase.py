@@ -57,23 +57,26 @@ class TwoPhaseExchange(CodedExchange):
         layout = bucket.layout(self.options.block_size, terms.bits)
         segments = layout.segments(self.size)
         words = self._take(layout.num_words, layout.word_dtype, bucket.device)
-        if not terms.given_up:
-            self._encode(bucket, terms, norms, words)
+        with terms.attempt():
+            if terms.takes_part:
+                self._encode(bucket, terms, norms, words)
         received = yield Alltoall("codes", words, segments.words)
 
         lengths = [end - begin for begin, end in itertools.pairwise(segments.means)]
         own = self._take(lengths[self.rank], layout.means_dtype, bucket.device)
         own[:FLAG] = 0
-        if not terms.given_up:
+        if terms.takes_part:
             # Horovod lets ranks send what they like. Another rank may have been sent what it
             # should: all come to know by this one's flag.
             fits = received.numel() == self.size * segments.words[self.rank]
             if not (fits or self._may_give_up):
                 raise AgreementError(GAVE_UP)
             if fits:
-                self._average(bucket, terms, norms, received, own)
+                with terms.attempt():
+                    self._average(bucket, terms, norms, received, own)
         del words, received  # their memory is free for the next bucket
         means = yield Allgather("means", own, lengths)
+        terms.raise_failure()
         # Where ranks agree ahead none gives up, and the host need not look.
         if means.numel() != segments.means[-1] or (
             self._may_give_up and not bool((means[list(segments.means[:-1])] == 1).all())
@@ -92,7 +95,6 @@ class TwoPhaseExchange(CodedExchange):
         self, bucket: Bucket, terms: Terms, norms: Tensor, received: Tensor, own: Tensor
     ) -> None:
         """Averages the tiles of this rank, from the codes of all ranks."""
-        own[:FLAG] = 1
         layout = bucket.layout(self.options.block_size, terms.bits)
         segments, codec = layout.segments(self.size), self.codec(terms.bits)
         codec.requantize(
@@ -101,6 +103,7 @@ class TwoPhaseExchange(CodedExchange):
             runs((part.tensor, part) for part in segments.of_rank[self.rank]),
             segments.means[self.rank], terms.step, [item.identity for item in bucket.items],
         )  # fmt: skip
+        own[:FLAG] = 1
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
-from hvd_gqsgd.codecs import check_device, is_compressible
+from hvd_gqsgd.codecs import check_compressible, check_unmasked
+from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.endpoint import Endpoint
 from hvd_gqsgd.frontends.reduce_op import ReduceOp, reduction
 from hvd_gqsgd.options import FrontEnd, OptionKeywords
@@ -35,6 +36,7 @@ Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")
 
 
 @FRONT_END.documented
+@opaque
 def allreduce(
     x: Array,
     comm: MPI.Comm | dist.ProcessGroup | None = None,
@@ -105,7 +107,8 @@ def allreduce(
     pipeline.wait(ticket)
     decoded = pipeline.decode(ticket, scale).view(given.shape)
     if out is None or result is None:
-        return decoded.numpy() if isinstance(x, np.ndarray) else decoded
+        # Of its class, as a result of NumPy would be.
+        return x.__array_wrap__(decoded.numpy()) if isinstance(x, np.ndarray) else decoded
     if target is None:
         result.copy_(decoded)
     return out
@@ -122,6 +125,7 @@ def _tensor(name: str, value: object) -> Tensor:
         return value.detach()
     if not isinstance(value, np.ndarray):
         raise TypeError(f"{name} must be a torch.Tensor or a NumPy array, got {type(value)}")
+    check_unmasked(name, value)
     writeable = value.flags.writeable and all(stride >= 0 for stride in value.strides)
     if name == "out" and not writeable:
         raise ValueError("out must be writeable and have no negative strides")
@@ -129,16 +133,23 @@ def _tensor(name: str, value: object) -> Tensor:
 
 
 def _check(x: Tensor, out: Tensor | None) -> None:
-    if x.layout != torch.strided or not is_compressible(x.dtype):
-        raise TypeError(
-            f"x must be dense and float16, bfloat16, float32 or float64, got {x.dtype}"
-            + (f" of layout {x.layout}" if x.layout != torch.strided else "")
-        )
-    check_device("x is", x)
-    if out is not None and (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
+    check_compressible("x", x)
+    if out is None:
+        return
+    if (out.shape, out.dtype, out.device) != (x.shape, x.dtype, x.device):
         raise ValueError(
             f"out must be like x, {tuple(x.shape)} of {x.dtype} on {x.device}, got "
             f"{tuple(out.shape)} of {out.dtype} on {out.device}"
+        )
+    check_compressible("out", out)
+    if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ValueError(
+            f"out must have memory for each element, got strides {out.stride()} for the shape "
+            f"{tuple(out.shape)}, as expand() makes them: give its clone()"
+        )
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            "out must not be a tensor of torch.inference_mode() outside of it: give its clone()"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import (
     TYPE_CHECKING,
@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.codecs import check_device, is_compressible
+from hvd_gqsgd.codecs import check_device, check_plain, is_compressible
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.flight import Ticket
@@ -36,6 +36,7 @@ from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
+from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.horovod_probe import (
     PROBE_BYTES,
@@ -127,7 +128,7 @@ class GlobalQSGD(Compressor):
     Raises:
         TypeError: an option is unknown or has the wrong type.
         ValueError: an option is out of range, does not go with another one, or has no effect here;
-            or ``named_parameters`` is an iterator without elements.
+            or ``named_parameters`` is empty.
     """
 
     _default_instance: ClassVar[GlobalQSGD]
@@ -151,10 +152,11 @@ class GlobalQSGD(Compressor):
                     f"{named_parameters!r}"
                 )
             named = self._given["named_parameters"] = list(named_parameters)
-            if isinstance(named_parameters, Iterator) and not named:
+            if not named:
                 raise ValueError(
-                    "GlobalQSGD() got named_parameters that yield nothing: an iterator that was "
-                    "used before does not start again, so give it model.named_parameters() anew"
+                    "GlobalQSGD() got named_parameters that yield nothing: give it "
+                    "model.named_parameters() anew, as an iterator that was used before does not "
+                    "start again, or leave it out"
                 )
             self._names = ParameterNames(named)
         if process_set is not None:
@@ -177,6 +179,7 @@ class GlobalQSGD(Compressor):
         return cls._default_instance
 
     @_ClassOrInstanceMethod
+    @opaque
     def compress(self, tensor: Tensor) -> tuple[Tensor, _Context | None]:
         """Starts the exchange of a gradient and returns at once.
 
@@ -197,6 +200,7 @@ class GlobalQSGD(Compressor):
             self._stats.tensors_bypassed += 1
             self._stats.bypassed_bytes += _nbytes(tensor)
             return tensor, None
+        check_plain("a gradient for GlobalQSGD", tensor)
         check_device("GlobalQSGD got a tensor", tensor)
         if self._pipeline is None:
             self._pipeline = self._start()
@@ -211,6 +215,7 @@ class GlobalQSGD(Compressor):
         return probe, _Context(ticket, like, self._world_size)
 
     @_ClassOrInstanceMethod
+    @opaque
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
         """Waits for the exchange of a gradient and returns what Horovod was asked for.
 
@@ -308,6 +313,12 @@ class GlobalQSGD(Compressor):
         if self._pipeline is not None:
             self._pipeline.restart()  # an exception's frames may hold tickets of a former session
         self._steps.load_state_dict(state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles and copies have the options, the counts and the state of the training, but none
+        of what is in flight."""
+        here = {"_pipeline": None, "_world_size": None}
+        return {name: v for name, v in (self.__dict__ | here).items() if name != "_transport"}
 
     def __repr__(self) -> str:
         given = [self.options.keywords()]

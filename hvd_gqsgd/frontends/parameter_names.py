@@ -46,13 +46,16 @@ class ParameterNames:
                 "Parameter names in named_parameters must be unique. Found duplicates: "
                 + ", ".join(repeated)
             )
-        self._pairs = list(
-            {id(parameter): (name, parameter) for name, parameter in self._pairs}.values()
-        )
-        # Gradients come about in reverse order, and in the same order as in the step before: the
-        # one after the last one found is the first guess.
-        self._pairs.reverse()
-        self._guess = 0
+        # Gradients come about in reverse order.
+        distinct = {id(parameter): (name, parameter) for name, parameter in self._pairs}
+        self._pairs = list(distinct.values())[::-1]
+        # In the step before, the one of place ``_after[i]`` followed the one of place ``i``.
+        self._after: dict[int, int] = {}
+        self._last = -1
+        # Places by the identity of a gradient that was seen there, which may be gone; and those
+        # where none was seen yet. So the time does not grow with the square of their number.
+        self._seen: dict[int, int] = {}
+        self._unseen: dict[int, Tensor] = {}
 
     def digest(self) -> int:
         """31 bits that tell these names, in this order, from others."""
@@ -60,13 +63,35 @@ class ParameterNames:
 
     def find(self, tensor: Tensor) -> str | None:
         """The name of the parameter with this very gradient; None if there is none."""
-        count = len(self._pairs)
-        for i in range(self._guess, self._guess + count):
-            name, parameter = self._pairs[i % count]
-            if parameter.grad is tensor:
-                self._guess = (i + 1) % count
-                return name
-        return None
+        for place in (self._after.get(self._last, self._last + 1), self._seen.get(id(tensor), -1)):
+            if 0 <= place < len(self._pairs) and self._pairs[place][1].grad is tensor:
+                return self._found(place)
+        if not self._look(tensor):
+            self._seen, self._unseen = {}, dict(enumerate(p for _, p in self._pairs))
+            if not self._look(tensor):
+                return None
+        return self._found(self._seen[id(tensor)])
+
+    def _look(self, tensor: Tensor) -> bool:
+        """Looks for a gradient where none was seen yet; notes those on the way."""
+        seen: list[int] = []
+        found = False
+        for place, parameter in self._unseen.items():
+            gradient = parameter.grad
+            if gradient is not None:
+                seen.append(place)
+                self._seen[id(gradient)] = place
+                found = gradient is tensor
+                if found:
+                    break
+        for place in seen:
+            del self._unseen[place]
+        return found
+
+    def _found(self, place: int) -> str:
+        self._after[self._last] = place
+        self._last = place
+        return self._pairs[place][0]
 
     def plan(self, options: Options, compresses: Callable[[Tensor], bool]) -> BucketPlan:
         """Buckets of the parameters whose gradients will be compressed."""

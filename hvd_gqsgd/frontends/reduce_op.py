@@ -21,6 +21,9 @@ ACCEPTED = (
 )
 
 
+SYNONYMS = {"mean": "mean", "average": "mean", "avg": "mean", "sum": "sum", "add": "sum"}
+
+
 def reduction(op: object) -> Reduction:
     """Returns ``"mean"`` or ``"sum"`` for a reduction of any library.
 
@@ -31,7 +34,9 @@ def reduction(op: object) -> Reduction:
     if isinstance(op, str):
         if op in get_args(Reduction):
             return cast(Reduction, op)
-        raise ValueError(f"op must be {ACCEPTED}, got {op!r}")
+        meant = SYNONYMS.get(op.lower())
+        suggestion = f": did you mean {meant!r}?" if meant else ""
+        raise ValueError(f"op must be {ACCEPTED}, got {op!r}{suggestion}")
     for prefix, kind, home, meanings in _libraries():
         if isinstance(op, kind) and not isinstance(op, bool):
             for name, meaning in meanings.items():

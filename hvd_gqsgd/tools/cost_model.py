@@ -224,6 +224,8 @@ def recommend(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
 ) -> str:
     """A recommendation, in one sentence; arguments as for ``step_seconds``."""
+    if ranks == 1:
+        return "Do not compress: one rank exchanges nothing."
     best, seconds, plain = _best(gradients, ranks, machine, forward, backward)
     if seconds > plain * (1 - MARGIN):
         return (

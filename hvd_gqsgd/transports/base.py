@@ -32,7 +32,7 @@ class Handle(Protocol):
 class Done:
     """An operation that was done at once."""
 
-    result: Tensor = field(default_factory=lambda: torch.empty(0))
+    result: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32, device="cpu"))
 
     def done(self) -> bool:
         """See :class:`Handle`."""

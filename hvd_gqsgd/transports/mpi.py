@@ -63,7 +63,9 @@ class MpiTransport:
 
     def __init__(self, comm: MPI.Comm) -> None:
         if comm == MPI.COMM_NULL or comm.Is_inter():
-            raise ValueError(f"comm must be an intracommunicator, got {comm}")
+            null = comm == MPI.COMM_NULL
+            why = ", which this process is not in: leave the call to its members" if null else ""
+            raise ValueError(f"comm must be an intracommunicator, got {comm}{why}")
         self.comm = comm
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
@@ -85,14 +87,14 @@ class MpiTransport:
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _MpiHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        result = torch.empty(splits[self.rank] * self.size, dtype=tensor.dtype)
+        result = torch.empty(splits[self.rank] * self.size, dtype=tensor.dtype, device="cpu")
         received = [splits[self.rank]] * self.size
         request = self.comm.Ialltoallv([tensor.numpy(), list(splits)], [result.numpy(), received])
         return _MpiHandle(request, tensor, result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _MpiHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        result = torch.empty(sum(lengths), dtype=tensor.dtype)
+        result = torch.empty(sum(lengths), dtype=tensor.dtype, device="cpu")
         request = self.comm.Iallgatherv(tensor.numpy(), [result.numpy(), list(lengths)])
         return _MpiHandle(request, tensor, result)
 

@@ -37,7 +37,9 @@ SUMS = {
 }  # fmt: skip
 MEANS = {"torch": dist.ReduceOp.AVG, "Horovod": hvd.Average}
 OTHER_OPS = [
-    (ValueError, "got 'max'", "max"),
+    (ValueError, "got 'max'$", "max"),
+    (ValueError, r"got 'average': did you mean 'mean'\?", "average"),
+    (ValueError, r"got 'SUM': did you mean 'sum'\?", "SUM"),
     (ValueError, r"got ReduceOp\.PRODUCT", dist.ReduceOp.PRODUCT),
     (ValueError, r"got ReduceOp\.PREMUL_SUM", dist._make_nccl_premul_sum(2.0)),
     (ValueError, r"got hvd\.Adasum", hvd.Adasum),

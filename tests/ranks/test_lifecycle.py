@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle  # noqa: TID251  (of objects of our own)
 import time
 
 import horovod.torch as hvd
@@ -10,7 +12,7 @@ import pytest
 import torch
 from helpers import assert_same_on_all_ranks, bound, gradients
 
-from hvd_gqsgd import GlobalQSGD, simulate
+from hvd_gqsgd import DynamicBits, GlobalQSGD, simulate
 from hvd_gqsgd.codecs.linear import levels_for
 
 
@@ -128,3 +130,22 @@ def test_memory_is_used_again(rank, size):
         addresses.add(result.data_ptr())
         del result
     assert len(addresses) == 1
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])  # noqa: S301
+def test_a_copy_of_a_compressor_in_use(rank, size, copied):
+    """It has the state of the training, and nothing of what is in flight."""
+    everyone, options = gradients(size, 9000), {"bits": DynamicBits(9, min_bits=6)}
+    compressor = GlobalQSGD(**options)
+    hvd.allreduce(everyone[rank], name="before", compression=compressor)
+    probe, context = compressor.compress(everyone[rank])
+    handle = hvd.allreduce_async_(probe, name="in flight")
+    again = copied(compressor)
+    assert again.state_dict() == compressor.state_dict()
+    assert again.state_dict()["step"] == 2
+    compressor.decompress(hvd.synchronize(handle), context)
+    means = [hvd.allreduce(everyone[rank], name="after", compression=c) for c in (again,) * 2]
+    assert again.state_dict()["step"] == 4
+    for mean in means:
+        assert_same_on_all_ranks(mean)

@@ -1,0 +1,34 @@
+"""Front ends under ``torch.compile``: called, and not traced."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["opaque"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def opaque(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorates a function that Dynamo is to call and not to trace, as ``torch.compiler.disable``.
+
+    That imports Dynamo, which takes a second: here it waits until someone else has done so.
+    """
+    disabled: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not disabled:
+            if "torch._dynamo" not in sys.modules:
+                return function(*args, **kwargs)
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # read while tracing a caller
+    return call

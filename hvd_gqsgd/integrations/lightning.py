@@ -1,0 +1,47 @@
+"""Lightning: ``Trainer(strategy=GQSGDStrategy(GlobalQSGD(bits=4)))``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.strategies import DDPStrategy
+
+from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd.integrations.ddp import attach
+
+__all__ = ["GQSGDStrategy"]
+
+KEY = "hvd_gqsgd"
+"""Where checkpoints have the state of the compressor."""
+
+
+class GQSGDStrategy(DDPStrategy):
+    """DDP with compressed gradients, on CPUs too, where Lightning's own strategy registers no hook.
+
+    Lightning's checkpoints contain the state of the compressor.
+
+    Args:
+        compressor: whose ``stats()`` count; None: one with the defaults.
+        ddp: arguments of ``DDPStrategy``.
+    """
+
+    def __init__(self, compressor: GlobalQSGD | None = None, **ddp: Any) -> None:
+        super().__init__(**ddp)
+        self.compressor = compressor or GlobalQSGD()
+
+    def configure_ddp(self) -> None:
+        """Wraps the model and registers the hook."""
+        super().configure_ddp()
+        attach(self.model, self.compressor)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Saves the state of the compressor too."""
+        checkpoint[KEY] = self.compressor.state_dict()
+        super().save_checkpoint(checkpoint, *args, **kwargs)
+
+    def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads the state of the compressor too, if there is one."""
+        checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
+        if KEY in checkpoint:
+            self.compressor.load_state_dict(checkpoint[KEY])
+        return checkpoint

@@ -1,0 +1,41 @@
+"""Transformers: ``trainer.add_callback(GQSGDCallback(trainer, GlobalQSGD(bits=4)))``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd.integrations.ddp import attach
+
+__all__ = ["GQSGDCallback"]
+
+
+class GQSGDCallback(TrainerCallback, ExportableState):
+    """Compresses the gradients of a ``Trainer`` that runs on several processes with DDP.
+
+    The trainer's checkpoints contain the state of the compressor.
+
+    Args:
+        trainer: which this callback is added to, after it was made: callbacks are not told of the
+            model that DDP wraps.
+        compressor: whose ``stats()`` count.
+    """
+
+    def __init__(self, trainer: Trainer, compressor: GlobalQSGD) -> None:
+        self.trainer = trainer
+        self.compressor = compressor
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Registers the hook, and goes on from a checkpoint if there is one."""
+        if state.global_step:
+            saved = state.stateful_callbacks.get(type(self).__name__)
+            if saved is not None:
+                self.compressor.load_state_dict(saved["attributes"]["compressor_state"])
+        attach(self.trainer.model_wrapped, self.compressor)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what a checkpoint is to contain."""
+        return {"args": {}, "attributes": {"compressor_state": self.compressor.state_dict()}}

@@ -1,0 +1,35 @@
+"""The adapters, with the real libraries, on 2 ranks: whether they compress, learn, and resume."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from launch import HERE, run
+
+pytestmark = pytest.mark.launches
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("library", ["lightning", "accelerate", "transformers"])
+def test_compressed_and_resumed(library: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    script = [str(HERE / "adapters.py"), library, str(tmp_path)]
+    job = run([*torchrun, "--nproc-per-node", "2", *script], limit=240)
+    assert job.returncode == 0, job.stdout[-5000:]
+    found = re.search(r"RESULT (.*)", job.stdout)
+    assert found is not None
+    result = json.loads(found[1])
+    assert result["ratio"] > 3, "compressed, and not silently left out"
+    for way in ("compressed", "resumed"):
+        assert result[way] == pytest.approx(result["plain"], rel=0.25, abs=0.05), result
+    whole, first, second = result["steps"]
+    assert (whole, second) == (2 * first, whole), "it goes on from the step of the checkpoint"
+    assert result["counted"] == [whole, first, first]
