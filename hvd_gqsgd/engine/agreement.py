@@ -24,7 +24,7 @@ from hvd_gqsgd.codecs.bit_schedule import Schedule
 from hvd_gqsgd.errors import REFUSED, AgreementError, RankLeftError
 from hvd_gqsgd.exchanges import Exchange, Terms
 from hvd_gqsgd.exchanges.base import Running
-from hvd_gqsgd.exchanges.collectives import Max
+from hvd_gqsgd.exchanges.collectives import Kept, Max
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.transports.base import Transport
 
@@ -189,7 +189,7 @@ class Ahead(AgreementProtocol):
         # On the host, wherever the tensors are: the host reads the reduced header.
         header = torch.empty(HEADER, dtype=torch.int64, device="cpu")
         self._write(header, bucket, proposal)
-        reduced = yield Max("header", header)
+        reduced = yield (Max if self._exchange.size > 1 else Kept)("header", header)
         self._read(reduced, bucket, proposal, terms)
         return (yield from self._exchange.run(bucket, terms))
 

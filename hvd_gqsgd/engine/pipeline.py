@@ -169,7 +169,7 @@ class Pipeline:
             self._launch(bucket)
             # With just as many slots as there are collectives to start, one that was late once
             # would hold up all later ones.
-            for _ in self._slots.open(len(self._way.messages)):
+            for _ in self._slots.open(len(self._way.messages) if self.size > 1 else 0):
                 flight = self._due()
                 if flight is None or not self._advance(flight):
                     self._slots.fill(self._prefix())
@@ -337,8 +337,12 @@ class Pipeline:
     def _launch(self, bucket: Bucket) -> None:
         """Starts the exchange of a bucket."""
         bucket.close()
-        self.stats.compressed_bytes_before += bucket.nbytes
-        self.stats.elements += sum(item.numel for item in bucket.items)
+        if self.size > 1:
+            self.stats.compressed_bytes_before += bucket.nbytes
+            self.stats.elements += sum(item.numel for item in bucket.items)
+        else:
+            for item in bucket.items:
+                self.stats.bypass("alone", item.x.nbytes, self.rank)
         terms = Terms(self._proposal.step, self._proposal.bits)
         running = self._way.protocol.run(bucket, self._proposal, terms)
         flight = Flight(bucket, running, terms, self._transport, self.stats)

@@ -36,6 +36,7 @@ from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
+from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.horovod_probe import (
     PROBE_BYTES,
@@ -193,8 +194,8 @@ class GlobalQSGD(Compressor):
         """
         self._stats.tensors += 1
         if not self._compresses(tensor):
-            self._stats.tensors_bypassed += 1
-            self._stats.bypassed_bytes += _nbytes(tensor)
+            why = why_bypassed(tensor, self.options.min_numel) or "other"
+            self._stats.bypass(why, nbytes_of(tensor), self._transport.rank)
             return tensor, None
         check_device("GlobalQSGD got a tensor", tensor)
         if self._pipeline is None:
@@ -204,7 +205,8 @@ class GlobalQSGD(Compressor):
         ticket = self._pipeline.submit(like.contiguous().view(-1), name)
         identity = with_shape(ticket.item.identity, tensor.shape)
         probe = make_probe(self._pipeline.rank, identity)
-        self._stats.compressed_bytes_on_wire += PROBE_BYTES
+        if self._pipeline.size > 1:
+            self._stats.compressed_bytes_on_wire += PROBE_BYTES
         self._world_size = self._pipeline.size
         return probe, _Context(ticket, like, self._world_size)
 
@@ -363,11 +365,3 @@ class GlobalQSGD(Compressor):
             slot_filling=SlotFilling(transport.fill_slot, SLOT_BYTES),
             stats=self._stats,
         )
-
-
-def _nbytes(tensor: Tensor) -> int:
-    if tensor.layout == torch.strided:
-        return tensor.nbytes
-    if tensor.layout == torch.sparse_coo:
-        return tensor._values().nbytes + tensor._indices().nbytes
-    return tensor.numel() * tensor.element_size()
