@@ -106,7 +106,7 @@ class Stats:
         return f"no tensor was compressed of {self.tensors_bypassed:,}: {', '.join(reasons)}"
 
     def bypass(self, why: Reason, nbytes: int, rank: int) -> None:
-        """Counts a tensor that is not compressed. Rank 0 warns once, if many were not and none was."""
+        """Counts a tensor that is not compressed; rank 0 warns once, if so far none of many was."""
         self.tensors_bypassed += 1
         self.bypassed_bytes += nbytes
         self.tensors_small += why == "small"

@@ -18,8 +18,8 @@ only, or in ``wait``.
 
 from __future__ import annotations
 
-import math
 import time
+from collections import defaultdict
 from typing import NamedTuple
 
 from torch import Tensor
@@ -98,7 +98,9 @@ class Pipeline:
         self._session: object = None
         self._record = self.steps.record()
         self._flights: dict[Bucket, Flight] = {}  # not all decoded
-        self._in_flight: list[Flight] = []  # of these, those without a result
+        # Of these, those without a result, by how many collectives each has started, oldest first.
+        self._stages: defaultdict[int, dict[Flight, None]] = defaultdict(dict)
+        self._failed = False  # one of them
         self._orphans: list[Handle] = []
         self._sent = 0  # tensors whose exchange was started and that are not decoded
         self._way_or_none: _Way | None = None
@@ -123,7 +125,7 @@ class Pipeline:
     @property
     def in_flight(self) -> int:
         """Buckets without a result, and operations left over from earlier steps."""
-        return len(self._filling) + len(self._in_flight) + len(self._orphans)
+        return len(self._filling) + len(self._without_result()) + len(self._orphans)
 
     def begin_step(self, step: int | None = None) -> None:
         """Begins a step that lasts until the next call, however many tickets are decoded in it.
@@ -184,7 +186,7 @@ class Pipeline:
         """Starts the collectives that can be; returns whether none is left to start."""
         while (flight := self._due()) is not None:
             self._advance(flight)
-        return all(self._is_last(flight) for flight in self._in_flight)
+        return not any(self._stages[started] for started in range(1, len(self._way.messages)))
 
     def wait(self, ticket: Ticket, patience: float | None = None) -> Contribution | None:
         """Waits for the end of a tensor's exchange.
@@ -201,7 +203,7 @@ class Pipeline:
         self.flush()
         while (contribution := self.poll(ticket)) is None:
             # A look at the handles alone is cheaper than a poll, and a core may be short.
-            pending = [flight.handle for flight in self._in_flight if flight.handle is not None]
+            pending = [f.handle for f in self._without_result() if f.handle is not None]
             while True:
                 waited = time.monotonic() - began
                 if patience is not None and waited > patience:
@@ -220,10 +222,9 @@ class Pipeline:
         """
         contribution = self._arrived(ticket.bucket)
         if contribution is not None:
-            self._done_its_part = True
             return contribution
-        failure = next((f.failure for f in self._in_flight if f.failure is not None), None)
-        if failure is not None:
+        if self._failed:
+            failure = next(f.failure for f in self._without_result() if f.failure is not None)
             self.end_step(Ending.of(failure))
             raise failure
         if ticket not in self._record.tickets:
@@ -266,7 +267,7 @@ class Pipeline:
         if ending.renames:
             self._names.failures += 1
         if ending.waits:
-            handles = [flight.handle for flight in self._in_flight if flight.handle is not None]
+            handles = [f.handle for f in self._without_result() if f.handle is not None]
             while not (all(handle.done() for handle in handles) and self._slots.done()):
                 self._transport.idle()
         for flight in self._flights.values():
@@ -279,7 +280,8 @@ class Pipeline:
         if ending is Ending.RESTARTED:
             self._orphans.clear()  # handles of another session mean nothing in this one
             self._way_or_none = None
-        self._in_flight.clear()
+        self._stages.clear()
+        self._failed = False
         self._flights.clear()
         self._sent = 0
         self._record.forget()  # a part of the gradient teaches nothing
@@ -347,7 +349,7 @@ class Pipeline:
         running = self._way.protocol.run(bucket, self._proposal, terms)
         flight = Flight(bucket, running, terms, self._transport, self.stats)
         self._flights[bucket] = flight
-        self._in_flight.append(flight)
+        self._stages[1][flight] = None
         self._sent += len(bucket.items)
         self._names.unfinished.add(self)
         flight.launch()
@@ -356,44 +358,55 @@ class Pipeline:
         return self._names.prefix(self.number)
 
     def _due(self) -> Flight | None:
-        """The oldest flight whose next collective can be started now."""
-        before = math.inf
-        for flight in self._in_flight:
-            if flight.started < before and not self._is_last(flight) and flight.arrived:
+        """The oldest flight whose next collective can be started now: the first of its stage."""
+        for started in range(len(self._way.messages) - 1, 0, -1):
+            flight = next(iter(self._stages[started]), None)
+            if flight is not None and flight.arrived:
                 return flight
-            before = flight.started
         return None
 
-    def _is_last(self, flight: Flight) -> bool:
-        """Whether a flight is in its last collective."""
-        return flight.started == len(self._way.messages)
+    def _without_result(self) -> list[Flight]:
+        """Flights that are not done, the oldest first."""
+        return [
+            flight for started in sorted(self._stages)[::-1] for flight in self._stages[started]
+        ]
 
     def _arrived(self, bucket: Bucket) -> Contribution | None:
-        """The contribution to a bucket that is done, with all collectives started and all slots
-        filled; None before that."""
-        if not self.advance():
-            return None
-        self._slots.make_up(self._prefix())
-        for flight in list(self._in_flight):
+        """The contribution to a bucket that is done; None before that. Where there are slots, all
+        collectives must be started, and all slots filled."""
+        started = self.advance()
+        if self._slots.exist:
+            if not started:
+                return None
+            self._slots.make_up(self._prefix())
+        for flight in list(self._stages[len(self._way.messages)]):
             if flight.arrived:
                 self._advance(flight)
         done = self._slots.done()
         result = self._flights[bucket].result if bucket in self._flights else None
-        return result.contribution if done and result is not None else None
+        if result is None or not done:
+            return None
+        self._done_its_part = started
+        return result.contribution
 
     def _advance(self, flight: Flight) -> bool:
         """Takes a flight one collective further; returns whether that went well."""
+        stage = self._stages[flight.started]
         went_well = flight.advance()
-        if flight.result is not None:
-            self._in_flight.remove(flight)
-        return went_well
+        if not went_well:
+            self._failed = True
+            return False
+        del stage[flight]
+        if flight.result is None:
+            self._stages[flight.started][flight] = None
+        return True
 
     def _start_rest(self) -> None:
         """Starts the collectives that other ranks may have started."""
         # A bucket has failed on all ranks: none has taken a bucket beyond it. Where ranks agree
         # ahead, the others have seen the same and started no more.
         last = len(self._way.messages)
-        for flight in self._in_flight:
+        for flight in self._without_result():
             if flight.failure is not None:
                 last = min(last, flight.started)
             if self._protocol_type.may_give_up:

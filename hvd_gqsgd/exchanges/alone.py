@@ -32,12 +32,12 @@ class AloneExchange(Exchange):
         """See :class:`Exchange`."""
         if self._header:
             yield Kept("alone", torch.empty(self._header, dtype=torch.int64, device="cpu"))
-        return _Own()
+        return _Own(everyone(1))
 
 
 @dataclass(frozen=True)
 class _Own:
-    contribution: Contribution = everyone(1)
+    contribution: Contribution
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
         for item, out in zip(items, outs, strict=True):

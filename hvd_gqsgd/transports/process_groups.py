@@ -1,8 +1,8 @@
-"""Connections beside the user's process group: of the same ranks, with the same timeout, for tensors
-of the host, and one a kind of message.
+"""Connections beside the user's process group: of the same ranks and with the same timeout, for
+tensors of the host, and one a kind of message.
 
-They are Gloo's, and not made by ``torch.distributed.new_group``, which names groups by counting: the
-ranks of a group may have counted differently, and would wait for each other under two names.
+They are Gloo's, and not made by ``torch.distributed.new_group``. That names groups by counting, so
+that ranks which have counted differently would wait for each other under two names.
 """
 
 from __future__ import annotations
