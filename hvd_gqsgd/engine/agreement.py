@@ -11,6 +11,7 @@ of its own; the transport must tell ranks when their messages differ in length, 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -212,8 +213,19 @@ def check(transport: Transport, options: Options, name: str) -> None:
     """
     header = _header(_pair(options.digest()))
     _max(transport, header, name)
-    if not _agrees(header.tolist()):
-        raise AgreementError(f"the ranks use different options; this rank has {options}")
+    if _agrees(header.tolist()):
+        return
+    # All ranks have come here.
+    given = dataclasses.asdict(options)
+    pairs = torch.tensor([_pair(digest(repr(value))) for value in given.values()])
+    _max(transport, pairs, name)
+    differing = [
+        key for key, sum_ in zip(given, pairs.sum(1).tolist(), strict=True) if sum_ != _FULL
+    ]
+    raise AgreementError(
+        f"the ranks use different options: {', '.join(differing) or 'other builds'}; this rank has "
+        f"{options}"
+    )
 
 
 def _max(transport: Transport, header: Tensor, name: str) -> None:

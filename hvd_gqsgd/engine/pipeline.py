@@ -19,7 +19,6 @@ only, or in ``wait``.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,6 +32,7 @@ from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.flight import Flight, Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.operation_slots import OperationSlots, SlotFilling, reaped
+from hvd_gqsgd.engine.stages import Stages
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import Streams, hand_out, on
 from hvd_gqsgd.exchanges import Exchange, Setup, Terms, make_exchange
@@ -98,9 +98,7 @@ class Pipeline:
         self._session: object = None
         self._record = self.steps.record()
         self._flights: dict[Bucket, Flight] = {}  # not all decoded
-        # Of these, those without a result, by how many collectives each has started, oldest first.
-        self._stages: defaultdict[int, dict[Flight, None]] = defaultdict(dict)
-        self._failed = False  # one of them
+        self._stages = Stages()  # of these, those without a result
         self._orphans: list[Handle] = []
         self._sent = 0  # tensors whose exchange was started and that are not decoded
         self._way_or_none: _Way | None = None
@@ -125,7 +123,7 @@ class Pipeline:
     @property
     def in_flight(self) -> int:
         """Buckets without a result, and operations left over from earlier steps."""
-        return len(self._filling) + len(self._without_result()) + len(self._orphans)
+        return len(self._filling) + len(self._stages) + len(self._orphans)
 
     def begin_step(self, step: int | None = None) -> None:
         """Begins a step that lasts until the next call, however many tickets are decoded in it.
@@ -172,8 +170,8 @@ class Pipeline:
             # With just as many slots as there are collectives to start, one that was late once
             # would hold up all later ones.
             for _ in self._slots.open(len(self._way.messages) if self.size > 1 else 0):
-                flight = self._due()
-                if flight is None or not self._advance(flight):
+                flight = self._stages.due(len(self._way.messages))
+                if flight is None or not self._stages.advance(flight):
                     self._slots.fill(self._prefix())
         return ticket
 
@@ -184,9 +182,9 @@ class Pipeline:
 
     def advance(self) -> bool:
         """Starts the collectives that can be; returns whether none is left to start."""
-        while (flight := self._due()) is not None:
-            self._advance(flight)
-        return not any(self._stages[started] for started in range(1, len(self._way.messages)))
+        while (flight := self._stages.due(len(self._way.messages))) is not None:
+            self._stages.advance(flight)
+        return self._stages.all_in(len(self._way.messages))
 
     def wait(self, ticket: Ticket, patience: float | None = None) -> Contribution | None:
         """Waits for the end of a tensor's exchange.
@@ -203,7 +201,7 @@ class Pipeline:
         self.flush()
         while (contribution := self.poll(ticket)) is None:
             # A look at the handles alone is cheaper than a poll, and a core may be short.
-            pending = [f.handle for f in self._without_result() if f.handle is not None]
+            pending = self._stages.handles()
             while True:
                 waited = time.monotonic() - began
                 if patience is not None and waited > patience:
@@ -223,8 +221,7 @@ class Pipeline:
         contribution = self._arrived(ticket.bucket)
         if contribution is not None:
             return contribution
-        if self._failed:
-            failure = next(f.failure for f in self._without_result() if f.failure is not None)
+        if (failure := self._stages.failure()) is not None:
             self.end_step(Ending.of(failure))
             raise failure
         if ticket not in self._record.tickets:
@@ -267,7 +264,7 @@ class Pipeline:
         if ending.renames:
             self._names.failures += 1
         if ending.waits:
-            handles = [f.handle for f in self._without_result() if f.handle is not None]
+            handles = self._stages.handles()
             while not (all(handle.done() for handle in handles) and self._slots.done()):
                 self._transport.idle()
         for flight in self._flights.values():
@@ -281,7 +278,6 @@ class Pipeline:
             self._orphans.clear()  # handles of another session mean nothing in this one
             self._way_or_none = None
         self._stages.clear()
-        self._failed = False
         self._flights.clear()
         self._sent = 0
         self._record.forget()  # a part of the gradient teaches nothing
@@ -349,27 +345,12 @@ class Pipeline:
         running = self._way.protocol.run(bucket, self._proposal, terms)
         flight = Flight(bucket, running, terms, self._transport, self.stats)
         self._flights[bucket] = flight
-        self._stages[1][flight] = None
         self._sent += len(bucket.items)
         self._names.unfinished.add(self)
-        flight.launch()
+        self._stages.launch(flight)
 
     def _prefix(self) -> str:
         return self._names.prefix(self.number)
-
-    def _due(self) -> Flight | None:
-        """The oldest flight whose next collective can be started now: the first of its stage."""
-        for started in range(len(self._way.messages) - 1, 0, -1):
-            flight = next(iter(self._stages[started]), None)
-            if flight is not None and flight.arrived:
-                return flight
-        return None
-
-    def _without_result(self) -> list[Flight]:
-        """Flights that are not done, the oldest first."""
-        return [
-            flight for started in sorted(self._stages)[::-1] for flight in self._stages[started]
-        ]
 
     def _arrived(self, bucket: Bucket) -> Contribution | None:
         """The contribution to a bucket that is done; None before that. Where there are slots, all
@@ -379,9 +360,8 @@ class Pipeline:
             if not started:
                 return None
             self._slots.make_up(self._prefix())
-        for flight in list(self._stages[len(self._way.messages)]):
-            if flight.arrived:
-                self._advance(flight)
+        for flight in self._stages.arrived_in(len(self._way.messages)):
+            self._stages.advance(flight)
         done = self._slots.done()
         result = self._flights[bucket].result if bucket in self._flights else None
         if result is None or not done:
@@ -389,24 +369,12 @@ class Pipeline:
         self._done_its_part = started
         return result.contribution
 
-    def _advance(self, flight: Flight) -> bool:
-        """Takes a flight one collective further; returns whether that went well."""
-        stage = self._stages[flight.started]
-        went_well = flight.advance()
-        if not went_well:
-            self._failed = True
-            return False
-        del stage[flight]
-        if flight.result is None:
-            self._stages[flight.started][flight] = None
-        return True
-
     def _start_rest(self) -> None:
         """Starts the collectives that other ranks may have started."""
         # A bucket has failed on all ranks: none has taken a bucket beyond it. Where ranks agree
         # ahead, the others have seen the same and started no more.
         last = len(self._way.messages)
-        for flight in self._without_result():
+        for flight in self._stages.flights():
             if flight.failure is not None:
                 last = min(last, flight.started)
             if self._protocol_type.may_give_up:

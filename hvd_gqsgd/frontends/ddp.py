@@ -36,6 +36,7 @@ FRONT_END = FrontEnd(
         "bucket_mb": "DDP makes the buckets; give bucket_cap_mb to DistributedDataParallel",
         "named_parameters": "DDP knows its parameters, and hands in buckets; leave it out",
         "process_set": "that is Horovod's; give a process_group",
+        "patience": "DDP waits for the timeout of its process group; give that to the group",
     },
 )
 NO_BACKWARD = -1
