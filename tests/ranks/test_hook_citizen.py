@@ -273,8 +273,15 @@ USES: list[Callable[[Case], Tensor]] = [
 ]  # fmt: skip
 
 
+# Its collectives and others of the same group come in another order on another rank, which ends in
+# an abort, or a hang, now and then.
+MIXED_UP = {"powerSGD_hook": [two_models_in_one_backward, uneven_inputs, unused_parameters]}
+
+
 def outcome(use: Callable[[Case], Tensor], hook: str) -> str:
     """Whether the gradients are those of plain DDP, but for what the hook may round off."""
+    if use in MIXED_UP.get(hook, ()):
+        return "no"
     case = Case(hook)
     try:
         found = use(case)
@@ -294,6 +301,7 @@ def outcome(use: Callable[[Case], Tensor], hook: str) -> str:
     return "yes"
 
 
+@pytest.mark.few
 def test_works_wherever_one_of_pytorchs_own_works(rank, several):
     conftest.process_group()
     rows = []
