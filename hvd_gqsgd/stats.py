@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
-__all__ = ["Stats"]
+__all__ = ["Reason", "Stats"]
+
+_log = logging.getLogger("hvd_gqsgd")
+
+Reason = Literal["small", "sparse", "type", "alone", "other"]
+"""Why a tensor was not compressed."""
+
+MANY = 100
+"""A warning says so if none of so many tensors was compressed."""
 
 
 @dataclass
@@ -24,7 +34,14 @@ class Stats:
     tensors: int = 0
     """Tensors handed to the compressor; under DDP, buckets."""
     tensors_bypassed: int = 0
-    """Tensors that were not compressed: small, integer, sparse, or needed by autograd."""
+    """Tensors that were not compressed: small, sparse, of integers, of a rank that is alone, or
+    needed by autograd."""
+    tensors_small: int = 0
+    """Of these, those with less elements than ``min_numel``."""
+    tensors_sparse: int = 0
+    """Of these, sparse ones."""
+    tensors_alone: int = 0
+    """Of these, those of a rank that is alone: nothing is exchanged, and nothing is rounded."""
     compressed_bytes_before: int = 0
     """Gradient bytes of compressed tensors."""
     compressed_bytes_on_wire: int = 0
@@ -37,6 +54,14 @@ class Stats:
     """Operation slots under Horovod that no collective used; see ``engine/operation_slots.py``."""
     bits: int = 0
     """Lane width of the last step."""
+
+    _warned = False
+    _REASONS: ClassVar[dict[str, str]] = {
+        "small": "smaller than min_numel",
+        "sparse": "sparse",
+        "alone": "of a rank that is alone, which exchanges nothing",
+        "other": "of a type without kernels, or needed by autograd",
+    }
 
     @property
     def bytes_before(self) -> int:
@@ -68,6 +93,29 @@ class Stats:
         """Share of tensors that were not compressed, from 0 to 1."""
         return self.tensors_bypassed / self.tensors if self.tensors else 0.0
 
+    @property
+    def why_nothing(self) -> str:
+        """Why no tensor was compressed, in words; empty if one was, or if there were none."""
+        if self.elements or not self.tensors_bypassed:
+            return ""
+        counts = {
+            "small": self.tensors_small, "sparse": self.tensors_sparse, "alone": self.tensors_alone,
+        }  # fmt: skip
+        counts["other"] = self.tensors_bypassed - sum(counts.values())
+        reasons = (f"{n:,} {self._REASONS[why]}" for why, n in counts.items() if n)
+        return f"no tensor was compressed of {self.tensors_bypassed:,}: {', '.join(reasons)}"
+
+    def bypass(self, why: Reason, nbytes: int, rank: int) -> None:
+        """Counts a tensor that is not compressed; rank 0 warns once, if so far none of many was."""
+        self.tensors_bypassed += 1
+        self.bypassed_bytes += nbytes
+        self.tensors_small += why == "small"
+        self.tensors_sparse += why == "sparse"
+        self.tensors_alone += why == "alone"
+        if self.tensors_bypassed == MANY and rank == 0 and not self._warned and self.why_nothing:
+            self._warned = True
+            _log.warning("%s", self.why_nothing)
+
     def reset(self) -> None:
         """Sets all counts of this object to zero; ``GlobalQSGD.reset_stats`` does so for those of a
         compressor, of which ``stats`` returns a copy."""
@@ -81,6 +129,8 @@ class Stats:
             f"all tensors: {self.bytes_before:,} bytes -> {self.bytes_on_wire:,} on the wire, "
             f"{self.ratio:.2f} times fewer",
         ]
+        if self.why_nothing:
+            lines.append(self.why_nothing)
         if self.elements:
             lines.append(
                 f"compressed ones: {self.compressed_bytes_before:,} bytes -> "

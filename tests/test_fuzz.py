@@ -40,7 +40,9 @@ LENGTHS = st.one_of(st.integers(0, 90), st.sampled_from([1023, 1024, 1025, 2049,
 
 
 def expected(rows: Tensor, label: int, step: int, options: dict[str, Any]) -> Any:
-    """What the reference makes of one tensor of each rank."""
+    """What the reference makes of one tensor of each rank; of one rank, the tensor itself."""
+    if len(rows) == 1:
+        return as_numpy(rows[0])
     kind = Options(**options).exchange_for(len(rows))
     known = {key: options[key] for key in ("bits", "block_size", "correlated", "seed", "norm")}
     known["tensor_id"] = digest((label, 0, rows.shape[1], str(rows.dtype)))

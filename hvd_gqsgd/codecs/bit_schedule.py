@@ -36,9 +36,10 @@ before they are compared, so that equal states give equal widths even if libm di
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number
@@ -105,6 +106,19 @@ class DynamicBits:
     """The narrowest lanes, 2 to 16 bits."""
     max_bits: int = 16
     """The widest lanes, 2 to 16 bits."""
+
+    def __new__(cls, *args: Any, **given: Any) -> DynamicBits:
+        """Names the option that an unknown one may stand for."""
+        known = [field.name for field in fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                raise TypeError(
+                    f"DynamicBits() got an unknown option {name!r}"
+                    + (f": did you mean {close[0]!r}? " if close else ". ")
+                    + f"Options are: {', '.join(known)}"
+                )
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         check_int("min_bits", self.min_bits, MIN_BITS, MAX_BITS)

@@ -11,6 +11,7 @@ of its own; the transport must tell ranks when their messages differ in length, 
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from hvd_gqsgd.codecs.bit_schedule import Schedule
 from hvd_gqsgd.errors import REFUSED, AgreementError
 from hvd_gqsgd.exchanges import Exchange, Terms
 from hvd_gqsgd.exchanges.base import Running
-from hvd_gqsgd.exchanges.collectives import Max
+from hvd_gqsgd.exchanges.collectives import Kept, Max
 from hvd_gqsgd.exchanges.contribution import everyone
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.transports.base import Transport
@@ -185,7 +186,7 @@ class Ahead(AgreementProtocol):
             self._write(header, bucket, proposal)
         else:
             header = refusal()
-        reduced = yield Max("header", header)
+        reduced = yield (Max if self._exchange.size > 1 else Kept)("header", header)
         terms.raise_failure()
         if not terms.given_up:
             self._read(reduced, bucket, proposal, terms)
@@ -228,8 +229,19 @@ def check(transport: Transport, options: Options, name: str) -> None:
     """
     header = _header(_pair(options.digest()))
     _max(transport, header, name)
-    if not _agrees(header.tolist()):
-        raise AgreementError(f"the ranks use different options; this rank has {options}")
+    if _agrees(header.tolist()):
+        return
+    # All ranks have come here.
+    given = dataclasses.asdict(options)
+    pairs = torch.tensor([_pair(digest(repr(value))) for value in given.values()])
+    _max(transport, pairs, name)
+    differing = [
+        key for key, sum_ in zip(given, pairs.sum(1).tolist(), strict=True) if sum_ != _FULL
+    ]
+    raise AgreementError(
+        f"the ranks use different options: {', '.join(differing) or 'other builds'}; this rank has "
+        f"{options}"
+    )
 
 
 def _max(transport: Transport, header: Tensor, name: str) -> None:

@@ -43,6 +43,11 @@ class OperationSlots:
         self._filled = 0
         self._in_flight: list[Handle] = []
 
+    @property
+    def exist(self) -> bool:
+        """Whether the transport counts operations."""
+        return self._filling is not None
+
     def open(self, count: int) -> range:
         """Opens so many slots; each is to be used or filled."""
         slots = range(0 if self._filling is None else count)

@@ -18,7 +18,6 @@ only, or in ``wait``.
 
 from __future__ import annotations
 
-import math
 import time
 
 from torch import Tensor
@@ -32,6 +31,7 @@ from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.flight import Flight, Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.operation_slots import OperationSlots, SlotFilling, reaped
+from hvd_gqsgd.engine.stages import Stages
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import Streams, hand_out, on
 from hvd_gqsgd.engine.way import Way
@@ -90,7 +90,7 @@ class Pipeline:
         self._session: object = None
         self._record = self.steps.record()
         self._flights: dict[Bucket, Flight] = {}  # not all decoded
-        self._in_flight: list[Flight] = []  # of these, those without a result
+        self._stages = Stages()  # of these, those without a result
         self._orphans: list[Handle] = []
         self._sent = 0  # tensors whose exchange was started and that are not decoded
         self._way_or_none: Way | None = None
@@ -115,7 +115,7 @@ class Pipeline:
     @property
     def in_flight(self) -> int:
         """Buckets without a result, and operations left over from earlier steps."""
-        return len(self._filling) + len(self._in_flight) + len(self._orphans)
+        return len(self._filling) + len(self._stages) + len(self._orphans)
 
     def begin_step(self, step: int | None = None) -> None:
         """Begins a step that lasts until the next call, however many tickets are decoded in it.
@@ -161,9 +161,9 @@ class Pipeline:
             self._launch(bucket)
             # With just as many slots as there are collectives to start, one that was late once
             # would hold up all later ones.
-            for _ in self._slots.open(len(self._way.messages)):
-                flight = self._due()
-                if flight is None or not self._advance(flight):
+            for _ in self._slots.open(len(self._way.messages) if self.size > 1 else 0):
+                flight = self._stages.due(len(self._way.messages))
+                if flight is None or not self._stages.advance(flight):
                     self._slots.fill(self._prefix())
         return ticket
 
@@ -174,9 +174,9 @@ class Pipeline:
 
     def advance(self) -> bool:
         """Starts the collectives that can be; returns whether none is left to start."""
-        while (flight := self._due()) is not None:
-            self._advance(flight)
-        return all(self._is_last(flight) for flight in self._in_flight)
+        while (flight := self._stages.due(len(self._way.messages))) is not None:
+            self._stages.advance(flight)
+        return self._stages.all_in(len(self._way.messages))
 
     def wait(self, ticket: Ticket, patience: float | None = None) -> Contribution | None:
         """Waits for the end of a tensor's exchange.
@@ -196,7 +196,7 @@ class Pipeline:
         self.flush()
         while (contribution := self.poll(ticket)) is None:
             # A look at the handles alone is cheaper than a poll, and a core may be short.
-            pending = [flight.handle for flight in self._in_flight if flight.handle is not None]
+            pending = self._stages.handles()
             while True:
                 waited = time.monotonic() - began
                 if patience is not None and waited > patience:
@@ -215,12 +215,11 @@ class Pipeline:
         """
         contribution = self._arrived(ticket.bucket)
         if contribution is not None:
-            self._done_its_part = True
             return contribution
-        for flight in self._in_flight:
-            if (failure := flight.failure) is not None:
-                self.end_step(flight.ending)
-                raise failure
+        if (failed := self._stages.failed()) is not None:
+            self.end_step(failed.ending)
+            assert failed.failure is not None
+            raise failed.failure
         if ticket not in self._record.tickets:
             raise RuntimeError(
                 f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "
@@ -269,7 +268,7 @@ class Pipeline:
         if ending is Ending.RESTARTED:
             self._orphans.clear()  # handles of another session mean nothing in this one
             self._way_or_none = None
-        self._in_flight.clear()
+        self._stages.clear()
         self._flights.clear()
         self._sent = 0
         self._record.forget()  # a part of the gradient teaches nothing
@@ -322,61 +321,46 @@ class Pipeline:
     def _launch(self, bucket: Bucket) -> None:
         """Starts the exchange of a bucket."""
         bucket.close()
-        self.stats.compressed_bytes_before += bucket.nbytes
-        self.stats.elements += sum(item.numel for item in bucket.items)
+        if self.size > 1:
+            self.stats.compressed_bytes_before += bucket.nbytes
+            self.stats.elements += sum(item.numel for item in bucket.items)
+        else:
+            for item in bucket.items:
+                self.stats.bypass("alone", item.x.nbytes, self.rank)
         terms = Terms(self._proposal.step, self._proposal.bits)
         running = self._way.protocol.run(bucket, self._proposal, terms)
         flight = Flight(bucket, running, terms, self._transport, self.stats)
         self._flights[bucket] = flight
-        self._in_flight.append(flight)
         self._sent += len(bucket.items)
         self._names.unfinished.add(self)
-        flight.launch()
+        self._stages.launch(flight)
 
     def _prefix(self) -> str:
         return self._names.prefix(self.number)
 
-    def _due(self) -> Flight | None:
-        """The oldest flight whose next collective can be started now."""
-        before = math.inf
-        for flight in self._in_flight:
-            if flight.started < before and not self._is_last(flight) and flight.arrived:
-                return flight
-            before = flight.started
-        return None
-
-    def _is_last(self, flight: Flight) -> bool:
-        """Whether a flight is in its last collective."""
-        return flight.started == len(self._way.messages)
-
     def _arrived(self, bucket: Bucket) -> Contribution | None:
-        """The contribution to a bucket that is done, with all collectives started and all slots
-        filled; None before that."""
-        if not self.advance():
-            return None
-        self._slots.make_up(self._prefix())
-        for flight in list(self._in_flight):
-            if flight.arrived:
-                self._advance(flight)
+        """The contribution to a bucket that is done; None before that. Where there are slots, all
+        collectives must be started, and all slots filled."""
+        started = self.advance()
+        if self._slots.exist:
+            if not started:
+                return None
+            self._slots.make_up(self._prefix())
+        for flight in self._stages.arrived_in(len(self._way.messages)):
+            self._stages.advance(flight)
         known = self._flights.get(bucket)
         if not self._slots.done() or known is None or known.result is None:
             return None
+        self._done_its_part = started
         known.contribution = known.result.contribution
         return known.contribution
-
-    def _advance(self, flight: Flight) -> bool:
-        """Takes a flight one collective further; returns whether that went well."""
-        went_well = flight.advance()
-        if flight.result is not None:
-            self._in_flight.remove(flight)
-        return went_well
 
     def _start_rest(self) -> None:
         """Starts the collectives that other ranks may have started."""
         # A bucket has failed on all ranks: none has taken a bucket beyond it. Where ranks agree
         # ahead, the others have seen the same and started no more.
         last = len(self._way.messages)
-        for flight in self._in_flight:
+        for flight in self._stages.flights():
             if flight.failure is not None:
                 last = min(last, flight.started)
             if self._protocol_type.may_give_up:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule, wire_bits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
+from hvd_gqsgd.exchanges.alone import AloneExchange
 from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
@@ -34,6 +35,9 @@ def make_exchange(setup: Setup) -> Exchange:
             this transport does not have.
     """
     options, transport = setup.options, setup.transport
+    if transport.size == 1:
+        _say_once(logging.INFO, "one rank: nothing is exchanged, and nothing is rounded")
+        return AloneExchange(setup)
     size, kind = transport.size, options.exchange_for(transport.size)
     make = EXCHANGES[kind]
     if kind == "allreduce" and transport.nccl is not None:

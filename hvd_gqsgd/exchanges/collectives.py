@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hvd_gqsgd.transports.base import Done, Handle, Transport
 
-__all__ = ["Allgather", "Alltoall", "Collective", "Max", "NativeCall", "Sum"]
+__all__ = ["Allgather", "Alltoall", "Collective", "Kept", "Max", "NativeCall", "Sum"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,19 @@ class Sum(Collective):
     def start(self, transport: Transport, name: str) -> Handle:
         """See :class:`Collective`."""
         return transport.sum_async(self.tensor, name)
+
+
+class Kept(Collective):
+    """A message of a rank that is alone, which goes nowhere."""
+
+    @property
+    def nbytes(self) -> int:
+        """None."""
+        return 0
+
+    def start(self, transport: Transport, name: str) -> Handle:
+        """See :class:`Collective`."""
+        return Done(self.tensor)
 
 
 @dataclass(frozen=True)

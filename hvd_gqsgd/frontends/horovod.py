@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import (
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hvd_gqsgd.checks import check_number
 from hvd_gqsgd.codecs import check_device, check_plain, is_compressible
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.engine.failures import Ending
@@ -36,6 +38,7 @@ from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
+from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
 from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.horovod_probe import (
@@ -68,10 +71,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GlobalQSGD"]
 
-FRONT_END = FrontEnd("GlobalQSGD()", own=("named_parameters", "process_set"))
+FRONT_END = FrontEnd("GlobalQSGD()", own=("named_parameters", "process_set", "patience"))
 
-# Seconds to wait for a payload when not all ranks are behind a probe. All ranks that are have sent
-# their part already, or will at the end of their backward pass.
 PATIENCE = 30.0
 
 P = ParamSpec("P")
@@ -123,6 +124,10 @@ class GlobalQSGD(Compressor):
             with another order are an error.
         process_set: the Horovod process set given to ``hvd.DistributedOptimizer``; None for all
             ranks.
+        patience: seconds that ``decompress`` waits where not all ranks have handed in the tensor.
+            Either they have left by ``hvd.join()``, and the rest arrives as soon as the slowest
+            backward pass has ended; or they are in another process set, and it never does, which
+            is an ``AgreementError`` after this time. Give more where ranks may be that far apart.
         options: see :class:`hvd_gqsgd.options.Options`, also for ``bits``.
 
     Raises:
@@ -140,10 +145,16 @@ class GlobalQSGD(Compressor):
         *,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         process_set: Any = None,
+        patience: float = PATIENCE,
         **options: Unpack[OptionsButBits],
     ) -> None:
         self._given: dict[str, Any] = {"bits": bits, **options}
         self.options = FRONT_END.options(self._given)
+        self._patience = check_number("patience", patience, "a number of seconds")
+        if not 0 < self._patience < math.inf:
+            raise ValueError(f"patience must be a number of seconds above 0, got {patience!r}")
+        if patience != PATIENCE:
+            self._given["patience"] = patience
         self._names = None
         if named_parameters is not None:
             if not isinstance(named_parameters, Iterable):
@@ -197,8 +208,8 @@ class GlobalQSGD(Compressor):
         """
         self._stats.tensors += 1
         if not self._compresses(tensor):
-            self._stats.tensors_bypassed += 1
-            self._stats.bypassed_bytes += _nbytes(tensor)
+            why = why_bypassed(tensor, self.options.min_numel) or "other"
+            self._stats.bypass(why, nbytes_of(tensor), self._transport.rank)
             return tensor, None
         check_plain("a gradient for GlobalQSGD", tensor)
         check_device("GlobalQSGD got a tensor", tensor)
@@ -210,7 +221,8 @@ class GlobalQSGD(Compressor):
         ticket = self._pipeline.submit(x if like is None else x.contiguous(), name)
         identity = with_shape(ticket.item.identity, tensor.shape)
         probe = make_probe(self._pipeline.rank, identity)
-        self._stats.compressed_bytes_on_wire += PROBE_BYTES
+        if self._pipeline.size > 1:
+            self._stats.compressed_bytes_on_wire += PROBE_BYTES
         self._world_size = self._pipeline.size
         return probe, _Context(ticket, like, self._world_size)
 
@@ -246,7 +258,7 @@ class GlobalQSGD(Compressor):
         elif not reading.matches(all_ranks):
             # Either ranks have left by hvd.join(), and the payload tells which, or there is no
             # right answer, and then the ranks of another process set may never send theirs.
-            contribution = self._pipeline.wait(ctx.ticket, PATIENCE)
+            contribution = self._pipeline.wait(ctx.ticket, self._patience)
         if not (complete and contribution == all_ranks):
             problem = disagreement(reading, contribution, all_ranks)
             if problem is not None or contribution is None:
@@ -256,6 +268,7 @@ class GlobalQSGD(Compressor):
         mean = self._pipeline.decode(ctx.ticket, scale)
         return mean if ctx.like is None else torch.empty_like(ctx.like).copy_(mean)
 
+    @_ClassOrInstanceMethod
     def ddp_state(self, process_group: dist.ProcessGroup | None = None) -> DDPState:
         """Returns a state for ``ddp_hook`` with these options, for one model::
 
@@ -268,8 +281,8 @@ class GlobalQSGD(Compressor):
             process_group: the one that the model uses; None for the default group.
 
         Raises:
-            TypeError: ``bucket_mb``, ``named_parameters`` or ``process_set`` was given, which have
-                no effect under DDP.
+            TypeError: ``bucket_mb``, ``named_parameters``, ``process_set`` or ``patience`` was
+                given, which have no effect under DDP.
             Exception: as raised by ``DDPState``.
         """
         state = DDPState.of_compressor(process_group, self._given, self._stats, self._steps)
@@ -326,6 +339,8 @@ class GlobalQSGD(Compressor):
             given.append(f"named_parameters=<{len(self._given['named_parameters'])} of them>")
         if self._process_set is not None:
             given.append(f"process_set={self._process_set}")
+        if "patience" in self._given:
+            given.append(f"patience={self._patience}")
         known = self._world_size
         described = f": {self.options.describe(known)}" if known is not None else ""
         return f"{type(self).__name__}({', '.join(given)}){described}"
@@ -372,11 +387,3 @@ class GlobalQSGD(Compressor):
             slot_filling=SlotFilling(transport.fill_slot, SLOT_BYTES),
             stats=self._stats,
         )
-
-
-def _nbytes(tensor: Tensor) -> int:
-    if tensor.layout == torch.strided:
-        return tensor.nbytes
-    if tensor.layout == torch.sparse_coo:
-        return tensor._values().nbytes + tensor._indices().nbytes
-    return tensor.numel() * tensor.element_size()

@@ -12,9 +12,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.transports.base import nap
-from hvd_gqsgd.transports.process_groups import check_group
+from hvd_gqsgd.transports.process_groups import Channel
 
 __all__ = ["TorchDistributedTransport"]
+
+
+def _reduce_by(op: dist.ReduceOp.RedOpType) -> dist.AllreduceOptions:
+    options = dist.AllreduceOptions()
+    options.reduceOp = op  # type: ignore[assignment]
+    return options
+
+
+_MAX, _SUM = _reduce_by(dist.ReduceOp.MAX), _reduce_by(dist.ReduceOp.SUM)
 
 
 @dataclass
@@ -39,13 +48,10 @@ class TorchDistributedTransport:
     one order. Several buckets may be in flight if each kind of message has a group of its own.
 
     Args:
-        group: the ranks, with a backend for the CPU; None for all. See ``host_group``.
-        channels: the groups that messages go over, by the last part of their names; all others go
-            over ``group``.
+        group: the ranks, with a backend for the CPU; see ``host_group``.
+        channels: the connections that messages go over, by the last part of their names; all others
+            go over ``group``.
         notify: called, in any thread, when an operation is done.
-
-    Raises:
-        TypeError, ValueError: see ``check_group``.
     """
 
     mpi_handle: ClassVar[None] = None
@@ -54,21 +60,20 @@ class TorchDistributedTransport:
 
     def __init__(
         self,
-        group: dist.ProcessGroup | None = None,
-        channels: Mapping[str, dist.ProcessGroup] | None = None,
+        group: Channel,
+        channels: Mapping[str, Channel] | None = None,
         notify: Callable[[], None] | None = None,
     ) -> None:
-        group = check_group(group)
         # Weakly: what is remembered for a group must not keep it.
         self._group = weakref.ref(group)
-        self.rank: int = dist.get_rank(group)
-        self.size: int = dist.get_world_size(group)
+        self.rank: int = group.rank()
+        self.size: int = group.size()
         self.session = object()
         self._channels = channels or {}
         self._notify = notify
 
     @property
-    def group(self) -> dist.ProcessGroup:
+    def group(self) -> Channel:
         """The ranks.
 
         Raises:
@@ -81,19 +86,17 @@ class TorchDistributedTransport:
 
     def max_async(self, tensor: Tensor, name: str) -> _WorkHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        return self._allreduce(tensor, name, dist.ReduceOp.MAX)
+        return self._allreduce(tensor, name, _MAX)
 
     def sum_async(self, tensor: Tensor, name: str) -> _WorkHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        return self._allreduce(tensor, name, dist.ReduceOp.SUM)
+        return self._allreduce(tensor, name, _SUM)
 
     def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _WorkHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         received = [splits[self.rank]] * self.size
         result = tensor.new_empty(sum(received))
-        work = dist.all_to_all_single(
-            result, tensor, received, list(splits), group=self._channel(name), async_op=True
-        )
+        work = self._channel(name).alltoall_base(result, tensor, received, list(splits))
         return self._handle(work, lambda: result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _WorkHandle:
@@ -103,7 +106,7 @@ class TorchDistributedTransport:
         padded = tensor.new_zeros(longest)
         padded[: tensor.numel()] = tensor
         every = tensor.new_empty(self.size, longest)
-        work = dist.all_gather(list(every), padded, group=self._channel(name), async_op=True)
+        work = self._channel(name).allgather([list(every)], [padded])
         return self._handle(
             work, lambda: torch.cat([row[:n] for row, n in zip(every, lengths, strict=True)])
         )
@@ -112,11 +115,11 @@ class TorchDistributedTransport:
         """Sleeps for a moment: threads of the process group do the work."""
         nap(waited, 2e-5)
 
-    def _allreduce(self, tensor: Tensor, name: str, op: dist.ReduceOp.RedOpType) -> _WorkHandle:
-        work = dist.all_reduce(tensor, op, group=self._channel(name), async_op=True)
+    def _allreduce(self, tensor: Tensor, name: str, options: dist.AllreduceOptions) -> _WorkHandle:
+        work = self._channel(name).allreduce([tensor], options)
         return self._handle(work, lambda: tensor)
 
-    def _channel(self, name: str) -> dist.ProcessGroup:
+    def _channel(self, name: str) -> Channel:
         return self._channels.get(name.rsplit(".", 1)[-1], self.group)
 
     def _handle(self, work: Any, result: Callable[[], Tensor]) -> _WorkHandle:

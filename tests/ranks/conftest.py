@@ -6,12 +6,14 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import horovod.torch as hvd
 import pytest
 import torch
 import torch.distributed as dist
 
+from hvd_gqsgd import DDPState, GlobalQSGD
 from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.bench.training import start_process_group
 
@@ -137,3 +139,17 @@ def process_set(rank: int, size: int) -> hvd.ProcessSet:
     if size < 3:
         pytest.skip("needs three ranks")
     return EVEN if rank % 2 == 0 else ODD
+
+
+@pytest.fixture
+def new_state() -> Iterator[Callable[..., DDPState]]:
+    """Makes states, and gives back their connections after the test."""
+    states = []
+
+    def make(**options: Any) -> DDPState:
+        states.append(GlobalQSGD(**({"min_numel": 0} | options)).ddp_state(process_group()))
+        return states[-1]
+
+    yield make
+    for state in states:
+        state.close()

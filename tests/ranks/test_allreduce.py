@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_same_on_all_ranks, bound, gradients
 
-from hvd_gqsgd import GlobalQSGD, simulate
+from hvd_gqsgd import GlobalQSGD, allreduce, simulate
 from hvd_gqsgd.codecs.linear import levels_for
 
 TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -71,7 +71,7 @@ def test_scalar(rank, size):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_non_finite_on_one_rank_reaches_all(rank, size, bad, dtype):
+def test_non_finite_on_one_rank_reaches_all(rank, size, bad, dtype, several):
     everyone = gradients(size, 5000, dtype=dtype)
     everyone[size - 1, 1500] = bad
     mean = hvd.allreduce(everyone[rank], compression=GlobalQSGD)
@@ -110,6 +110,26 @@ def test_linear_reductions(rank, size, op_and_scales):
     assert_same_on_all_ranks(result)
 
 
+@pytest.mark.parametrize("numel", [1, 9000])
+def test_one_rank_keeps_what_it_has(rank, size, comm, numel):
+    """Nothing is exchanged, so nothing is rounded, whatever it goes over; and ``stats`` says so."""
+    if size > 1:
+        pytest.skip("for one rank")
+    x = gradients(1, numel)[0]
+    compressor = GlobalQSGD(bits=4, min_numel=0)
+    for _ in range(3):
+        assert torch.equal(allreduce(x, comm, bits=4), x)
+        assert torch.equal(hvd.allreduce(x, compression=compressor), x)
+        assert torch.equal(hvd.allreduce(x, op=hvd.Sum, compression=compressor), x)
+    doubled = hvd.allreduce(x, prescale_factor=2.0, compression=compressor)
+    assert torch.equal(doubled, 2 * x)
+    stats = compressor.stats()
+    assert stats.tensors_alone == stats.tensors_bypassed == stats.tensors == 7
+    assert (stats.compressed_bytes_on_wire, stats.ratio) == (0, 1)
+    assert "of a rank that is alone" in str(stats)
+    assert compressor.state_dict()["step"] == 7
+
+
 @pytest.mark.core
 def test_grouped(rank, size):
     groups = [gradients(size, numel, seed=numel) for numel in (5000, 10, 7000)]
@@ -122,7 +142,7 @@ def test_grouped(rank, size):
         assert ((result.double() - everyone.double().mean(0)).abs() <= allowed).all()
     assert results[3].dtype == torch.float64
     assert torch.equal(tensors[0], groups[0][rank])
-    assert compressor.stats().tensors_bypassed == 1
+    assert compressor.stats().tensors_bypassed == (1 if size > 1 else 4)
 
 
 def test_integers_and_small_tensors_pass_through(rank, size):
@@ -150,7 +170,7 @@ def test_decompress_without_context_returns_its_input():
     assert GlobalQSGD().decompress(x, None) is x
 
 
-def test_same_seed_same_bits_and_other_seed_other_bits(rank, size):
+def test_same_seed_same_bits_and_other_seed_other_bits(rank, size, several):
     everyone = gradients(size, 9000)
     first, again, other = (
         hvd.allreduce(everyone[rank], compression=GlobalQSGD(seed=seed)) for seed in (3, 3, 4)

@@ -10,50 +10,13 @@ import torch
 import torch.distributed as dist
 from conftest import process_group
 from helpers import assert_same_on_all_ranks, backward, batch, gradients, mlp
+from hooked import Given, gradient, wrap
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from hvd_gqsgd import AgreementError, DDPState, DynamicBits, GlobalQSGD, ddp_hook, simulate
+from hvd_gqsgd import AgreementError, DDPState, DynamicBits, GlobalQSGD, simulate
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("the same as under mpirun", allow_module_level=True)
-
-
-class Given(nn.Module):
-    """A parameter whose gradient is what the model is given."""
-
-    def __init__(self, numel, dtype=torch.float32):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(numel, dtype=dtype))
-
-    def forward(self, x):
-        return (self.weight * x).sum()
-
-
-def wrap(model, state=None, **arguments):
-    """The model with DDP around it, and the hook if there is a state."""
-    wrapped = DistributedDataParallel(model, process_group=process_group(), **arguments)
-    if state is not None:
-        wrapped.register_comm_hook(state, ddp_hook)
-    return wrapped
-
-
-@pytest.fixture
-def new_state():
-    """Makes states, and gives back their connections after the test."""
-    states = []
-
-    def make(**options):
-        states.append(GlobalQSGD(**({"min_numel": 0} | options)).ddp_state(process_group()))
-        return states[-1]
-
-    yield make
-    for state in states:
-        state.close()
-
-
-def gradient(model):
-    return torch.cat([p.grad.view(-1) for p in model.parameters()])
 
 
 @pytest.mark.parametrize("numel", [1, 3, 1023, 300_001])
@@ -201,7 +164,7 @@ def test_the_hook_does_not_wait(new_state, rank, size):
     {"seed": 1}, {"min_numel": 7}, {"norm": "l2"}, {"dither": "exponential"}, {"block_size": 9},
 ], ids=str)  # fmt: skip
 def test_ranks_that_disagree(new_state, rank, size, other):
-    with pytest.raises(AgreementError, match="ranks use different options"):
+    with pytest.raises(AgreementError, match=f"ranks use different options: {next(iter(other))};"):
         new_state(**(other if rank == size - 1 else {}))
 
 

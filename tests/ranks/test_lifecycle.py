@@ -96,7 +96,7 @@ def test_horovod_starts_anew(rank, size, restart):
         assert_same_on_all_ranks(mean)
 
 
-def test_stats_count_every_byte(rank, size):
+def test_stats_count_every_byte(rank, size, several):
     compressor = GlobalQSGD()
     hvd.allreduce(torch.ones(4096 * 10), compression=compressor)
     hvd.allreduce(torch.ones(100), compression=compressor)
@@ -112,7 +112,7 @@ def test_stats_count_every_byte(rank, size):
     assert stats.compressed_ratio > 3.95
 
 
-def test_the_default_ratio_on_large_tensors_with_several_buckets(rank, size):
+def test_the_default_ratio_on_large_tensors_with_several_buckets(rank, size, several):
     compressor = GlobalQSGD(bucket_mb=1)
     for step in range(2):
         sizes = (300_000, 200_000, 100_000)

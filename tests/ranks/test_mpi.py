@@ -144,7 +144,7 @@ def test_threads(rank, size, thread_count):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("numel", [0, 1, 3, 1023, 70_001])
 @pytest.mark.parametrize("block_size", [1024, 100, None])
-def test_combined_codes_agree_and_repeat(rank, size, bits, numel, block_size):
+def test_combined_codes_agree_and_repeat(rank, size, bits, numel, block_size, several):
     if bits == 4 and size > 7:
         pytest.skip("no levels left")
     everyone = gradients(size, numel)
@@ -197,7 +197,7 @@ def test_combined_codes_are_unbiased(rank, size, equal):
         assert worst(down) > 60
 
 
-def test_combined_codes_that_are_not_finite(rank, size):
+def test_combined_codes_that_are_not_finite(rank, size, several):
     x = torch.ones(5000)
     x[2000] = torch.inf if rank == size - 1 else 1
     result = allreduce(x, MPI.COMM_WORLD, **COMBINED)

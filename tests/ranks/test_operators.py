@@ -61,7 +61,7 @@ def test_process_sets(rank, size, process_set):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("options", [*TWO_PHASE, {"norm": "l2"}], ids=str)
-def test_non_finite_on_one_rank_reaches_all(rank, size, bad, options):
+def test_non_finite_on_one_rank_reaches_all(rank, size, bad, options, several):
     everyone = gradients(size, 5000)
     everyone[size - 1, 1500] = bad
     mean = hvd.allreduce(everyone[rank], compression=GlobalQSGD(**options))

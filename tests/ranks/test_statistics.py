@@ -55,7 +55,7 @@ def exchange(gradients_, rank, mean, **options):
 
 
 @pytest.mark.parametrize("correlated", [True, False])
-def test_unbiased_and_within_the_variance_bound(rank, size, correlated):
+def test_unbiased_and_within_the_variance_bound(rank, size, correlated, several):
     everyone = gradients(size, NUMEL, seed=5)
     mean, level = everyone.double().mean(0), levels_of(everyone)
     errors = exchange(everyone, rank, mean, correlated=correlated) / level
