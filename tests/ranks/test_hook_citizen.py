@@ -275,7 +275,11 @@ USES: list[Callable[[Case], Tensor]] = [
 
 # Its collectives and others of the same group come in another order on another rank, which ends in
 # an abort, or a hang, now and then.
-MIXED_UP = {"powerSGD_hook": [two_models_in_one_backward, uneven_inputs, unused_parameters]}
+MIXED_UP = {
+    "powerSGD_hook": [
+        two_models_in_one_backward, uneven_inputs, unused_parameters, sparse_gradients,
+    ]
+}  # fmt: skip
 
 
 def outcome(use: Callable[[Case], Tensor], hook: str) -> str:
