@@ -49,7 +49,8 @@ def level(rows: Tensor, bits: int, block_size: int | None) -> Array:
 def errors(
     rows: Tensor, steps: int, *, bits: int = 8, block_size: int | None = 1024, **options: Any
 ) -> Array:
-    """What each step's mean is off by, in levels: (steps, elements)."""
+    """What each step's mean is off by, in levels: (steps, elements). Of an Allreduce."""
+    options["exchange"] = "allreduce"
     decoded = torch.stack(
         [
             simulate(rows, step=step, bits=bits, block_size=block_size, **options)

@@ -217,9 +217,10 @@ class Pipeline:
         if contribution is not None:
             return contribution
         if (failed := self._stages.failed()) is not None:
+            failure = failed.failure
+            assert failure is not None
             self.end_step(failed.ending)
-            assert failed.failure is not None
-            raise failed.failure
+            raise failure
         if ticket not in self._record.tickets:
             raise RuntimeError(
                 f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "
