@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule, wire_bits
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
@@ -44,7 +45,8 @@ def make_exchange(setup: Setup) -> Exchange:
     exchange = make(setup)
     if transport.rank == 0:
         _say_once(logging.INFO, f"{kind} among {size} ranks: {options}")
-        if kind == "two_phase" and (options.exchange, options.dither) == ("auto", "linear"):
+        by_levels = options.dither == "linear" and not isinstance(options.bits, BlockBits)
+        if kind == "two_phase" and options.exchange == "auto" and by_levels:
             _say_once(
                 logging.WARNING,
                 f"bits={options.bits} leaves less than {ENOUGH_LEVELS} levels to the sum over "

@@ -44,7 +44,9 @@ class AllreduceExchange(CodedExchange):
         message = self._take(self._marks + layout.num_words, layout.word_dtype, bucket.device)
         message[: self._marks] = 0
         if not terms.given_up:
-            self._encode(bucket, terms, norms, message[self._marks :])
+            self.codec(terms.bits).encode(
+                bucket.tensors, norms, message[self._marks :], terms.step, bucket.identities
+            )
             if self._marks:
                 mark(message, self.rank)
         summed = yield Sum("codes", message)

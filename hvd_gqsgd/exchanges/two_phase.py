@@ -13,19 +13,20 @@ Alltoall and Allgather need all ranks: once one has left by ``hvd.join()`` the o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.base import CodedExchange, Running, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
-from hvd_gqsgd.layout import FLAG, Layout, Segments, runs
+from hvd_gqsgd.exchanges.widths import BlockWidths, OneWidth, Widths
+from hvd_gqsgd.layout import FLAG
 
 __all__ = ["TwoPhaseExchange"]
 
@@ -45,56 +46,46 @@ class TwoPhaseExchange(CodedExchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         norms = yield from self._norms(bucket, terms)
-        layout = bucket.layout(self.options.block_size, terms.bits)
-        segments = layout.segments(self.size)
-        words = self._take(layout.num_words, layout.word_dtype, bucket.device)
+        widths = self._widths(bucket, terms)
+        words = self._take(sum(widths.words), widths.word_dtype, bucket.device)
         if not terms.given_up:
-            self._encode(bucket, terms, norms, words)
-        received = yield Alltoall("codes", words, segments.words)
+            widths.encode(bucket, norms, words, terms.step)
+        received = yield Alltoall("codes", words, widths.words)
 
-        lengths = [end - begin for begin, end in itertools.pairwise(segments.means)]
-        own = self._take(lengths[self.rank], layout.means_dtype, bucket.device)
+        lengths = widths.means_of_ranks
+        own = self._take(lengths[self.rank], widths.means_dtype, bucket.device)
         own[:FLAG] = 0
         if not terms.given_up:
             # Horovod lets ranks send what they like. Another rank may have been sent what it
             # should: all come to know by this one's flag.
-            fits = received.numel() == self.size * segments.words[self.rank]
+            fits = received.numel() == self.size * widths.words[self.rank]
             if not (fits or self._may_give_up):
                 raise AgreementError(GAVE_UP)
             if fits:
-                self._average(bucket, terms, norms, received, own)
+                own[:FLAG] = 1
+                widths.average(bucket, norms, received, own, terms.step)
         del words, received  # their memory is free for the next bucket
         means = yield Allgather("means", own, lengths)
         # Where ranks agree ahead none gives up, and the host need not look.
-        if means.numel() != segments.means[-1] or (
-            self._may_give_up and not bool((means[list(segments.means[:-1])] == 1).all())
+        if means.numel() != widths.means[-1] or (
+            self._may_give_up and not bool((means[list(widths.means[:-1])] == 1).all())
         ):
             raise AgreementError(GAVE_UP)
-        return _Averaged(
-            everyone(self.size), self.codec(terms.bits), layout, segments, norms, means
-        )
+        return _Averaged(everyone(self.size), widths, norms, means)
 
-    def _average(
-        self, bucket: Bucket, terms: Terms, norms: Tensor, received: Tensor, own: Tensor
-    ) -> None:
-        """Averages the tiles of this rank, from the codes of all ranks."""
-        own[:FLAG] = 1
+    def _widths(self, bucket: Bucket, terms: Terms) -> Widths:
         layout = bucket.layout(self.options.block_size, terms.bits)
-        segments, codec = layout.segments(self.size), self.codec(terms.bits)
-        codec.requantize(
-            received.view(self.size, segments.words[self.rank]), norms, own,
-            [item.numel for item in bucket.items], [place.start for place in layout.norms],
-            runs((part.tensor, part) for part in segments.of_rank[self.rank]),
-            segments.means[self.rank], terms.step, [item.identity for item in bucket.items],
-        )  # fmt: skip
+        codec, bits = self.codec(terms.bits), self.options.bits
+        if not isinstance(bits, BlockBits):
+            return OneWidth(codec, layout)
+        plan = self._take(2 * layout.num_norms + 1, torch.int32, bucket.device)
+        return BlockWidths(bits, codec, layout, plan)
 
 
 @dataclass(frozen=True)
 class _Averaged:
     contribution: Contribution
-    codec: Codec
-    layout: Layout
-    segments: Segments
+    widths: Widths
     norms: Tensor
     means: Tensor
 
@@ -102,10 +93,4 @@ class _Averaged:
         # The mean travelled. A share of 1/n, times n, may not be one again.
         size = self.contribution.count
         factor = 1.0 if scale == 1 / size else scale * size
-        norms = [self.layout.norms[item.place].start for item in items]
-        parts = (
-            (i, part)
-            for i, item in enumerate(items)
-            for part in self.segments.of_tensor[item.place]
-        )
-        self.codec.decode_means(self.means, self.norms, outs, norms, runs(parts), factor)
+        self.widths.decode(self.means, self.norms, items, outs, factor)
