@@ -132,10 +132,6 @@ class Options:
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
 
     def _check_block_bits(self, bits: BlockBits) -> None:
-        if self.dither != "linear":
-            raise ValueError(
-                f"dither must be 'linear' for bits=BlockBits(...), got {self.dither!r}"
-            )
         if self.exchange not in ("auto", "two_phase"):
             raise ValueError(
                 "exchange must be 'two_phase' or 'auto' for bits=BlockBits(...), whose codes are "

@@ -7,12 +7,13 @@ a block has the width
     w = floor(c + power * l(M) + 1/2), at least ``least`` and at most ``most``
 
 and none if M is 0 or not finite. A segment of a bucket has so many words. c is the largest multiple
-of 2^-8 at which the words of its blocks are no more than that. What is left widens, by one bit each,
-the blocks that would be wider at the next c: in their order, until one does not fit.
+of 2^-8 at which the words of its blocks are no more than that. What is left widens, by one bit
+each, the blocks that would be wider at the next c: in their order, until one does not fit.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ from reference.linear import (
 )
 from reference.two_phase import REQUANTIZE_STREAM
 
-__all__ = ["Rule", "columns_of", "mean", "pack_block", "widths"]
+__all__ = ["Rule", "codes", "columns_of", "dither", "mean", "pack_block", "widths"]
 
 UNIT = 256
 ROWS = 32
@@ -95,7 +96,7 @@ def _segments(columns: Array, ranks: int, rule: Rule, norm_size: int) -> list[tu
     """The blocks of each rank, and their words: whole units of the size of a norm."""
     cuts = [len(columns) * rank // ranks for rank in range(ranks + 1)]
     parts = []
-    for first, last in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, last in itertools.pairwise(cuts):
         words = round(rule.budget * 1024) * int(columns[first:last].sum()) // 1024
         parts.append((np.arange(first, last), -(-words * 4 // norm_size) * norm_size // 4))
     return parts
