@@ -31,8 +31,9 @@ from reference import block_bits as reference
 from simulated_ranks import Group
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, BlockBits, DynamicBits, GlobalQSGD, layout, simulate
+from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, layout, simulate
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.bench import error
 from hvd_gqsgd.options import Options, digest
 
 RNG = np.random.default_rng
@@ -187,6 +188,8 @@ def test_bytes(dtype: torch.dtype, bits: BlockBits) -> None:
         right += (unit * (size + len(sizes)) + sum(words)) // 2
         for rank in group.ranks:
             assert rank.stats.compressed_bytes_on_wire == right
+        double = dtype == torch.float64
+        assert error.wire_bytes(numels, bits=bits, double=double, ranks=size) == right
         codes = bits.budget * sum(numels) / 8
         norms = unit * (16 + len(sizes)) + unit * (size + len(sizes)) // 2
         assert right == pytest.approx(codes + norms, rel=0.01)
@@ -196,17 +199,17 @@ def test_less_error_than_one_width_for_the_same_bytes() -> None:
     rows = spread(RNG(3), (8, 50_000))
     exact = rows.double().mean(0)
 
-    def error(**options: Any) -> float:
+    def squares(**options: Any) -> float:
         return float((simulate(rows, exchange="two_phase", **options) - exact).square().sum())
 
-    fixed = error(bits=4, block_size=256)
-    assert error(bits=BlockBits(4, power=1)) < fixed / 8
-    assert error(bits=BlockBits(4)) < fixed / 4
+    fixed = squares(bits=4, block_size=256)
+    assert squares(bits=BlockBits(4, power=1)) < fixed / 8
+    assert squares(bits=BlockBits(4)) < fixed / 4
     # Of one norm in all blocks there is nothing to gain and nothing to lose.
     rows = gradient_like(RNG(4), (4, 256), torch.float32).sign().repeat(1, 20) * 0.3
     rows[:, ::256] = 1
     exact = rows.double().mean(0)
-    assert error(bits=BlockBits(4)) == pytest.approx(error(bits=4, block_size=256), rel=0.2)
+    assert squares(bits=BlockBits(4)) == pytest.approx(squares(bits=4, block_size=256), rel=0.2)
 
 
 @pytest.mark.parametrize("correlated", [True, False])
@@ -234,6 +237,20 @@ def test_unbiased(correlated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert z(biased, direction) > LIMIT
 
 
+@pytest.mark.parametrize("correlated", [True, False])
+@pytest.mark.parametrize("norm", ["max", "l2"])
+def test_errors_are_below_their_bound(norm: str, correlated: bool) -> None:
+    """That of THEORY.md, on the whole; and of the order of it."""
+    rows = spread(RNG(9), (4, 20_000))
+    exact = rows.double().mean(0)
+    for bits in (BlockBits(4), BlockBits(5, power=1, block_size=128)):
+        options: Any = {"bits": bits, "norm": norm, "correlated": correlated}
+        errors = [simulate(rows, step=k, **options).double() - exact for k in range(8)]
+        measured = torch.stack(errors).square().mean(0).sum()
+        bound = error.variance_bound(rows, **options).sum()
+        assert 0.05 < measured / bound < 1
+
+
 def test_not_finite_and_zero() -> None:
     """A block that is not finite on one rank is NaN on all, one of zeros stays so, and neither
     takes bits from the others."""
@@ -248,8 +265,10 @@ def test_not_finite_and_zero() -> None:
     assert (mean[1280:2048] == 0).all()
     whole = rows.clone()
     whole[:, 1024:2048] = 0.1
-    error = [(simulate(x, bits=BlockBits(4)) - x.mean(0))[:1024].norm() for x in (rows, whole)]
-    assert error[0] < error[1]
+    alone, with_more = (
+        (simulate(x, bits=BlockBits(4)) - x.mean(0))[:1024].norm() for x in (rows, whole)
+    )
+    assert alone < with_more
 
 
 def test_any_message_decodes() -> None:
@@ -309,7 +328,7 @@ def test_arguments_of_the_operator(change: dict[str, Any], message: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
+    ("make", "kind", "message"),
     [
         (lambda: BlockBits(1), ValueError, "budget must be from min_bits=2 to max_bits=12, got 1"),
         (lambda: BlockBits(DynamicBits()), TypeError, "budget must be a number of bits, got Dyn"),  # type: ignore[arg-type]
@@ -324,8 +343,8 @@ def test_arguments_of_the_operator(change: dict[str, Any], message: str) -> None
          "pass BlockBits(block_size=64)"),
     ],
 )  # fmt: skip
-def test_refused(make: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
+def test_refused(make: Any, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=re.escape(message)):
         make()
 
 
@@ -343,8 +362,7 @@ def test_ranks_must_have_the_same_rule() -> None:
     options = [{"bits": BlockBits(4)}, {"bits": BlockBits(4, power=1)}]
     x = gradient_like(RNG(0), 5000)
     errors = Group(2, options=options).errors([[(None, x)], [(None, x)]])
-    assert all("the ranks use different options" in error for error in errors)
-    assert AgreementError is not None
+    assert all("the ranks use different options" in text for text in errors)
 
 
 def test_buckets() -> None:

@@ -32,7 +32,7 @@ __all__ = ["TwoPhaseExchange"]
 
 
 class TwoPhaseExchange(CodedExchange):
-    """Max of norms, Alltoall of codes, Allgather of means; for both ditherings."""
+    """Max of norms, Alltoall of codes, Allgather of means; for all codes and widths per block."""
 
     code_messages = ("codes", "means")
     # Horovod would raise an error of its own, but only for names that it has not seen before.

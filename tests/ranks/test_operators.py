@@ -17,7 +17,8 @@ OPERATORS = [
     {"bits": BlockBits(4)}, {"bits": BlockBits(5, block_size=96), "norm": "l2"},
 ]  # fmt: skip
 TWO_PHASE = [
-    {"exchange": "two_phase"}, {"dither": "exponential", "bits": 4}, {"bits": BlockBits(4)},
+    {"exchange": "two_phase"}, {"dither": "exponential", "bits": 4},
+    {"bits": BlockBits(4, block_size=1024)},
 ]  # fmt: skip
 
 
