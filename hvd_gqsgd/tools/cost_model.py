@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 __all__ = [
+    "BLOCKS_4",
     "FP16",
     "FP32",
     "LINEAR_4",
@@ -120,7 +121,8 @@ FP16 = Setting("fp16", 16, quantized=False)
 LINEAR_8 = Setting("8 bits", 8)
 TWO_PHASE_8 = Setting("8 bits, two phases", 8, two_phase=True)
 LINEAR_4 = Setting("4 bits, two phases", 4, two_phase=True)
-SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4)
+BLOCKS_4 = Setting("4 bits per block, two phases", 4, two_phase=True, block_size=256)
+SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4, BLOCKS_4)
 """The settings that are compared."""
 
 BUCKET = 25 * 2**20
@@ -206,6 +208,9 @@ def step_seconds(
 MARGIN = 0.1
 """Least gain of a setting that is recommended: the model is no more accurate than that."""
 
+AS_FAST = 1.05
+"""Settings whose steps differ by less are taken to be as fast as each other."""
+
 
 def recommend(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
@@ -251,7 +256,8 @@ def break_even(
 def _best(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
 ) -> tuple[Setting, float, float]:
-    """The fastest setting but fp32, and the seconds of a step with it and with fp32."""
+    """The fastest setting but fp32, or a more accurate one as fast, and the seconds of a step with
+    it and with fp32."""
     steps = {
         setting: step_seconds(setting, gradients, ranks, machine, forward, backward)
         for setting in SETTINGS
@@ -259,6 +265,9 @@ def _best(
     }
     plain = steps.pop(FP32)
     best = min(steps, key=lambda setting: steps[setting])
+    # Widths per block have a fraction of the error of one width.
+    if best is LINEAR_4 and steps[BLOCKS_4] <= min(AS_FAST * steps[best], plain * (1 - MARGIN)):
+        best = BLOCKS_4
     return best, steps[best], plain
 
 
