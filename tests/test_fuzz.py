@@ -197,7 +197,7 @@ LIED_TO = [
     {"norm": "l2"},
     {"bits": DynamicBits(6)},
     {"bits": DynamicBits(6, total_steps=10), "exchange": "two_phase"},
-    {"bits": BlockBits(4, block_size=32)},
+    {"bits": BlockBits(4, block_size=64)},
 ]
 
 
