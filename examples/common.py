@@ -13,7 +13,7 @@ import torch
 from horovod.torch.compression import Compressor
 from torch import Tensor, nn
 
-from hvd_gqsgd import DynamicBits, GlobalQSGD, Stats, allreduce
+from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, Stats, allreduce
 from hvd_gqsgd.bench.error import AUTHORS, wire_bytes
 
 AUTHORS_BUCKET = 25 * 2**20  # bytes, as in DistributedDataParallel
@@ -26,9 +26,12 @@ def add_compression_arguments(parser: argparse.ArgumentParser) -> None:
         help="authors: the scheme of Global-QSGD's published code",
     )  # fmt: skip
     parser.add_argument(
-        "--bits", type=width, default=8, help="lane width of gqsgd, 2 to 16, or 'dynamic' (DQ-SGD)"
+        "--bits", type=width, default=8,
+        help="lane width of gqsgd, 2 to 16, 'dynamic' (DQ-SGD) or 'block' (a width per block)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--budget", type=float, default=5, help="mean bits if they are dynamic or per block"
     )
-    parser.add_argument("--budget", type=float, default=5, help="mean bits if they are dynamic")
     parser.add_argument("--dither", choices=("linear", "exponential"), default="linear")
     parser.add_argument("--exchange", choices=("auto", "allreduce", "two_phase"), default="auto")
     parser.add_argument("--norm", choices=("max", "l2"), default="max")
@@ -40,7 +43,7 @@ def add_compression_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def width(text: str) -> int | str:
-    return text if text == "dynamic" else int(text)
+    return text if text in ("dynamic", "block") else int(text)
 
 
 class Counted(Compressor):
@@ -177,9 +180,12 @@ def make_compression(args: argparse.Namespace, model: nn.Module, steps: int) -> 
     if args.compression == "authors":
         return Authors(args.seed)
     if args.compression == "gqsgd":
-        dynamic = args.bits == "dynamic"
+        choices = {
+            "dynamic": DynamicBits(args.budget, total_steps=steps),
+            "block": BlockBits(args.budget),
+        }
         return GlobalQSGD(
-            bits=DynamicBits(args.budget, total_steps=steps) if dynamic else args.bits,
+            bits=choices.get(args.bits, args.bits),
             dither=args.dither,
             exchange=args.exchange,
             norm=args.norm,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hvd_gqsgd.codecs.bit_schedule import DynamicBits
+    from hvd_gqsgd.codecs.block_bits import BlockBits
     from hvd_gqsgd.errors import AgreementError
     from hvd_gqsgd.frontends.allreduce import allreduce
     from hvd_gqsgd.frontends.ddp import DDPState, ddp_hook
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AgreementError",
+    "BlockBits",
     "DDPState",
     "DynamicBits",
     "GQSGDState",
@@ -41,6 +43,7 @@ __all__ = [
 _MODULES = {
     "AgreementError": "errors",
     "DDPState": "frontends.ddp",
+    "BlockBits": "codecs.block_bits",
     "DynamicBits": "codecs.bit_schedule",
     "GQSGDState": "frontends.ddp",
     "GlobalQSGD": "frontends.horovod",

@@ -73,6 +73,16 @@ class Bucket:
         for place, item in enumerate(self.items):
             item.place = place
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors of the closed bucket, before they are decoded."""
+        return [item.x for item in self.items]
+
+    @property
+    def identities(self) -> list[int]:
+        """Of the tensors; see :class:`Item`."""
+        return [item.identity for item in self.items]
+
     def layout(self, block_size: int | None, bits: int) -> layout.Layout:
         """Offsets of the tensors in the messages of the closed bucket."""
         tensors = tuple((item.numel, block_size or max(item.numel, 1)) for item in self.items)

@@ -16,9 +16,12 @@ import torch
 __all__ = [
     "FLAG",
     "TILE",
+    "BlockSegments",
     "Layout",
     "Part",
     "Segments",
+    "block_segments",
+    "columns_of_blocks",
     "lay_out",
     "means_before",
     "means_dtype",
@@ -217,3 +220,79 @@ def _lengths(
     words = [words_before(tile, numel, block, bits) for tile in (first, last)]
     means = [means_before(tile, numel, block, bits, norm_dtype) for tile in (first, last)]
     return words[1] - words[0], means[1] - means[0]
+
+
+# --- widths per block: every block a tile, and segments of so many words whatever the widths are --
+
+
+Run = tuple[int, int, int, int]
+"""Tensor, first block, the one after the last, and the rank that averages them."""
+
+
+class BlockSegments(NamedTuple):
+    """The division of a bucket of blocks of different widths among the ranks."""
+
+    blocks: tuple[int, ...]
+    """First block of each rank, counted through the bucket, and their number."""
+    words: tuple[int, ...]
+    """Offset of the words of each rank, and at last their end."""
+    means: tuple[int, ...]
+    """Offset of the flag, norms and words of each rank's means, and at last their end."""
+    of_rank: tuple[tuple[Run, ...], ...]
+    of_tensor: tuple[tuple[Run, ...], ...]
+
+
+@functools.lru_cache(maxsize=256)
+def block_segments(
+    tensors: tuple[tuple[int, int], ...],
+    words_for: Callable[[int], int],
+    norm_dtype: torch.dtype,
+    ranks: int,
+) -> BlockSegments:
+    """The division among ``ranks`` ranks, in runs of blocks that differ by one block at most.
+
+    Args:
+        tensors: elements, and elements of a block, of each tensor.
+        words_for: the words for so many columns of 32 elements.
+        norm_dtype: of the norms, which words are padded to.
+        ranks: the number of ranks.
+    """
+    columns = [0, *itertools.accumulate(_columns(tensors))]
+    total, unit = len(columns) - 1, norm_dtype.itemsize // 4
+    blocks = [total * rank // ranks for rank in range(ranks + 1)]
+    words, means = [0], [0]
+    for first, last in itertools.pairwise(blocks):
+        units = -(-words_for(columns[last] - columns[first]) // unit)
+        words.append(words[-1] + units * unit)
+        means.append(means[-1] + FLAG + last - first + units)
+    of_rank: list[list[Run]] = [[] for _ in range(ranks)]
+    of_tensor: list[list[Run]] = [[] for _ in tensors]
+    begin = rank = 0
+    for tensor, (numel, block) in enumerate(tensors):
+        end, at = begin + -(-numel // block), begin
+        while at < end:
+            while blocks[rank + 1] <= at:
+                rank += 1
+            last = min(end, blocks[rank + 1])
+            run = (tensor, at - begin, last - begin, rank)
+            of_rank[rank].append(run)
+            of_tensor[tensor].append(run)
+            at = last
+        begin = end
+    return BlockSegments(
+        tuple(blocks), tuple(words), tuple(means),
+        tuple(map(tuple, of_rank)), tuple(map(tuple, of_tensor)),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=256)
+def columns_of_blocks(tensors: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """The columns of 32 elements that each block has, padded: ``uint8``."""
+    return torch.tensor(list(_columns(tensors)), dtype=torch.uint8, device=device)
+
+
+def _columns(tensors: tuple[tuple[int, int], ...]) -> Iterable[int]:
+    for numel, block in tensors:
+        yield from itertools.repeat(-(-block // 32), numel // block)
+        if numel % block:
+            yield -(-(numel % block) // 32)

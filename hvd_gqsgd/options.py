@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
+from hvd_gqsgd.codecs.block_bits import BlockBits
 
 __all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
 
@@ -27,6 +28,8 @@ Exchange = Literal["auto", "allreduce", "two_phase", "reduce_scatter"]
 Norm = Literal["max", "l2"]
 
 EXPONENTIAL_BITS = (4, 8)
+
+BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -47,7 +50,7 @@ class OptionsButBits(TypedDict, total=False):
 class OptionKeywords(OptionsButBits, total=False):
     """The options as keywords: ``**options: Unpack[OptionKeywords]``."""
 
-    bits: int | DynamicBits
+    bits: int | DynamicBits | BlockBits
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Options:
 
     Args:
         bits: lane width on the wire, from 2 to 16 bits per element; 4 or 8 for exponential
-            dithering. ``DynamicBits(...)`` chooses the width of each step, as in DQ-SGD.
+            dithering. ``DynamicBits(...)`` chooses the width of each step, as in DQ-SGD;
+            ``BlockBits(...)`` that of each block, by its global norm, in two phases.
         dither: ``"linear"`` has evenly spaced levels. ``"exponential"`` has levels each twice the
             one below, so that small elements keep their relative precision.
         exchange: ``"allreduce"`` sums codes as integers in an ordinary Allreduce, with
@@ -71,6 +75,7 @@ class Options:
             for ``allreduce`` over MPI only, to compare with the paper.
         norm: the norm of a block over all ranks: ``"max"``, its largest magnitude, or ``"l2"``.
         block_size: number of consecutive elements that share a norm; None for one norm per tensor.
+            ``BlockBits(block_size=...)`` has its own.
         correlated: whether the ranks draw their dither from strata of one shared number, so that
             their rounding errors cancel. If False, their dither is independent.
         seed: seed of the dither. The same seed and gradients give the same bits.
@@ -84,19 +89,19 @@ class Options:
         ValueError: an option is out of range, or does not go with another one.
     """
 
-    bits: int | DynamicBits = 8
+    bits: int | DynamicBits | BlockBits = 8
     dither: Dither = "linear"
     exchange: Exchange = "auto"
     norm: Norm = "max"
-    block_size: int | None = 1024
+    block_size: int | None = BLOCK_SIZE
     correlated: bool = True
     seed: int = 0
     min_numel: int = 4096
     bucket_mb: float = 25
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, DynamicBits):
-            check_int("bits", self.bits, MIN_BITS, MAX_BITS, "DynamicBits(...)")
+        if not isinstance(self.bits, DynamicBits | BlockBits):
+            check_int("bits", self.bits, MIN_BITS, MAX_BITS, "DynamicBits(...) or BlockBits(...)")
         check_choice("dither", self.dither, get_args(Dither))
         check_choice("exchange", self.exchange, get_args(Exchange))
         check_choice("norm", self.norm, get_args(Norm))
@@ -115,6 +120,8 @@ class Options:
             )
         if self.block_size is not None:
             check_int("block_size", self.block_size, 1, 2**31 - 1, "None (one norm per tensor)")
+        if isinstance(self.bits, BlockBits):
+            self._check_block_bits(self.bits)
         if not isinstance(self.correlated, bool):
             raise TypeError(f"correlated must be True or False, got {self.correlated!r}")
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
@@ -126,28 +133,48 @@ class Options:
             )
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
 
+    def _check_block_bits(self, bits: BlockBits) -> None:
+        if self.exchange not in ("auto", "two_phase"):
+            raise ValueError(
+                "exchange must be 'two_phase' or 'auto' for bits=BlockBits(...), whose codes are "
+                f"not added in their lanes, got {self.exchange!r}"
+            )
+        if self.block_size not in (BLOCK_SIZE, bits.block_size):
+            raise ValueError(
+                "block_size must be left out for bits=BlockBits(...), got "
+                f"{self.block_size}: pass BlockBits(block_size={self.block_size})"
+            )
+        object.__setattr__(self, "block_size", bits.block_size)
+
     @property
     def least_bits(self) -> int:
-        """The narrowest lanes that may come."""
-        return self.bits.min_bits if isinstance(self.bits, DynamicBits) else self.bits
+        """The narrowest lanes that ranks may agree on for a step."""
+        return self.bits.min_bits if isinstance(self.bits, DynamicBits) else self._lane_bits
 
     @property
     def most_bits(self) -> int:
-        """The widest lanes that may come."""
-        return self.bits.max_bits if isinstance(self.bits, DynamicBits) else self.bits
+        """The widest lanes that ranks may agree on for a step."""
+        return self.bits.max_bits if isinstance(self.bits, DynamicBits) else self._lane_bits
+
+    @property
+    def _lane_bits(self) -> int:
+        """The mean width that is aimed at, as a whole number."""
+        if isinstance(self.bits, DynamicBits):
+            return int(self.bits.budget)
+        return self.bits.lane_bits if isinstance(self.bits, BlockBits) else self.bits
 
     def exchange_for(self, world_size: int) -> Exchange:
         """``"allreduce"``, ``"two_phase"`` or ``"reduce_scatter"``: the one asked for, or to take.
 
-        Exponential codes cannot be added. Linear ones are, unless the lanes leave less than 31
-        levels a side to the ranks, and more without a sum to hold.
+        Exponential codes cannot be added, and codes of a width per block are not. Linear ones of
+        one width are, unless the lanes leave less than 31 levels a side to the ranks, and more
+        without a sum to hold.
         """
         if self.exchange != "auto":
             return self.exchange
-        if self.dither == "exponential":
+        if self.dither == "exponential" or isinstance(self.bits, BlockBits):
             return "two_phase"
-        bits = int(self.bits.budget) if isinstance(self.bits, DynamicBits) else self.bits
-        levels, of_one = (_levels(bits, ranks) for ranks in (world_size, 1))
+        levels, of_one = (_levels(self._lane_bits, ranks) for ranks in (world_size, 1))
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
 
     def describe(self, world_size: int) -> str:
@@ -155,7 +182,10 @@ class Options:
         exchange = self.exchange_for(world_size)
         summands = world_size if exchange == "allreduce" else 1
         bits = self.bits
-        widths = Schedule(bits).usable(summands) if isinstance(bits, DynamicBits) else [bits]
+        if isinstance(bits, DynamicBits):
+            widths = Schedule(bits).usable(summands)
+        else:
+            widths = [bits.min_bits, bits.max_bits] if isinstance(bits, BlockBits) else [bits]
         levels = sorted({_levels(width, summands) for width in (widths[0], widths[-1])})
         return f"{exchange} on {world_size} ranks, levels per side: {' to '.join(map(str, levels))}"
 

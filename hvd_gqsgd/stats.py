@@ -53,7 +53,7 @@ class Stats:
     slots_filled: int = 0
     """Operation slots under Horovod that no collective used; see ``engine/operation_slots.py``."""
     bits: int = 0
-    """Lane width of the last step."""
+    """Lane width of the last step; with ``BlockBits`` the budget, rounded up."""
 
     _warned = False
     _REASONS: ClassVar[dict[str, str]] = {

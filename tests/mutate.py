@@ -51,12 +51,14 @@ CUT_OFF = ("tests/test_norms.py -k test_values_beyond", 0)
 EXPONENTIAL = ("tests/test_exponential.py -k 'unbiased or worst_variance'", 0)
 COMBINED = ("tests/test_combine.py -k test_native_sums", 0)
 TWO_PHASE = ("tests/test_two_phase.py -k 'unbiased or dither_of_its_own'", 0)
+BLOCKS = ("tests/test_block_bits.py -k 'test_widths or test_same_bits'", 0)
 RANKS = ("tests/ranks/test_statistics.py", 2)
 SUMS = ("tests/ranks/test_allreduce.py -k test_linear_reductions", 2)
 JOIN = ("tests/ranks/test_join.py", 3)
 
 LINEAR = "native/core/linear.h"
 HASH = "native/core/hash.h"
+BLOCK_BITS = "native/core/block_bits.h"
 EXPONENTIAL_H = "native/core/exponential.h"
 NORMS = "native/cpu/norms_inl.h"
 LEVELS = "hvd_gqsgd/codecs/linear.py"
@@ -120,6 +122,10 @@ MUTANTS = [
            (OPERATORS, EXPONENTIAL)),
     Mutant("exponential: wrong probability of a sum", EXPONENTIAL_H,
            "same_sign ? apart : apart - 1", "apart", (COMBINED,)),
+    Mutant("widths per block: cut instead of rounded", BLOCK_BITS,
+           "offset + weight + (1 << (kWeightPlaces - 1))", "offset + weight", (BLOCKS,)),
+    Mutant("widths per block: norms that are not finite have codes", BLOCK_BITS,
+           "norm > 0 && is_finite_norm(norm)", "norm > 0", (BLOCKS,)),
     Mutant("Average is not divided", PROBE, "self.slots[0] / contributors",
            "self.slots[0]", (SUMS, RANKS)),
     Mutant("Sum is divided", PROBE, "return exact", "return 1 / world_size",

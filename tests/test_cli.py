@@ -275,7 +275,8 @@ def test_bench_allreduce() -> None:
     result = result_of("allreduce", "--largest", "0.0625", "--repeats", "2")
     assert result["ranks"] == 2
     for row in result["rows"]:
-        bits = {"fp32": 32, "fp16": 16, "4 bits": 4}.get(row["arm"], 8)
+        widths = {"fp32": 32, "fp16": 16, "4 bits": 4, "4 bits per block": 4}
+        bits = widths.get(row["arm"], 8)
         assert row["bytes"] * bits / 32 <= row["wire_bytes"] <= row["bytes"] * bits / 32 + 1500
         assert 0 < row["ms"] <= row["ms_p99"]
     assert {row["bytes"] for row in result["rows"]} == {4096, 16384, 65536}

@@ -16,7 +16,7 @@ from reference.kinds import LINEAR, Code, exponential, linear
 from reference.linear import levels
 from torch import Tensor
 
-from hvd_gqsgd import layout
+from hvd_gqsgd import BlockBits, layout
 from hvd_gqsgd._native import ops
 
 pytestmark = pytest.mark.launches
@@ -178,6 +178,51 @@ def test_two_phase(gpu: Gpu, dtype: torch.dtype, code: Code) -> None:
         decoded = Buffer(gpu, numel, dtype, offset)
         gpu.ops.dequantize_means(found.view, given[1], decoded.view, block, *code, first, last, 0.5)
         decoded.assert_same(out, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_widths_per_block(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Widths, codes at these widths, their means, whatever ranks have sent, and back."""
+    rng, norm_dtype = np.random.default_rng(0), layout.norm_dtype(dtype)
+    for i, (block, numel) in enumerate([(256, 5003), (96, 1500), (1024, 2060), (32, 3), (256, 0)]):
+        bits = BlockBits(2.5 + i, power=0.5 * (i % 4), max_bits=16, block_size=block)
+        x = several(rng, i, (1, numel), dtype)[0]
+        what, place = (block, numel), list(random_place(rng, 1, 2, True).values())
+        tensors = ((numel, block),)
+        segments = layout.block_segments(tensors, bits.words_for, norm_dtype, 2)
+        cut = segments.blocks, segments.words
+        runs = [number for run in segments.of_rank[1] for number in run]
+        norms = torch.empty(segments.blocks[-1], dtype=norm_dtype)
+        ops.block_max(x, block, norms)
+        columns = layout.columns_of_blocks(tensors, x.device)
+        received = torch.from_numpy(
+            rng.integers(-(2**31), 2**31, (3, cut[1][2] - cut[1][1])).astype(np.int32)
+        )
+        results: list[list[Buffer | Tensor]] = []
+        for lib, device in ((ops, "cpu"), gpu):
+            at = Gpu(lib, device)
+            buffers = [
+                Buffer(at, 2 * len(norms) + 1, torch.int32), Buffer(at, cut[1][-1], torch.int32),
+                Buffer(at, segments.means[2] - segments.means[1], norm_dtype),
+                Buffer(at, numel, dtype, int(rng.integers(0, 3))),
+            ]  # fmt: skip
+            plan, words, means, out = (buffer.view for buffer in buffers)
+            n, given = norms.to(device), x.to(device)
+            lib.block_widths(n, columns.to(device), *cut, *bits.rule, plan)
+            lib.quantize_blocks([given], n, plan, words, *cut, block, *place[:2], [7], 1, 2, True)
+            lib.requantize_blocks(
+                received.to(device), n, plan, means, [numel], [0], runs, *cut, 1, block,
+                *place[:2], [7],
+            )  # fmt: skip
+            means[:1] = 1
+            whole = means.new_zeros(segments.means[2])
+            whole[segments.means[1] :] = means
+            both = [number for run in segments.of_tensor[0] for number in run]
+            lib.dequantize_blocks(whole, n, plan, [out], [0], both, *cut, block, 0.5)
+            results.append([*buffers] if at.ops is gpu.ops else [b.view for b in buffers])
+        for found, expected in zip(results[1], results[0], strict=True):
+            assert isinstance(found, Buffer) and isinstance(expected, Tensor)
+            found.assert_same(expected, what)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -16,7 +16,7 @@ import torch
 from helpers import DTYPES, bits_of, from_bits, instruction_set
 from torch import Tensor
 
-from hvd_gqsgd import simulate
+from hvd_gqsgd import BlockBits, simulate
 from hvd_gqsgd._native import ops
 
 OPERATORS: list[tuple[dict[str, Any], str]] = [
@@ -27,6 +27,7 @@ OPERATORS: list[tuple[dict[str, Any], str]] = [
     ({"bits": 4, "exchange": "two_phase"}, "8da663d6bdaaf7b1"),
     ({"dither": "exponential", "block_size": 1500}, "8b2685215e3fadc9"),
     ({"dither": "exponential", "bits": 4, "norm": "l2"}, "539b96ba506cd642"),
+    ({"bits": BlockBits(4.5)}, "7e2e03ef48d1ff63"),
 ]
 
 

@@ -23,7 +23,7 @@ from reference import two_phase as reference_two_phase
 from strategies import DTYPES, LAYOUTS, layouts, magnitudes, operators, ranks
 from torch import Tensor
 
-from hvd_gqsgd import AgreementError, DynamicBits, layout, simulate
+from hvd_gqsgd import AgreementError, BlockBits, DynamicBits, layout, simulate
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs.bit_schedule import WORD_MAX, Schedule
 from hvd_gqsgd.engine.agreement import Ahead, WithNorms
@@ -199,6 +199,7 @@ LIED_TO = [
     {"norm": "l2"},
     {"bits": DynamicBits(6)},
     {"bits": DynamicBits(6, total_steps=10), "exchange": "two_phase"},
+    {"bits": BlockBits(4, block_size=64)},
 ]
 
 

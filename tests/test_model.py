@@ -84,6 +84,14 @@ def test_predictions_are_sane(preset: str, ranks: int, name: str) -> None:
         assert result["advice"].startswith("Take ")
 
 
+def test_of_two_as_fast_the_more_accurate_is_recommended() -> None:
+    """Widths per block in place of one width, for the same bytes but for norms."""
+    gradients = predict.gradients_of("resnet50")
+    for preset in ("1gbe", "200mbit"):
+        advice = model.recommend(gradients, 8, PRESETS[preset], 0.03, 0.07)
+        assert advice.startswith("Take 4 bits per block, two phases: ")
+
+
 def test_break_even() -> None:
     """Below it quantization is recommended, and above it is not."""
     gradients = predict.gradients_of("resnet50")

@@ -59,9 +59,9 @@ def test_accepted(name: str, values: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("bits", 1, "bits must be from 2 to 16 or DynamicBits(...), got 1"),
-        ("bits", 17, "bits must be from 2 to 16 or DynamicBits(...), got 17"),
-        ("bits", -8, "bits must be from 2 to 16 or DynamicBits(...), got -8"),
+        ("bits", 1, "bits must be from 2 to 16 or DynamicBits(...) or BlockBits(...), got 1"),
+        ("bits", 17, "bits must be from 2 to 16 or DynamicBits(...) or BlockBits(...), got 17"),
+        ("bits", -8, "bits must be from 2 to 16 or DynamicBits(...) or BlockBits(...), got -8"),
         ("block_size", 0, "block_size must be from 1 to 2147483647 or None"),
         ("block_size", -1, "(one norm per tensor), got -1"),
         ("block_size", 2**31, "got 2147483648"),
@@ -95,10 +95,10 @@ def test_out_of_range(name: str, value: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("bits", "8", "bits must be an int or DynamicBits(...), got '8'"),
-        ("bits", 8.0, "bits must be an int or DynamicBits(...), got 8.0"),
-        ("bits", True, "bits must be an int or DynamicBits(...), got True"),
-        ("bits", None, "bits must be an int or DynamicBits(...), got None"),
+        ("bits", "8", "bits must be an int or DynamicBits(...) or BlockBits(...), got '8'"),
+        ("bits", 8.0, "bits must be an int or DynamicBits(...) or BlockBits(...), got 8.0"),
+        ("bits", True, "bits must be an int or DynamicBits(...) or BlockBits(...), got True"),
+        ("bits", None, "bits must be an int or DynamicBits(...) or BlockBits(...), got None"),
         (
             "block_size",
             1024.0,

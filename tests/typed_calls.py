@@ -12,7 +12,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from hvd_gqsgd import DynamicBits, GlobalQSGD, allreduce, simulate
+from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, allreduce, simulate
 from hvd_gqsgd.frontends.ddp import DDPState, GQSGDState, ddp_hook
 from hvd_gqsgd.options import OptionKeywords
 
@@ -24,6 +24,7 @@ def accepted(model: torch.nn.parallel.DistributedDataParallel) -> None:
     GlobalQSGD()
     GlobalQSGD(4, seed=7, block_size=None)
     GlobalQSGD(bits=DynamicBits(5.0), named_parameters=model.named_parameters())
+    GlobalQSGD(BlockBits(4, power=1))
     mean: Tensor = simulate(X.view(1, 3), step=3, dither="exponential")
     array: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = simulate(np.ones((2, 3)), bits=4)
     mean = allreduce(X, None, "sum", out=mean, norm="l2")

@@ -21,8 +21,10 @@ __all__ = [
     "block_max",
     "block_max_each",
     "block_squares",
+    "block_widths",
     "combine",
     "dequantize",
+    "dequantize_blocks",
     "dequantize_each",
     "dequantize_means",
     "dequantize_means_each",
@@ -31,8 +33,10 @@ __all__ = [
     "instruction_sets",
     "l2_norms",
     "quantize",
+    "quantize_blocks",
     "quantize_each",
     "requantize",
+    "requantize_blocks",
     "requantize_each",
     "storage_use_counts",
     "sum_of_squares",
@@ -87,6 +91,25 @@ _library.define(
     "dequantize_means_each(Tensor means, Tensor norms, Tensor(a!)[] outs, int[] norm_starts, "
     "int[] runs, int? block_size, int kind, int bits, int levels, float scale) -> ()"
 )
+_library.define(
+    "block_widths(Tensor norms, Tensor columns, int[] blocks, int[] words, int power, int least, "
+    "int most, Tensor(a!) plan) -> ()"
+)
+_library.define(
+    "quantize_blocks(Tensor[] xs, Tensor norms, Tensor plan, Tensor(a!) words, int[] blocks, "
+    "int[] word_starts, int block_size, int seed, int step, int[] tensor_ids, int rank, "
+    "int world_size, bool correlated) -> ()"
+)
+_library.define(
+    "requantize_blocks(Tensor received, Tensor norms, Tensor plan, Tensor(a!) means, int[] numels, "
+    "int[] norm_starts, int[] runs, int[] blocks, int[] word_starts, int rank, int block_size, "
+    "int seed, int step, int[] tensor_ids) -> ()"
+)
+_library.define(
+    "dequantize_blocks(Tensor means, Tensor norms, Tensor plan, Tensor(a!)[] outs, "
+    "int[] norm_starts, int[] runs, int[] blocks, int[] word_starts, int block_size, float scale) "
+    "-> ()"
+)
 _library.define("sum_of_squares(Tensor x, Tensor(a!) sum) -> ()")
 _library.define("storage_use_counts(Tensor[] tensors) -> int[]")
 _library.define("kernel_table() -> int")
@@ -97,7 +120,8 @@ _library.define("use_instruction_set(str name) -> ()")
 for _name in (
     "block_max", "quantize", "dequantize", "block_squares", "l2_norms", "requantize",
     "dequantize_means", "combine", "sum_of_squares", "block_max_each", "quantize_each",
-    "dequantize_each", "requantize_each", "dequantize_means_each",
+    "dequantize_each", "requantize_each", "dequantize_means_each", "block_widths",
+    "quantize_blocks", "requantize_blocks", "dequantize_blocks",
 ):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
@@ -199,6 +223,32 @@ the words of the runs one behind the other.
 dequantize_means_each = _ops.dequantize_means_each.default
 """``dequantize_means_each(means, norms, outs, norm_starts, runs, block_size, kind, bits, levels,
 scale)``: ``dequantize_means`` of runs of tiles, as in ``requantize_each``, to ``outs``.
+"""
+
+block_widths = _ops.block_widths.default
+"""``block_widths(norms, columns, blocks, words, power, least, most, plan)``: the widths of the
+blocks of a bucket, from their global norms; ``native/core/block_bits.h`` has the rule.
+
+Blocks ``blocks[r]`` to ``blocks[r + 1]`` share the words ``words[r]`` to ``words[r + 1]`` of a
+message. ``columns`` (``uint8``) has the columns of each block, ``power`` is in units of 1/256.
+``plan`` (``int32``) gets the width of each block, the first word of each, and the end.
+"""
+
+quantize_blocks = _ops.quantize_blocks.default
+"""``quantize_blocks(xs, norms, plan, words, blocks, word_starts, block_size, seed, step,
+tensor_ids, rank, world_size, correlated)``: ``quantize_each`` at the widths of a plan, of which
+``blocks`` and ``word_starts``, here and below, are the segments.
+"""
+
+requantize_blocks = _ops.requantize_blocks.default
+"""``requantize_blocks(received, norms, plan, means, numels, norm_starts, runs, blocks, word_starts,
+rank, block_size, seed, step, tensor_ids)``: ``requantize_each`` for the segment ``rank``, whose
+means are a flag, a norm for each block, and its words. A run ends with the segment that it is of.
+"""
+
+dequantize_blocks = _ops.dequantize_blocks.default
+"""``dequantize_blocks(means, norms, plan, outs, norm_starts, runs, blocks, word_starts, block_size,
+scale)``: ``dequantize_means_each``, from the means of all segments.
 """
 
 storage_use_counts = _ops.storage_use_counts.default

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import layout
-from hvd_gqsgd._native import ops
+from hvd_gqsgd.bench.block_bits import block_norms, bytes_of_codes, levels_of_elements
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs import levels_for
 from hvd_gqsgd.codecs.bit_schedule import wire_bits
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import simulate
 
@@ -54,6 +55,7 @@ OPERATORS: list[tuple[str, dict[str, Any]]] = [
     ("two-phase linear", {"exchange": "two_phase"}),
     ("two-phase linear, l2", {"exchange": "two_phase", "norm": "l2"}),
     ("two-phase linear", {"exchange": "two_phase", "bits": 4}),
+    ("two-phase, widths per block", {"exchange": "two_phase", "bits": BlockBits(4)}),
     ("exponential, independent", {"dither": "exponential", "correlated": False}),
     ("exponential", {"dither": "exponential"}),
     ("exponential, tensor norm", {"dither": "exponential", "block_size": None}),
@@ -133,9 +135,8 @@ def measure(
 def variance_bound(rows: Tensor, **options: Any) -> Tensor:
     """Upper bound of each element's mean squared error: float64, of shape (d,)."""
     chosen, n = Options(**options), len(rows)
-    norm, s = _norms(rows, chosen), _levels(chosen, n)
-    x = rows.double()
-    if s:
+    norm, x, s = _norms(rows, chosen), rows.double(), _levels_of(rows, chosen)
+    if s is not None:
         step = norm / s
         first = step**2 * ((1 / 12 + 1 / (6 * n * n)) if chosen.correlated else 1 / (4 * n))
     else:
@@ -144,7 +145,7 @@ def variance_bound(rows: Tensor, **options: Any) -> Tensor:
         first = each.sum(0) / (n if chosen.correlated else n * n)
     if chosen.exchange_for(n) == "allreduce":
         return first
-    if s:
+    if s is not None:
         return first + (_reach(x, norm, norm / s, chosen) / s) ** 2 / 4
     return first + (x.mean(0) ** 2 + first) / 8 + lowest**2 / 4
 
@@ -169,13 +170,19 @@ def expected_variance(rows: Tensor, **options: Any) -> Tensor:
 
 
 def wire_bytes(
-    numels: Sequence[int], *, bits: int = 8, block_size: int | None = 1024,
+    numels: Sequence[int], *, bits: int | BlockBits = 8, block_size: int | None = 1024,
     two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
 ) -> int:  # fmt: skip
     """Bytes for a bucket of tensors of so many elements, of float64 if ``double``, as ``Stats``
     counts them, but without probes and filled slots.
     """
-    norm, word = 8 if double else 4, 4 if 32 % bits == 0 else 8
+    norm = 8 if double else 4
+    if isinstance(bits, BlockBits):
+        blocks = sum(-(-numel // bits.block_size) for numel in numels)
+        norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
+        codes = bytes_of_codes(numels, bits, norm_dtype, ranks)
+        return norm * (16 + blocks) + (8 * blocks if l2 else 0) + codes
+    word = 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)
     blocks, words, means = 0, 0, ranks * unit
     for numel in numels:
@@ -199,6 +206,14 @@ def _levels(options: Options, ranks: int) -> int:
     return levels_for(options.most_bits, in_lane)
 
 
+def _levels_of(rows: Tensor, options: Options) -> Tensor | int | None:
+    """s, of each element where blocks differ; None for exponential dithering."""
+    n, bits = len(rows), options.bits
+    if isinstance(bits, BlockBits):
+        return levels_of_elements(block_norms(rows, options), rows.shape[1], bits, n)
+    return _levels(options, n) or None
+
+
 def _lowest(options: Options) -> float:
     """The lowest level of exponential dithering, as a share of the norm."""
     return float(2.0 ** -(2 ** (options.most_bits - 1) - 2))
@@ -207,18 +222,9 @@ def _lowest(options: Options) -> float:
 def _norms(rows: Tensor, options: Options) -> Tensor:
     """The norm of each element's block over all ranks: float64, of shape (d,)."""
     numel = rows.shape[1]
-    block = options.block_size or max(numel, 1)
-    norms = torch.zeros((len(rows), -(-numel // block)), dtype=layout.norm_dtype(rows.dtype))
-    for x, out in zip(rows, norms, strict=True):
-        ops.block_max(x, block, out)
-    largest = norms.amax(0)
-    if options.norm == "l2":
-        squares = torch.zeros(norms.shape, dtype=torch.int64)
-        for x, into in zip(rows, squares, strict=True):
-            ops.block_squares(x, largest, into, block)
-        ops.l2_norms(largest, squares.sum(0))
     real = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    return largest.view(real).double().repeat_interleave(block)[:numel]
+    norms = block_norms(rows, options).view(real).double()
+    return norms.repeat_interleave(options.block_size or max(numel, 1))[:numel]
 
 
 def _reach(x: Tensor, norm: Tensor, step: Tensor, options: Options) -> Tensor:
@@ -263,14 +269,15 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
     chosen = Options(**options)
     squares = _squares(rows, trials, options).mean()
     expected = None if two_phase else expected_variance(rows, **options).mean()
+    bits = chosen.bits if isinstance(chosen.bits, BlockBits) else chosen.most_bits
     on_wire = wire_bytes(
-        [numel], bits=chosen.most_bits, block_size=chosen.block_size, two_phase=two_phase,
+        [numel], bits=bits, block_size=chosen.block_size, two_phase=two_phase,
         l2=chosen.norm == "l2", ranks=n,
     )  # fmt: skip
     return {
         "name": name,
         "bits": chosen.most_bits,
-        "levels": _levels(chosen, n) or None,
+        "levels": (isinstance(bits, int) and _levels(chosen, n)) or None,
         "wire_bits": 8 * on_wire / numel,
         "relative_error": float((squares / rows.double().mean(0).square().mean()).sqrt()),
         "mean_square": float(squares),

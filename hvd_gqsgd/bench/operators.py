@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from hvd_gqsgd.codecs.block_bits import BlockBits
+
 __all__ = ["ARMS", "DDP_ARMS", "FP16", "FP32", "OPERATORS", "OURS"]
 
 OPERATORS: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8},
     "4 bits": {"bits": 4},
+    "4 bits per block": {"bits": BlockBits(4)},
     "8 bits two-phase": {"bits": 8, "exchange": "two_phase"},
     "exponential": {"dither": "exponential"},
 }

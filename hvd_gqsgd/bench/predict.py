@@ -13,6 +13,7 @@ from typing import Any
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools.cost_model import (
+    BLOCKS_4,
     FP16,
     FP32,
     LINEAR_4,
@@ -36,6 +37,7 @@ ARMS = {
     "Horovod fp16": FP16,
     "GlobalQSGD 8 bits": LINEAR_8,
     "GlobalQSGD 4 bits": LINEAR_4,
+    "GlobalQSGD 4 bits per block": BLOCKS_4,
     "GlobalQSGD 8 bits two-phase": TWO_PHASE_8,
 }
 """The settings of arms of ``hvd-gqsgd bench step``."""

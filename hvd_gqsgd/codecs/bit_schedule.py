@@ -43,6 +43,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number
+from hvd_gqsgd.codecs.block_bits import BlockBits
 
 __all__ = ["WIDTHS", "DynamicBits", "FixedBits", "Schedule", "make_schedule", "wire_bits"]
 
@@ -360,6 +361,8 @@ def _word(value: int) -> int:
     return min(max(value, 1), WORD_MAX)
 
 
-def make_schedule(bits: int | DynamicBits) -> FixedBits | Schedule:
+def make_schedule(bits: int | DynamicBits | BlockBits) -> FixedBits | Schedule:
     """What chooses the widths that an option ``bits`` stands for."""
-    return Schedule(bits) if isinstance(bits, DynamicBits) else FixedBits(bits)
+    if isinstance(bits, DynamicBits):
+        return Schedule(bits)
+    return FixedBits(bits.lane_bits if isinstance(bits, BlockBits) else bits)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits, FixedBits, Schedule, make_schedule
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.agreement import Agreement
 
 __all__ = ["StepRecord", "Steps"]
@@ -71,11 +72,11 @@ class Steps:
     """Counts steps, and chooses the width of each from the gradients of the steps before.
 
     Args:
-        bits: a width, or how it follows the training.
+        bits: a width, how it follows the training, or how it follows the norms of blocks.
         step: number of the first step.
     """
 
-    def __init__(self, bits: int | DynamicBits, step: int = 0) -> None:
+    def __init__(self, bits: int | DynamicBits | BlockBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
         self._begin_records()

@@ -49,7 +49,9 @@ class AllreduceExchange(CodedExchange):
         message[: self._marks] = 0
         with terms.attempt():
             if terms.takes_part:
-                self._encode(bucket, terms, norms, message[self._marks :])
+                self.codec(terms.bits).encode(
+                    bucket.tensors, norms, message[self._marks :], terms.step, bucket.identities
+                )
                 if self._marks:
                     mark(message, self.rank)
         summed = yield Sum(name, message)

@@ -174,22 +174,16 @@ class CodedExchange(Exchange):
         codec, header = self.codec(terms.bits), self._header
         layout = bucket.layout(self.options.block_size, terms.bits)
         message = self._take(header + layout.num_norms, bucket.norm_dtype, bucket.device)
-        xs = [item.x for item in bucket.items]
         with terms.attempt():
-            codec.norms(xs, message[header:])
+            codec.norms(bucket.tensors, message[header:])
         norms = (yield Max("norms", message))[header:]
         if self.options.norm == "l2":
             squares = self._take(layout.num_norms, torch.int64, bucket.device)
             with terms.attempt():
                 if terms.takes_part:
-                    codec.squares(xs, norms, squares)
+                    codec.squares(bucket.tensors, norms, squares)
             summed = yield Sum("squares", squares)
             with terms.attempt():
                 if terms.takes_part:
                     codec.l2_norms(norms, summed)
         return norms
-
-    def _encode(self, bucket: Bucket, terms: Terms, norms: Tensor, words: Tensor) -> None:
-        """Writes the codes of all tensors, one behind the other, to ``words``."""
-        xs, identities = zip(*((item.x, item.identity) for item in bucket.items), strict=True)
-        self.codec(terms.bits).encode(xs, norms, words, terms.step, identities)

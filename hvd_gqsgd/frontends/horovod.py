@@ -30,6 +30,7 @@ from torch import Tensor
 from hvd_gqsgd.checks import check_number
 from hvd_gqsgd.codecs import check_device, check_plain, is_compressible
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
@@ -118,7 +119,8 @@ class GlobalQSGD(Compressor):
     All ranks must use the same options.
 
     Args:
-        bits: lane width on the wire in bits per element, or ``DynamicBits(...)``.
+        bits: lane width on the wire in bits per element, ``DynamicBits(...)`` or
+            ``BlockBits(...)``.
         named_parameters: ``model.named_parameters()``. With names, the order of gradients may
             differ between ranks. Without names, gradients are identified by their order, and ranks
             with another order are an error.
@@ -141,7 +143,7 @@ class GlobalQSGD(Compressor):
     @FRONT_END.documented
     def __init__(
         self,
-        bits: int | DynamicBits = 8,
+        bits: int | DynamicBits | BlockBits = 8,
         *,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         process_set: Any = None,

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 __all__ = [
+    "BLOCKS_4",
     "FP16",
     "FP32",
     "LINEAR_4",
@@ -113,6 +114,8 @@ class Setting:
     two_phase: bool = False
     quantized: bool = True
     block_size: int = 1024
+    gain: float = 1
+    """Squared error of one width in all blocks of 1024, to that of this setting."""
 
 
 FP32 = Setting("fp32", 32, quantized=False)
@@ -120,7 +123,8 @@ FP16 = Setting("fp16", 16, quantized=False)
 LINEAR_8 = Setting("8 bits", 8)
 TWO_PHASE_8 = Setting("8 bits, two phases", 8, two_phase=True)
 LINEAR_4 = Setting("4 bits, two phases", 4, two_phase=True)
-SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4)
+BLOCKS_4 = Setting("4 bits per block, two phases", 4, two_phase=True, block_size=256, gain=15)
+SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4, BLOCKS_4)
 """The settings that are compared."""
 
 BUCKET = 25 * 2**20
@@ -153,7 +157,7 @@ def relative_variance(setting: Setting, ranks: int) -> float:
     if not setting.quantized:
         return 0.0
     levels = ((1 << int(setting.bits)) - 1) // (2 * (1 if setting.two_phase else ranks))
-    return (2 if setting.two_phase else 1) / levels**2
+    return (2 if setting.two_phase else 1) / levels**2 / setting.gain
 
 
 def allreduce_seconds(bytes_: float, ranks: int, machine: Machine) -> float:

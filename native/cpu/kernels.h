@@ -3,6 +3,7 @@
 #pragma once
 
 #include "core/args.h"
+#include "core/block_bits.h"
 
 namespace gqsgd {
 
@@ -38,6 +39,24 @@ struct Kernels {
   void (*combine)(int bits, const void* from, void* to, uint64_t key, int64_t bytes);
   // Sum of the squares of x in double, in an order that is the same everywhere.
   double (*sum_of_squares)(DType, const void* x, int64_t numel);
+
+  // Widths of `blocks` blocks, of so many columns each, that share the words [begin, end) of a
+  // message, and where their words begin. Of `dtype`, only the arithmetic type counts.
+  void (*block_widths)(DType, const void* norms, const uint8_t* columns, int64_t blocks,
+                       const WidthRule&, int64_t begin, int64_t end, int32_t* widths,
+                       int32_t* starts);
+  // As the functions of the same names above, for blocks of the widths of a plan and of at most
+  // kTile elements, each a tile. Kind, bits and levels of the arguments are not looked at. Words
+  // that no block has become zero.
+  void (*quantize_blocks)(const CodeArgs&, const BlockPlan&, const void* x, uint64_t key,
+                          uint32_t offset, uint32_t* words, int64_t begin, int64_t end);
+  // The norms of the means, as shares of the global ones, go to `shares`, from block `first` on.
+  void (*requantize_blocks)(const CodeArgs&, const BlockPlan&, const Received& received,
+                            uint64_t key, void* shares, uint32_t* words, int64_t first,
+                            int64_t begin, int64_t end);
+  void (*dequantize_blocks)(const CodeArgs&, const BlockPlan&, const void* shares,
+                            const uint32_t* words, double scale, void* out, int64_t first,
+                            int64_t begin, int64_t end);
 };
 
 // The tables for each instruction set that this build holds and this processor runs, best last.

@@ -2,6 +2,7 @@
 // for each instruction set, which sets the compiler's target first; everything here and in what it
 // includes is local to that file.
 
+#include "block_bits_inl.h"
 #include "codes_inl.h"
 #include "kernels.h"
 #include "norms_inl.h"
@@ -89,9 +90,61 @@ double sum_of_squares_any(DType dtype, const void* x, int64_t numel) {
   return sum;
 }
 
+void block_widths_any(DType dtype, const void* norms, const uint8_t* columns, int64_t blocks,
+                      const WidthRule& rule, int64_t begin, int64_t end, int32_t* widths,
+                      int32_t* starts) {
+  with_real(dtype, [&](auto real) {
+    using Norm = typename Traits<decltype(real)>::Norm;
+    block_widths(static_cast<const Norm*>(norms), columns, blocks, rule, begin, end, widths,
+                 starts);
+  });
+}
+
+void quantize_blocks_any(const CodeArgs& args, const BlockPlan& plan, const void* x, uint64_t key,
+                         uint32_t offset, uint32_t* words, int64_t begin, int64_t end) {
+  with_type(args.dtype, [&](auto type) {
+    quantize_blocks(args, plan, static_cast<const decltype(type)*>(x), key, offset, words, begin,
+                    end);
+  });
+}
+
+void requantize_blocks_any(const CodeArgs& args, const BlockPlan& plan, const Received& received,
+                           uint64_t key, void* shares, uint32_t* words, int64_t first,
+                           int64_t begin, int64_t end) {
+  with_real(args.dtype, [&](auto real) {
+    using Real = decltype(real);
+    using Norm = typename Traits<Real>::Norm;
+    requantize_blocks<Real>(args, plan, received, key, static_cast<Norm*>(shares), words, first,
+                            begin, end);
+  });
+}
+
+void dequantize_blocks_any(const CodeArgs& args, const BlockPlan& plan, const void* shares,
+                           const uint32_t* words, double scale, void* out, int64_t first,
+                           int64_t begin, int64_t end) {
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    using Norm = typename Traits<T>::Norm;
+    dequantize_blocks(args, plan, static_cast<const Norm*>(shares), words, scale,
+                      static_cast<T*>(out), first, begin, end);
+  });
+}
+
 constexpr Kernels make_table(const char* name) {
-  return {name,           block_max_any,  block_squares_any,    l2_norms_any, quantize_any,
-          dequantize_any, requantize_any, dequantize_means_any, combine_any,  sum_of_squares_any};
+  return {name,
+          block_max_any,
+          block_squares_any,
+          l2_norms_any,
+          quantize_any,
+          dequantize_any,
+          requantize_any,
+          dequantize_means_any,
+          combine_any,
+          sum_of_squares_any,
+          block_widths_any,
+          quantize_blocks_any,
+          requantize_blocks_any,
+          dequantize_blocks_any};
 }
 
 }  // namespace

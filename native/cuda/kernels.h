@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include "core/args.h"
+#include "core/block_bits.h"
 
 namespace gqsgd {
 
@@ -29,6 +30,17 @@ struct CudaKernels {
   void combine(int bits, const void* from, void* to, uint64_t key, int64_t bytes) const;
   // To *sum; `parts` is memory for one double for each kSquaresPart elements.
   void sum_of_squares(DType, const void* x, int64_t numel, double* parts, double* sum) const;
+  void block_widths(DType, const void* norms, const uint8_t* columns, int64_t blocks,
+                    const WidthRule&, int64_t begin, int64_t end, int32_t* widths,
+                    int32_t* starts) const;
+  void quantize_blocks(const CodeArgs&, const BlockPlan&, const void* x, uint64_t key,
+                       uint32_t offset, uint32_t* words, int64_t begin, int64_t end) const;
+  void requantize_blocks(const CodeArgs&, const BlockPlan&, const Received& received, uint64_t key,
+                         void* shares, uint32_t* words, int64_t first, int64_t begin,
+                         int64_t end) const;
+  void dequantize_blocks(const CodeArgs&, const BlockPlan&, const void* shares,
+                         const uint32_t* words, double scale, void* out, int64_t first,
+                         int64_t begin, int64_t end) const;
 };
 
 }  // namespace gqsgd

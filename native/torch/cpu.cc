@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "torch/block_ops.h"
 #include "torch/bucket_ops.h"
 #include "torch/built_for.h"
 #include "torch/checked_ops.h"
@@ -96,6 +97,7 @@ void use_instruction_set(std::string name) {
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CPU, m) {
   gqsgd::CheckedOps<Cpu>::register_all(m);
   gqsgd::BucketOps<Cpu>::register_all(m);
+  gqsgd::BlockOps<Cpu>::register_all(m);
   m.impl("sum_of_squares", &sum_of_squares);
 }
 

@@ -2,6 +2,7 @@
 // enqueued on the current stream, and the host waits for nothing.
 #include <ATen/ops/empty.h>
 
+#include "torch/block_ops.h"
 #include "torch/bucket_ops.h"
 #include "torch/built_for.h"
 #include "torch/checked_ops.h"
@@ -25,5 +26,6 @@ void sum_of_squares(const Tensor& x, Tensor sum) {
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CUDA, m) {
   gqsgd::CheckedOps<gqsgd::Cuda>::register_all(m);
   gqsgd::BucketOps<gqsgd::Cuda>::register_all(m);
+  gqsgd::BlockOps<gqsgd::Cuda>::register_all(m);
   m.impl("sum_of_squares", &sum_of_squares);
 }

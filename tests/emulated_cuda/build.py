@@ -21,7 +21,8 @@ NATIVE = HERE.parents[1] / "native"
 KERNELS = sorted((NATIVE / "cuda").glob("*.cu"))
 OPS = (
     "block_max", "block_squares", "l2_norms", "quantize", "dequantize", "requantize",
-    "dequantize_means", "combine", "sum_of_squares",
+    "dequantize_means", "combine", "sum_of_squares", "block_widths", "quantize_blocks",
+    "requantize_blocks", "dequantize_blocks",
 )  # fmt: skip
 
 FLAGS = [

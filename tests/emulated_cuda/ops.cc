@@ -1,5 +1,6 @@
 // The ops of native/torch/cuda.cc on emulated CUDA, for tensors on the CPU.
 #include "emulated_device.h"
+#include "torch/block_ops.h"
 #include "torch/checked_ops.h"
 
 namespace {
@@ -17,5 +18,6 @@ void sum_of_squares(const Tensor& x, Tensor sum) {
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd_emulated, CPU, m) {
   gqsgd::CheckedOps<gqsgd::Emulated>::register_all(m);
+  gqsgd::BlockOps<gqsgd::Emulated>::register_all(m);
   m.impl("sum_of_squares", &sum_of_squares);
 }

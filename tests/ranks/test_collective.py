@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from helpers import assert_same_on_all_ranks, gradients
 
-from hvd_gqsgd import AgreementError, DynamicBits, allreduce, simulate
+from hvd_gqsgd import AgreementError, BlockBits, DynamicBits, allreduce, simulate
 
 SIZES = [0, 1, 3, 1023, 300_001]
 OPERATORS = [
@@ -22,6 +22,7 @@ OPERATORS = [
     {"norm": "l2"},
     {"norm": "l2", "dither": "exponential"},
     {"bits": 4, "seed": -3},
+    {"bits": BlockBits(4)},
 ]
 LANES = [
     {"bits": 16, "correlated": False, "block_size": None},

@@ -13,14 +13,16 @@ from helpers import assert_same_on_all_ranks, backward, batch, gradients, mlp
 from hooked import Given, gradient, wrap
 from torch import nn
 
-from hvd_gqsgd import AgreementError, DDPState, DynamicBits, GlobalQSGD, simulate
+from hvd_gqsgd import AgreementError, BlockBits, DDPState, DynamicBits, GlobalQSGD, simulate
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("the same as under mpirun", allow_module_level=True)
 
 
 @pytest.mark.parametrize("numel", [1, 3, 1023, 300_001])
-@pytest.mark.parametrize("options", [{}, {"exchange": "two_phase"}, {"dither": "exponential"}])
+@pytest.mark.parametrize("options", [
+    {}, {"exchange": "two_phase"}, {"dither": "exponential"}, {"bits": BlockBits(4)},
+], ids=str)  # fmt: skip
 def test_the_bits_of_simulate(new_state, rank, size, options, numel):
     model = Given(numel)
     wrapped = wrap(model, new_state(**options))

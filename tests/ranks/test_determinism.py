@@ -13,12 +13,15 @@ import torch
 from helpers import assert_same_on_all_ranks, gradients
 from torch import nn
 
-from hvd_gqsgd import GlobalQSGD, allreduce, simulate
+from hvd_gqsgd import BlockBits, GlobalQSGD, allreduce, simulate
 from hvd_gqsgd._native import ops
 
 pytestmark = pytest.mark.few
 
-OPERATORS = [{}, {"exchange": "two_phase"}, {"dither": "exponential"}, {"norm": "l2"}]
+OPERATORS = [
+    {}, {"exchange": "two_phase"}, {"dither": "exponential"}, {"norm": "l2"},
+    {"bits": BlockBits(4)},
+]  # fmt: skip
 # The first one has work for two threads, which take about 65536 elements each.
 NUMELS = (70_001, 9000, 5000)
 SETS = ops.instruction_sets()

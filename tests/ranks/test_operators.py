@@ -7,15 +7,19 @@ import pytest
 import torch
 from helpers import assert_same_on_all_ranks, backward, gradients, mlp
 
-from hvd_gqsgd import DynamicBits, GlobalQSGD, simulate
+from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, simulate
 
 OPERATORS = [
     {"exchange": "two_phase"}, {"exchange": "two_phase", "bits": 5},
     {"exchange": "two_phase", "bits": 16, "norm": "l2"}, {"norm": "l2"},
     {"dither": "exponential"}, {"dither": "exponential", "bits": 4, "block_size": None},
     {"dither": "exponential", "norm": "l2", "correlated": False, "block_size": 100},
+    {"bits": BlockBits(4)}, {"bits": BlockBits(5, block_size=96), "norm": "l2"},
 ]  # fmt: skip
-TWO_PHASE = [{"exchange": "two_phase"}, {"dither": "exponential", "bits": 4}]
+TWO_PHASE = [
+    {"exchange": "two_phase"}, {"dither": "exponential", "bits": 4},
+    {"bits": BlockBits(4, block_size=1024)},
+]  # fmt: skip
 
 
 @pytest.mark.core

@@ -1,0 +1,52 @@
+"""Norms of blocks, and levels and bytes of widths per block, for ``hvd_gqsgd.bench.error``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd import layout
+from hvd_gqsgd._native import ops
+from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.options import Options
+
+__all__ = ["block_norms", "bytes_of_codes", "levels_of_elements"]
+
+
+def block_norms(rows: Tensor, options: Options) -> Tensor:
+    """The bits of the norm of each block over all ranks."""
+    numel = rows.shape[1]
+    block = options.block_size or max(numel, 1)
+    norms = torch.zeros((len(rows), -(-numel // block)), dtype=layout.norm_dtype(rows.dtype))
+    for x, out in zip(rows, norms, strict=True):
+        ops.block_max(x, block, out)
+    largest = norms.amax(0)
+    if options.norm == "l2":
+        squares = torch.zeros(norms.shape, dtype=torch.int64)
+        for x, into in zip(rows, squares, strict=True):
+            ops.block_squares(x, largest, into, block)
+        ops.l2_norms(largest, squares.sum(0))
+    return largest
+
+
+def levels_of_elements(norms: Tensor, numel: int, bits: BlockBits, ranks: int) -> Tensor:
+    """The levels per side of each element of a tensor, given the global ``norms`` of its blocks;
+    1 for the elements of blocks without a width: float64, of shape (d,)."""
+    tensors = ((numel, bits.block_size),)
+    segments = layout.block_segments(tensors, bits.words_for, norms.dtype, ranks)
+    plan = torch.empty(2 * len(norms) + 1, dtype=torch.int32)
+    columns = layout.columns_of_blocks(tensors, norms.device)
+    ops.block_widths(norms, columns, segments.blocks, segments.words, *bits.rule, plan)
+    levels = (2.0 ** (plan[: len(norms)].double() - 1) - 1).clamp(min=1)
+    return levels.repeat_interleave(bits.block_size)[:numel]
+
+
+def bytes_of_codes(
+    numels: Sequence[int], bits: BlockBits, norm_dtype: torch.dtype, ranks: int
+) -> int:
+    """Bytes of the codes and the means of a bucket, as ``Stats`` counts them."""
+    tensors = tuple((numel, bits.block_size) for numel in numels)
+    segments = layout.block_segments(tensors, bits.words_for, norm_dtype, ranks)
+    return 4 * segments.words[-1] // 2 + norm_dtype.itemsize * segments.means[-1] // 2

@@ -1,0 +1,270 @@
+// Blocks of different widths; see core/block_bits.h. Included by kernels_inl.h alone.
+#pragma once
+
+#include "codes_inl.h"
+#include "core/block_bits.h"
+
+namespace gqsgd {
+namespace {
+
+// Columns that are packed at once.
+constexpr int kVector = 8;
+using Lanes = uint32_t __attribute__((vector_size(kVector * sizeof(uint32_t))));
+
+// By reference: without AVX, how such a vector is returned is not the same everywhere.
+GQSGD_INLINE void load_lanes(const uint32_t* from, Lanes& lanes) {
+  memcpy(&lanes, from, sizeof(lanes));
+}
+
+template <int kWidth>
+GQSGD_INLINE void pack_columns(const uint32_t* __restrict lanes, int32_t columns,
+                               uint32_t* __restrict words) {
+  for (int32_t j = 0; j < columns; j += kVector) {
+    Lanes word = {};
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i) {
+      const int shift = i * kWidth % 32;
+      Lanes lane;
+      load_lanes(lanes + i * columns + j, lane);
+      word |= lane << shift;
+      if (shift + kWidth >= 32) {
+        memcpy(words + i * kWidth / 32 * columns + j, &word, sizeof(word));
+        word = shift + kWidth > 32 ? lane >> (32 - shift) : Lanes{};
+      }
+    }
+  }
+}
+
+template <int kWidth>
+GQSGD_INLINE void add_columns(const uint32_t* __restrict words, int32_t columns,
+                              uint32_t* __restrict sums) {
+  for (int32_t j = 0; j < columns; j += kVector) {
+    Lanes word, sum;
+    load_lanes(words + j, word);
+#pragma GCC unroll 32
+    for (int i = 0; i < kRows; ++i) {
+      const int shift = i * kWidth % 32;
+      Lanes lane = word >> shift;
+      if (shift + kWidth >= 32 && i + 1 < kRows) {
+        load_lanes(words + (i * kWidth / 32 + 1) * columns + j, word);
+        if (shift + kWidth > 32) lane |= word << (32 - shift);
+      }
+      load_lanes(sums + i * columns + j, sum);
+      sum += lane & ((1u << kWidth) - 1);
+      memcpy(sums + i * columns + j, &sum, sizeof(sum));
+    }
+  }
+}
+
+// f(width as a constant)
+template <class F>
+GQSGD_INLINE void with_width(int32_t width, F f) {
+#define GQSGD_WIDTH(w) \
+  case w:              \
+    return f(std::integral_constant<int, w>{});
+  switch (width) {
+    GQSGD_WIDTH(2)
+    GQSGD_WIDTH(3)
+    GQSGD_WIDTH(4)
+    GQSGD_WIDTH(5)
+    GQSGD_WIDTH(6)
+    GQSGD_WIDTH(7)
+    GQSGD_WIDTH(8)
+    GQSGD_WIDTH(9)
+    GQSGD_WIDTH(10)
+    GQSGD_WIDTH(11)
+    GQSGD_WIDTH(12)
+    GQSGD_WIDTH(13)
+    GQSGD_WIDTH(14)
+    GQSGD_WIDTH(15)
+    GQSGD_WIDTH(16)
+  }
+#undef GQSGD_WIDTH
+}
+
+void pack_block(const uint32_t* lanes, int32_t columns, int32_t width, uint32_t* words) {
+  if (columns % kVector == 0) {
+    return with_width(width,
+                      [&](auto w) { pack_columns<decltype(w)::value>(lanes, columns, words); });
+  }
+  for (int32_t k = 0; k < width; ++k) {
+    for (int32_t j = 0; j < columns; ++j) {
+      words[k * columns + j] = packed_word(lanes, columns, k, j, width);
+    }
+  }
+}
+
+// Adds the lanes of one rank; the sums are in the order of the elements.
+void add_block(const uint32_t* words, int32_t columns, int32_t width, uint32_t* sums) {
+  if (columns % kVector == 0) {
+    return with_width(width,
+                      [&](auto w) { add_columns<decltype(w)::value>(words, columns, sums); });
+  }
+  for (int32_t i = 0; i < kRows; ++i) {
+    for (int32_t j = 0; j < columns; ++j) {
+      sums[i * columns + j] += unpacked_lane(words, columns, i, j, width);
+    }
+  }
+}
+
+// The words of all blocks at an offset.
+GQSGD_INLINE int64_t words_at(int32_t offset, const int32_t* __restrict weights,
+                              const uint8_t* __restrict columns, int64_t blocks, WidthRule rule) {
+  constexpr int64_t kRun = 4096;  // sums of so many fit 32 bits
+  int64_t total = 0;
+  for (int64_t first = 0; first < blocks; first += kRun) {
+    const int64_t last = first + kRun < blocks ? first + kRun : blocks;
+    int32_t sum = 0;
+    for (int64_t b = first; b < last; ++b) sum += columns[b] * width_at(weights[b], offset, rule);
+    total += sum;
+  }
+  return total;
+}
+
+template <class Norm>
+void block_widths(const Norm* __restrict norms, const uint8_t* __restrict columns, int64_t blocks,
+                  WidthRule rule, int64_t begin, int64_t end, int32_t* __restrict widths,
+                  int32_t* __restrict starts) {
+  // Until the end, `widths` has the weights.
+  int32_t smallest = 0, largest = kNoWeight;
+  for (int64_t b = 0; b < blocks; ++b) {
+    const int32_t weight = block_weight(norms[b], rule.power);
+    widths[b] = weight;
+    smallest = weight < smallest && weight != kNoWeight ? weight : smallest;
+    largest = weight > largest ? weight : largest;
+  }
+  if (largest == kNoWeight) largest = smallest;
+  const int32_t offset = best_offset(smallest, largest, rule, end - begin, [&](int32_t at) {
+    return words_at(at, widths, columns, blocks, rule);
+  });
+  // What is left goes to the blocks that are the next to become wider, as far as it goes.
+  int64_t left = end - begin - words_at(offset, widths, columns, blocks, rule), at = begin;
+  for (int64_t b = 0; b < blocks; ++b) {
+    int32_t width = width_at(widths[b], offset, rule);
+    if (width_at(widths[b], offset + 1, rule) > width) {
+      left -= columns[b];
+      width += left >= 0;
+    }
+    widths[b] = width;
+    starts[b] = static_cast<int32_t>(at);
+    at += int64_t{width} * columns[b];
+  }
+}
+
+// Lanes in the order of the elements, those behind the last one with the code 0.
+template <class T, class Code, class Grid>
+GQSGD_INLINE void encode_block(const T* __restrict x, int64_t size, int32_t columns,
+                               const Code& code, Grid grid, uint64_t keyed, uint32_t offset,
+                               uint32_t* __restrict lanes) {
+  constexpr int kRun = 2 * kPair;
+  int64_t first = 0;
+  for (; first + kRun <= size; first += kRun) {
+    const T* __restrict in = x + first;
+    uint32_t* __restrict to = lanes + first;
+    prefetch(in, kTile * int64_t{sizeof(T)}, kRun * int64_t{sizeof(T)});
+    for (int j = 0; j < kPair; ++j) {
+      const uint32_t bits =
+          hash_bits(keyed, static_cast<uint32_t>(first) + static_cast<uint32_t>(j));
+      const int32_t c = code.encode(load(in[j]), grid, bits + offset);
+      const int32_t d = code.encode(load(in[j + kPair]), grid, second_of_pair(bits) + offset);
+      to[j] = static_cast<uint32_t>(c + code.levels);
+      to[j + kPair] = static_cast<uint32_t>(d + code.levels);
+    }
+  }
+  for (; first < size; ++first) {
+    const uint32_t drawn = dither_bits(keyed, static_cast<uint32_t>(first)) + offset;
+    lanes[first] = static_cast<uint32_t>(code.encode(load(x[first]), grid, drawn) + code.levels);
+  }
+  for (; first < int64_t{kRows} * columns; ++first) lanes[first] = code.levels;
+}
+
+GQSGD_INLINE void clear_words(uint32_t* words, int64_t count) {
+  memset(words, 0, static_cast<size_t>(count) * sizeof(*words));
+}
+
+template <class T>
+void quantize_blocks(const CodeArgs& args, const BlockPlan& plan, const T* x, uint64_t key,
+                     uint32_t offset, uint32_t* words, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  const Layout layout{args.numel, args.block, 1};
+  for (int64_t b = begin; b < end; ++b) {
+    const Layout::Tile tile = layout.tile(b);
+    const int32_t columns = columns_of(tile.size);
+    const BlockPlan::Place place = plan.place(b, columns);
+    uint32_t* out = words + place.start;
+    if (place.width) {
+      alignas(kLine) uint32_t lanes[kTile];
+      const auto norm = static_cast<const typename Traits<T>::Norm*>(args.norms)[b];
+      const LinearCode<Real> code = block_code<Real>(place.width);
+      encode_block(x + tile.begin, tile.size, columns, code, code.grid(bit_cast<Real>(norm)),
+                   tile_key(key, static_cast<uint64_t>(b)), offset, lanes);
+      pack_block(lanes, columns, place.width, out);
+    }
+    if (place.unused) clear_words(out + int64_t{place.width} * columns, place.unused);
+  }
+}
+
+template <class Real>
+void requantize_blocks(const CodeArgs& args, const BlockPlan& plan, const Received& received,
+                       uint64_t key, decltype(bits_of(Real{}))* shares, uint32_t* words,
+                       int64_t first_block, int64_t begin, int64_t end) {
+  using Norm = decltype(bits_of(Real{}));
+  const Layout layout{args.numel, args.block, 1};
+  for (int64_t b = begin; b < end; ++b) {
+    const Layout::Tile tile = layout.tile(b);
+    const int32_t columns = columns_of(tile.size);
+    const BlockPlan::Place place = plan.place(b, columns);
+    uint32_t* out = words + place.start;
+    Norm largest = 0;
+    if (place.width) {
+      const LinearCode<Real> code = block_code<Real>(place.width);
+      const Real ratio = static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks)));
+      const uint32_t bias = static_cast<uint32_t>(code.levels * received.ranks);
+      alignas(kLine) uint32_t sums[kTile];
+      for (int64_t i = 0; i < int64_t{kRows} * columns; ++i) sums[i] = 0u - bias;
+      for (int64_t rank = 0; rank < received.ranks; ++rank) {
+        const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
+        add_block(in + place.start, columns, place.width, sums);
+      }
+      alignas(kLine) Real mean[kTile];
+      for (int64_t i = 0; i < tile.size; ++i) {
+        mean[i] = static_cast<Real>(static_cast<int32_t>(sums[i])) * ratio;
+        const Norm bits = magnitude(mean[i]);
+        largest = bits > largest ? bits : largest;
+      }
+      encode_block(mean, tile.size, columns, code, code.grid(bit_cast<Real>(largest)),
+                   tile_key(key, static_cast<uint64_t>(b)), 0, sums);
+      pack_block(sums, columns, place.width, out);
+    }
+    shares[b - first_block] = largest;
+    if (place.unused) clear_words(out + int64_t{place.width} * columns, place.unused);
+  }
+}
+
+template <class T>
+void dequantize_blocks(const CodeArgs& args, const BlockPlan& plan,
+                       const typename Traits<T>::Norm* shares, const uint32_t* words, double scale,
+                       T* out, int64_t first_block, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  const Layout layout{args.numel, args.block, 1};
+  decode_tiles(args, layout, out, begin, end,
+               [&](int64_t b, const Layout::Tile& tile, Real norm, bool streamed) {
+                 const int32_t columns = columns_of(tile.size);
+                 const BlockPlan::Place place = plan.place(b, columns);
+                 alignas(kLine) uint32_t sums[kTile];
+                 const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
+                 const uint32_t bias = static_cast<uint32_t>(place.width ? code.levels : 0);
+                 for (int64_t i = 0; i < int64_t{kRows} * columns; ++i) sums[i] = 0u - bias;
+                 if (place.width) add_block(words + place.start, columns, place.width, sums);
+                 const Real ratio = static_cast<Real>(code.ratio(scale));
+                 const Real share = place.width ? bit_cast<Real>(shares[b - first_block]) : Real(0);
+                 const uint32_t* __restrict from = sums;
+                 store_run(out + tile.begin, tile.size, streamed, [=](int64_t j) {
+                   const Real c = static_cast<Real>(static_cast<int32_t>(from[j]));
+                   return ((c * ratio) * share) * norm;
+                 });
+               });
+}
+
+}  // namespace
+}  // namespace gqsgd

@@ -1,0 +1,143 @@
+"""Widths per block in plain NumPy: ``two_phase.py`` goes on here.
+
+The rule of DQ-SGD (arXiv 2107.14575), levels in proportion to a power of the norm, for blocks. With
+l(M) the logarithm of a norm to the base 2, linear between powers of two and cut to 8 binary places,
+a block has the width
+
+    w = floor(c + power * l(M) + 1/2), at least ``least`` and at most ``most``
+
+and none if M is 0 or not finite. A segment of a bucket has so many words. c is the largest multiple
+of 2^-8 at which the words of its blocks are no more than that. What is left widens, by one bit
+each, the blocks that would be wider at the next c: in their order, until one does not fit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from reference.linear import (
+    Array,
+    codes,
+    dither,
+    dither_stream,
+    floats,
+    narrow,
+    places,
+    shared_norms,
+)
+from reference.two_phase import REQUANTIZE_STREAM
+
+__all__ = ["Rule", "codes", "columns_of", "dither", "mean", "pack_block", "widths"]
+
+UNIT = 256
+ROWS = 32
+
+
+class Rule(NamedTuple):
+    """The budget in bits, the power, and the least and the largest width."""
+
+    budget: float
+    power: float
+    least: int
+    most: int
+
+
+def columns_of(numel: int, block_size: int) -> Array:
+    """Columns of 32 elements that each block fills, the last one perhaps not whole."""
+    sizes = np.bincount(np.arange(numel) // block_size)
+    return -(-sizes // ROWS)
+
+
+def widths(norms: Array, columns: Array, words: int, rule: Rule) -> Array:
+    """The width of each block of one segment."""
+    places_of_norm = 23 if norms.dtype == np.int32 else 52
+    origin = 127 if norms.dtype == np.int32 else 1023
+    logs = [int(norm) * UNIT // 2**places_of_norm - origin * UNIT for norm in norms]
+    weights = np.array([log * round(rule.power * 256) // 256 for log in logs], np.int64)
+    used = (norms > 0) & np.isfinite(floats(norms))
+
+    def at(offset: int) -> Array:
+        wanted = np.floor((offset + weights) / UNIT + 0.5).astype(np.int64)
+        return np.where(used, np.clip(wanted, rule.least, rule.most), 0)
+
+    # From where all blocks have the least width to where all have the largest one.
+    spread = 1 + int(abs(weights).max(initial=0)) + 20 * UNIT
+    low, high = -spread, spread
+    while high - low > 1:
+        middle = (low + high) // 2
+        if (at(middle) * columns).sum() <= words:
+            low = middle
+        else:
+            high = middle
+    chosen, left = at(low), words - int((at(low) * columns).sum())
+    for block in np.flatnonzero(at(low + 1) > chosen):
+        left -= columns[block]
+        if left < 0:
+            break
+        chosen[block] += 1
+    return chosen
+
+
+def pack_block(lanes: Array, width: int) -> Array:
+    """The words of a block's lanes (``int32``): 32 lanes of a column fill ``width`` words."""
+    columns = -(-lanes.size // ROWS)
+    words = np.zeros((width, columns), np.uint32)
+    for column in range(columns):
+        number = sum(int(lanes[row * columns + column]) << row * width for row in range(ROWS))
+        for word in range(width):
+            words[word, column] = number >> 32 * word & 0xFFFFFFFF
+    return words.ravel().view(np.int32)
+
+
+def _segments(columns: Array, ranks: int, rule: Rule, norm_size: int) -> list[tuple[Array, int]]:
+    """The blocks of each rank, and their words: whole units of the size of a norm."""
+    cuts = [len(columns) * rank // ranks for rank in range(ranks + 1)]
+    parts = []
+    for first, last in itertools.pairwise(cuts):
+        words = round(rule.budget * 1024) * int(columns[first:last].sum()) // 1024
+        parts.append((np.arange(first, last), -(-words * 4 // norm_size) * norm_size // 4))
+    return parts
+
+
+def _encode(x: Array, norms: Array, width: Array, xi: Array) -> Array:
+    """Codes of elements on norms and at widths of their own; 0 without a width."""
+    out = np.zeros(x.size, np.int64)
+    for w in np.unique(width[width > 0]):
+        at = width == w
+        out[at] = codes(x[at], norms[at], 1, (1 << (w - 1)) - 1, xi[at], int(w))
+    return out
+
+
+def mean(
+    rows: Array, rule: Rule, *, block_size: int, correlated: bool, seed: int, step: int,
+    tensor_id: int, norm: str = "max",
+) -> Array:  # fmt: skip
+    """The whole of it: what n ranks, with one row each, decode of a bucket of one tensor."""
+    n, numel = rows.shape
+    shared = shared_norms(rows, block_size, norm)
+    columns = columns_of(numel, block_size)
+    width_of_block = np.zeros(len(columns), np.int64)
+    for blocks, words in _segments(columns, n, rule, shared.itemsize):
+        width_of_block[blocks] = widths(shared[blocks], columns[blocks], words, rule)
+    block = places(numel, block_size, 8).block
+    width, maxima = width_of_block[block], floats(shared)[block]
+    real = maxima.dtype.type
+    levels = np.maximum((1 << np.maximum(width - 1, 0)) - 1, 1)
+
+    at: dict[str, Any] = {"seed": seed, "step": step, "tensor_id": tensor_id}
+    total = np.zeros(numel, np.int64)
+    for rank, x in enumerate(rows):
+        xi = dither(numel, block_size, rank=rank, world_size=n, correlated=correlated, **at)
+        total += _encode(x, shared[block], width, xi)
+    average = total.astype(real) * (1 / n / levels).astype(real)
+
+    largest = np.zeros(len(columns), real)
+    np.maximum.at(largest, block, abs(average))
+    xi = dither_stream(numel, block_size, stream=REQUANTIZE_STREAM, **at)
+    again = _encode(average, largest.view(shared.dtype)[block], width, xi)
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = ((again.astype(real) * (1 / levels).astype(real)) * largest[block]) * maxima
+    return narrow(np.where(np.isfinite(maxima), out, real(np.nan)), rows.dtype)
