@@ -1,0 +1,128 @@
+// A width for each block: linear codes of two phases whose width follows the block's global norm M,
+//     w = round(c + power * log2 M), at least `least` and at most `most` bits,
+// with the largest c that fits a number of words. All of it is integers, from the bits of the
+// reduced norms alone, so that every rank and device comes to the same widths, and none depends on
+// the dither. A block whose norm is zero or not finite takes no bits: its elements are known.
+//
+// A block of m elements has q = ceil(m / 32) columns: row i of column j is element i * q + j. The
+// 32 codes of a column, of w bits each, fill w words one after the other; word k of column j is
+// word k * q + j of the block. So loops run over consecutive elements and words whatever the width
+// is.
+#pragma once
+
+#include "core/args.h"
+#include "core/dtypes.h"
+#include "core/lanes.h"
+#include "core/linear.h"
+
+namespace gqsgd {
+
+constexpr int kRows = 32;
+GQSGD_INLINE int32_t columns_of(int64_t elements) {
+  return static_cast<int32_t>(ceil_div(elements, kRows));
+}
+
+// A block is one tile, of no more columns than that.
+constexpr int32_t kMostColumns = static_cast<int32_t>(kTile / kRows);
+
+// `power` in units of 2^-8, from 0 to 2; widths from 2 to 16.
+struct WidthRule {
+  int32_t power;
+  int32_t least, most;
+};
+constexpr int kMostPower = 2 << 8;
+
+// What a norm adds to the width, in units of 2^-8 bits: power * log2 M, with a log2 that is linear
+// between powers of two. It never falls where the norm rises.
+constexpr int kWeightPlaces = 8;
+constexpr int32_t kNoWeight = -(1 << 30);  // no bits at all
+
+GQSGD_INLINE int32_t norm_log2(int32_t norm) {
+  return (norm >> (23 - kWeightPlaces)) - (127 << kWeightPlaces);
+}
+GQSGD_INLINE int32_t norm_log2(int64_t norm) {
+  return static_cast<int32_t>(norm >> (52 - kWeightPlaces)) - (1023 << kWeightPlaces);
+}
+template <class Norm>
+GQSGD_INLINE int32_t block_weight(Norm norm, int32_t power) {
+  const int32_t weight = (norm_log2(norm) * power) >> 8;
+  return norm > 0 && is_finite_norm(norm) ? weight : kNoWeight;
+}
+
+// The width of a block at an offset c, in units as those of weights.
+GQSGD_INLINE int32_t width_at(int32_t weight, int32_t offset, const WidthRule& rule) {
+  const int32_t wanted = (offset + weight + (1 << (kWeightPlaces - 1))) >> kWeightPlaces;
+  const int32_t wide = wanted > rule.least ? wanted : rule.least;
+  const int32_t width = wide < rule.most ? wide : rule.most;
+  return weight == kNoWeight ? 0 : width;
+}
+
+// The largest offset at which blocks take no more than `capacity` words, which is enough for the
+// least width of all; with the smallest and the largest weight, and words(offset) in total. Beyond
+// the offset where all blocks have the most bits there is none.
+template <class F>
+GQSGD_INLINE int32_t best_offset(int32_t smallest, int32_t largest, const WidthRule& rule,
+                                 int64_t capacity, F words) {
+  int32_t fits = ((rule.least - 1) << kWeightPlaces) - largest;
+  int32_t beyond = ((rule.most + 1) << kWeightPlaces) - smallest + 1;
+  while (beyond - fits > 1) {
+    const int32_t middle = fits + (beyond - fits) / 2;
+    (words(middle) <= capacity ? fits : beyond) = middle;
+  }
+  return fits;
+}
+
+// The widths of blocks, and where their words begin in a message; with `starts` one longer.
+struct BlockPlan {
+  const int32_t* widths;
+  const int32_t* starts;
+  int64_t begin, end;  // of the words that there are
+
+  struct Place {
+    int32_t width;
+    int64_t start;   // of the block's words, from `begin` on
+    int64_t unused;  // words after them that no block has
+  };
+  // A plan that does not fit the words gives no bits: no kernel leaves its buffers.
+  GQSGD_MEMBER Place place(int64_t block, int32_t columns) const {
+    const int64_t start = starts[block], next = starts[block + 1];
+    const int32_t width = widths[block];
+    const bool inside = begin <= start && start <= next && next <= end;
+    const bool fits = inside && 2 <= width && width <= 16 && width * columns <= next - start;
+    const int32_t taken = fits ? width : 0;
+    return {taken, start - begin, inside ? next - start - int64_t{taken} * columns : 0};
+  }
+};
+
+// The code of a block's elements at its width, in lanes with s added. They are not summed.
+template <class Real>
+GQSGD_INLINE LinearCode<Real> block_code(int32_t width) {
+  CodeArgs args{};
+  args.bits = width;
+  args.levels = (1 << (width - 1)) - 1;
+  return LinearCode<Real>(args);
+}
+
+// Word k of column j, from lanes in the order of the elements.
+template <class Lane>
+GQSGD_INLINE uint32_t packed_word(const Lane* lanes, int32_t columns, int32_t k, int32_t j,
+                                  int32_t width) {
+  uint32_t word = 0;
+  for (int32_t i = 32 * k / width; i < kRows && i * width < 32 * (k + 1); ++i) {
+    const uint32_t lane = lanes[i * columns + j];
+    const int32_t shift = i * width - 32 * k;
+    word |= shift >= 0 ? lane << shift : lane >> -shift;
+  }
+  return word;
+}
+
+// The lane of row i of column j.
+GQSGD_INLINE uint32_t unpacked_lane(const uint32_t* words, int32_t columns, int32_t i, int32_t j,
+                                    int32_t width) {
+  const int32_t k = i * width / 32, shift = i * width % 32;
+  uint32_t lane = words[k * columns + j] >> shift;
+  if (shift + width > 32) lane |= words[(k + 1) * columns + j] << (32 - shift);
+  return lane & ((1u << width) - 1);
+}
+
+}  // namespace gqsgd
