@@ -69,7 +69,7 @@ def expected(rows: Tensor, bits: BlockBits, **at: Any) -> Any:
 def test_same_bits_as_reference(dtype: torch.dtype, bits: BlockBits) -> None:
     """All kinds of numbers, sizes and ranks, on every instruction set."""
     rng = RNG(0)
-    cases = itertools.cycle(itertools.product(["max", "l2"], [True, False], [2, 5, 1, 3]))
+    cases = itertools.cycle(itertools.product(["max", "l2"], [True, False], [2, 5, 3]))
     for kind, numel in enumerate((0, 1, 33, 1024, 2500, 3001)):
         rows = several(rng, kind, (3, numel), dtype) if kind < 5 else spread(rng, (4, numel), dtype)
         norm, correlated, n = next(cases)

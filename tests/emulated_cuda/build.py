@@ -65,8 +65,9 @@ def _build(cache: Path, sources: Sequence[Path], more: Sequence[str] = ()) -> st
 
     def make(to: Path, command: list[str]) -> None:
         if not to.exists():
-            subprocess.run([*command, "-o", f"{to}.tmp"], check=True)
-            Path(f"{to}.tmp").rename(to)
+            own = Path(f"{to}.{os.getpid()}.tmp")  # another process may make the same
+            subprocess.run([*command, "-o", str(own)], check=True)
+            own.rename(to)
 
     objects = [object_of(source) for source in sources]
     with ThreadPoolExecutor() as pool:
