@@ -186,7 +186,7 @@ class Ahead(AgreementProtocol):
             self._write(header, bucket, proposal)
         else:
             header = refusal()
-        reduced = yield (Max if self._exchange.size > 1 else Kept)("header", header)
+        reduced = yield (Kept if self._exchange.alone else Max)("header", header)
         terms.raise_failure()
         if not terms.given_up:
             self._read(reduced, bucket, proposal, terms)

@@ -104,6 +104,11 @@ class Pipeline:
         return bool(self._record.tickets)
 
     @property
+    def alone(self) -> bool:
+        """Whether nothing is sent, as there is one rank."""
+        return self._way.exchange.alone
+
+    @property
     def messages(self) -> tuple[str, ...]:
         """The collectives of a bucket, by the last parts of their names.
 
@@ -161,7 +166,7 @@ class Pipeline:
             self._launch(bucket)
             # With just as many slots as there are collectives to start, one that was late once
             # would hold up all later ones.
-            for _ in self._slots.open(len(self._way.messages) if self.size > 1 else 0):
+            for _ in self._slots.open(0 if self.alone else len(self._way.messages)):
                 flight = self._stages.due(len(self._way.messages))
                 if flight is None or not self._stages.advance(flight):
                     self._slots.fill(self._prefix())
@@ -322,7 +327,7 @@ class Pipeline:
     def _launch(self, bucket: Bucket) -> None:
         """Starts the exchange of a bucket."""
         bucket.close()
-        if self.size > 1:
+        if not self.alone:
             self.stats.compressed_bytes_before += bucket.nbytes
             self.stats.elements += sum(item.numel for item in bucket.items)
         else:

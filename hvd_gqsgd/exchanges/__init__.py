@@ -35,7 +35,8 @@ def make_exchange(setup: Setup) -> Exchange:
             this transport does not have.
     """
     options, transport = setup.options, setup.transport
-    if transport.size == 1:
+    # Horovod counts operations. The one rank of a process set must start as many as other ranks do.
+    if transport.size == 1 and not transport.ranks_may_leave:
         _say_once(logging.INFO, "one rank: nothing is exchanged, and nothing is rounded")
         return AloneExchange(setup)
     size, kind = transport.size, options.exchange_for(transport.size)

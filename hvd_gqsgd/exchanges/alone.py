@@ -20,6 +20,7 @@ class AloneExchange(Exchange):
     """The result is the tensor itself, times the scale."""
 
     messages = ("alone",)
+    alone = True
 
     @property
     def summands(self) -> int:

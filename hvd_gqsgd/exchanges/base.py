@@ -103,6 +103,8 @@ class Exchange(ABC):
 
     messages: tuple[str, ...]
     """The collectives of a bucket, in their order."""
+    alone: ClassVar[bool] = False
+    """Whether nothing is sent, as there is one rank."""
 
     def __init__(self, setup: Setup) -> None:
         self.options = setup.options

@@ -223,7 +223,7 @@ class GlobalQSGD(Compressor):
         ticket = self._pipeline.submit(x if like is None else x.contiguous(), name)
         identity = with_shape(ticket.item.identity, tensor.shape)
         probe = make_probe(self._pipeline.rank, identity)
-        if self._pipeline.size > 1:
+        if not self._pipeline.alone:
             self._stats.compressed_bytes_on_wire += PROBE_BYTES
         self._world_size = self._pipeline.size
         return probe, _Context(ticket, like, self._world_size)

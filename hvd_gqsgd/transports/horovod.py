@@ -53,7 +53,6 @@ class HorovodTransport:
     process_set: Any = hvd.global_process_set
     mpi_handle: ClassVar[None] = None
     nccl: ClassVar[None] = None
-    ranks_may_leave: ClassVar[bool] = True
 
     @property
     def rank(self) -> int:
@@ -64,6 +63,11 @@ class HorovodTransport:
     def size(self) -> int:
         """How many processes are in the process set."""
         return int(self.process_set.size())
+
+    @property
+    def ranks_may_leave(self) -> bool:
+        """Whether there are other ranks in the job, which may call ``hvd.join()``."""
+        return int(hvd.size()) > 1
 
     @property
     def session(self) -> object:

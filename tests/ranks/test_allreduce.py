@@ -219,4 +219,8 @@ def test_process_sets(rank, size, process_set):
     everyone = gradients(size, 9000)
     compressor = GlobalQSGD(process_set=process_set)
     mean = hvd.allreduce(everyone[rank], compression=compressor, process_set=process_set)
-    assert torch.equal(mean, simulate(everyone[rank % 2 :: 2]))
+    mine = everyone[rank % 2 :: 2]
+    if len(mine) > 1:
+        assert torch.equal(mean, simulate(mine))
+    else:  # the only rank of its set does all that other ranks do
+        assert ((mean - mine[0]).abs() <= bound(mine, 127)).all()
