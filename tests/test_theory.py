@@ -158,7 +158,7 @@ def test_the_tables_agree_with_theory(measured: dict[str, Any]) -> None:
         assert 0.05 < row["to_bound"] < 1, row
         if row["to_expected"] is not None:
             assert row["to_expected"] == pytest.approx(1, abs=0.1), row
-    assert len(measured["tight"]) == 10
+    assert len(measured["tight"]) == 9
     for case in measured["tight"]:
         assert case["to_formula"] == pytest.approx(1, abs=0.1), case
     for row in measured["by_ranks"]:

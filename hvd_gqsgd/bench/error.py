@@ -318,10 +318,9 @@ def _tight(rng: np.random.Generator, n: int, trials: int) -> list[dict[str, Any]
              (l2 / wide) ** 2 / (4 * n), {**alone, "bits": 16, "norm": "l2"}),
         case("two-phase linear, phase 2", "(R M/s)² / 4", [3 / one, 4 / one],
              1 / (4 * one**2), {"exchange": "two_phase"}),
-        case("exponential, phase 1", "x² / 8", [1 / 12], 1 / (12**2 * 8), exponential),
         case("exponential, phase 2", "m² / 8", [1 / 16, 1 / 16, 1 / 8], 1 / (12**2 * 8),
              exponential),
-        case("exponential, 4 bits, below all levels", "L² / 4", [1 / 128], 1 / 128**2,
+        case("exponential, 4 bits, below all levels", "L² / 4", [0, 1 / 64], 1 / 128**2,
              {**exponential, "bits": 4}),
     ]  # fmt: skip
 

@@ -233,7 +233,8 @@ def check(transport: Transport, options: Options, name: str) -> None:
         return
     # All ranks have come here.
     given = dataclasses.asdict(options)
-    pairs = torch.tensor([_pair(digest(repr(value))) for value in given.values()])
+    digests = [_pair(digest(repr(value))) for value in given.values()]
+    pairs = torch.tensor(digests, dtype=torch.int64, device="cpu")
     _max(transport, pairs, name)
     differing = [
         key for key, sum_ in zip(given, pairs.sum(1).tolist(), strict=True) if sum_ != _FULL

@@ -136,7 +136,6 @@ def checkpointed_activations(run, reentrant):
 @way(shapes=[(), (300,), (1,)])
 @way(shapes=[(20, 30)])
 @way(shapes=[(3,)])
-@way(shapes=[])
 def shapes_of_parameters(run, shapes):
     model = nn.ParameterList(nn.Parameter(torch.zeros(shape)) for shape in shapes)
     compression = run.compression(named_parameters=run.named(model), min_numel=0)
