@@ -211,7 +211,7 @@ class GlobalQSGD(Compressor):
         self._stats.tensors += 1
         if not self._compresses(tensor):
             why = why_bypassed(tensor, self.options.min_numel) or "other"
-            self._stats.bypass(why, nbytes_of(tensor), self._transport.rank)
+            self._stats.bypass(why, nbytes_of(tensor), self._known_rank())
             return tensor, None
         check_plain("a gradient for GlobalQSGD", tensor)
         check_device("GlobalQSGD got a tensor", tensor)
@@ -354,6 +354,14 @@ class GlobalQSGD(Compressor):
         if self._process_set is None:
             return HorovodTransport()
         return HorovodTransport(self._process_set)
+
+    def _known_rank(self) -> int:
+        """This rank; -1 where Horovod has an error of its own for the tensor: before ``hvd.init()``
+        and outside of the process set."""
+        try:
+            return self._transport.rank
+        except (TypeError, ValueError):
+            return -1
 
     def _compresses(self, tensor: Tensor) -> bool:
         return (
