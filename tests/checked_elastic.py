@@ -31,20 +31,23 @@ class Checked(GlobalQSGD):
 
     def __init__(self, bits: DynamicBits) -> None:
         super().__init__(bits)
-        self._first: Any = None  # context of the step's first tensor, which `simulate` knows
+        # Of the step's first tensor, which `simulate` knows: its context and itself.
+        self._first: Any = None
+        self._gradient = torch.empty(0)
         self._steps_seen = 0
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         probe, ctx = super().compress(tensor)
         if self.stats().steps > self._steps_seen:
             self._first, self._steps_seen = ctx, self.stats().steps
+            self._gradient = tensor.detach()
         return probe, ctx
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         mean = super().decompress(tensor, ctx)
         if ctx is not None and ctx is self._first:
             bits, step = self.stats().bits, self.state_dict()["step"] - 1
-            gradients = hvd.allgather(ctx.like.view(1, -1), name="gradients")
+            gradients = hvd.allgather(self._gradient.view(1, -1), name="gradients")
             exchange = self.options.exchange_for(hvd.size())  # it follows the budget, not the width
             expected = simulate(gradients, bits=bits, exchange=exchange, step=step)
             verdict = "right" if torch.equal(mean.view(-1), expected) else "wrong"
