@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["check_choice", "check_int", "check_number"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["check_choice", "check_int", "check_number", "unknown_option"]
 
 
 def check_int(name: str, value: object, low: int, high: int, also: str = "") -> None:
@@ -41,3 +44,14 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise TypeError(f"{name} must be one of {choices}, got {value!r}")
     if value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def unknown_option(of: str, name: str, known: Iterable[str]) -> str:
+    """The message for an option that there is not, with one of a similar name."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return (
+        f"{of} got an unknown option {name!r}"
+        + (f": did you mean {close[0]!r}? " if close else ". ")
+        + f"Options are: {', '.join(names)}"
+    )

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import hashlib
 import inspect
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from hvd_gqsgd.checks import check_choice, check_int, check_number
+from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 
@@ -265,12 +264,7 @@ class FrontEnd:
 
     def _unknown(self, name: str) -> str:
         known = [option for option in OPTIONS if option not in self.without]
-        close = difflib.get_close_matches(name, [*known, *self.own], n=1)
-        return (
-            f"{self.name} got an unknown option {name!r}"
-            + (f": did you mean {close[0]!r}? " if close else ". ")
-            + f"Options are: {', '.join([*known, *self.own])}"
-        )
+        return unknown_option(self.name, name, [*known, *self.own])
 
 
 def digest(value: object) -> int:

@@ -33,7 +33,7 @@ BUCKET = 25 * 2**20 // 4  # elements of float32 in a bucket of DistributedDataPa
 
 # Global-QSGD's published code: one M over the ranks for each bucket, x 127 / (n M) rounded by each
 # rank's own random numbers. That is s = 127/n; here s = floor(255 / (2n)), and nothing overflows.
-AUTHORS: dict[str, Any] = {"block_size": None, "correlated": False}
+AUTHORS: dict[str, Any] = {"exchange": "allreduce", "block_size": None, "correlated": False}
 
 COMPARISON: list[tuple[str, dict[str, Any]]] = [
     ("authors' scheme: tensor norm, independent", AUTHORS),

@@ -35,7 +35,7 @@ OURS: dict[str, dict[str, Any]] = {
     },
     "exponential, 8 bits": {"bits": 8, "dither": "exponential"},
     "exponential, 4 bits": {"bits": 4, "dither": "exponential"},
-    "authors' scheme, 8 bits": {"bits": 8, "exchange": "allreduce", **AUTHORS},
+    "authors' scheme, 8 bits": {"bits": 8, **AUTHORS},
 }
 """Options of this package's settings."""
 

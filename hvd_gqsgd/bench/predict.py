@@ -142,6 +142,8 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
         setting = ARMS.get(name)
         if setting is None or "error" in arm:
             continue
+        if not possible(setting, ranks):  # exchange="auto" took two phases
+            setting = dataclasses.replace(setting, two_phase=True)
         if measured["what"] == "exchange":
             seconds = exchange_seconds(setting, gradients, ranks, machine)
         else:

@@ -36,13 +36,12 @@ before they are compared, so that equal states give equal widths even if libm di
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from hvd_gqsgd.checks import check_choice, check_int, check_number
+from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
 from hvd_gqsgd.codecs.block_bits import BlockBits
 
 __all__ = ["WIDTHS", "DynamicBits", "FixedBits", "Schedule", "make_schedule", "wire_bits"]
@@ -113,12 +112,7 @@ class DynamicBits:
         known = [field.name for field in fields(cls)]
         for name in given:
             if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                raise TypeError(
-                    f"DynamicBits() got an unknown option {name!r}"
-                    + (f": did you mean {close[0]!r}? " if close else ". ")
-                    + f"Options are: {', '.join(known)}"
-                )
+                raise TypeError(unknown_option("DynamicBits()", name, known))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
