@@ -14,7 +14,8 @@ from horovod.torch.compression import Compressor
 from torch import Tensor, nn
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, Stats, allreduce
-from hvd_gqsgd.bench.error import AUTHORS, wire_bytes
+from hvd_gqsgd.bench.error import AUTHORS
+from hvd_gqsgd.bench.wire import wire_bytes
 
 AUTHORS_BUCKET = 25 * 2**20  # bytes, as in DistributedDataParallel
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
@@ -105,14 +106,17 @@ class Stats:
         reasons = (f"{n:,} {self._REASONS[why]}" for why, n in counts.items() if n)
         return f"no tensor was compressed of {self.tensors_bypassed:,}: {', '.join(reasons)}"
 
-    def bypass(self, why: Reason, nbytes: int, rank: int) -> None:
-        """Counts a tensor that is not compressed; rank 0 warns once, if so far none of many was."""
+    def bypass(self, why: Reason, nbytes: int, rank: Callable[[], int]) -> None:
+        """Counts a tensor that is not compressed; rank 0 warns once, if so far none of many was.
+
+        ``rank`` is called for that warning alone.
+        """
         self.tensors_bypassed += 1
         self.bypassed_bytes += nbytes
         self.tensors_small += why == "small"
         self.tensors_sparse += why == "sparse"
         self.tensors_alone += why == "alone"
-        if self.tensors_bypassed == MANY and rank == 0 and not self._warned and self.why_nothing:
+        if self.tensors_bypassed == MANY and not self._warned and self.why_nothing and not rank():
             self._warned = True
             _log.warning("%s", self.why_nothing)
 

@@ -18,15 +18,24 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import layout
-from hvd_gqsgd.bench.block_bits import block_norms, bytes_of_codes, levels_of_elements
+from hvd_gqsgd.bench.block_bits import block_norms, levels_of_elements
 from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.bench.wire import wire_bytes, wire_bytes_of
 from hvd_gqsgd.codecs import levels_for
 from hvd_gqsgd.codecs.bit_schedule import wire_bits
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import simulate
 
-__all__ = ["expected_variance", "main", "measure", "student", "variance_bound", "wire_bytes"]
+__all__ = [
+    "expected_variance",
+    "main",
+    "measure",
+    "student",
+    "variance_bound",
+    "wire_bytes",
+    "wire_bytes_of",
+]
 
 TILE = layout.TILE
 BUCKET = 25 * 2**20 // 4  # elements of float32 in a bucket of DistributedDataParallel
@@ -169,35 +178,6 @@ def expected_variance(rows: Tensor, **options: Any) -> Tensor:
     return total * (norm / (s * n)) ** 2
 
 
-def wire_bytes(
-    numels: Sequence[int], *, bits: int | BlockBits = 8, block_size: int | None = 1024,
-    two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
-) -> int:  # fmt: skip
-    """Bytes for a bucket of tensors of so many elements, of float64 if ``double``, as ``Stats``
-    counts them, but without probes and filled slots.
-    """
-    norm = 8 if double else 4
-    if isinstance(bits, BlockBits):
-        blocks = sum(-(-numel // bits.block_size) for numel in numels)
-        norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
-        codes = bytes_of_codes(numels, bits, norm_dtype, ranks)
-        return norm * (16 + blocks) + (8 * blocks if l2 else 0) + codes
-    word = 4 if 32 % bits == 0 else 8
-    lanes, unit = 8 * word // bits, max(norm, word)
-    blocks, words, means = 0, 0, ranks * unit
-    for numel in numels:
-        block = block_size or max(numel, 1)
-        sizes = [min(block, numel - i) for i in range(0, numel, block)]
-        blocks += len(sizes)
-        for size in sizes:
-            for tile in (min(TILE, size - i) for i in range(0, size, TILE)):
-                bytes_of_words = -(-tile // lanes) * word
-                words += bytes_of_words
-                means += unit + -(-bytes_of_words // unit) * unit
-    total = norm * (16 + blocks) + (8 * blocks if l2 else 0)
-    return total + (words // 2 + means // 2 if two_phase else 16 * word + words)
-
-
 def _levels(options: Options, ranks: int) -> int:
     """s; 0 for exponential dithering."""
     if options.dither == "exponential":
@@ -269,11 +249,7 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
     chosen = Options(**options)
     squares = _squares(rows, trials, options).mean()
     expected = None if two_phase else expected_variance(rows, **options).mean()
-    bits = chosen.bits if isinstance(chosen.bits, BlockBits) else chosen.most_bits
-    on_wire = wire_bytes(
-        [numel], bits=bits, block_size=chosen.block_size, two_phase=two_phase,
-        l2=chosen.norm == "l2", ranks=n,
-    )  # fmt: skip
+    bits, on_wire = chosen.bits, wire_bytes_of(chosen, [numel], n)
     return {
         "name": name,
         "bits": chosen.most_bits,

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd.bench import rivals
-from hvd_gqsgd.bench.error import AUTHORS, student, wire_bytes
+from hvd_gqsgd.bench.error import AUTHORS, student
 from hvd_gqsgd.bench.rivals import Estimate
 from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.bench.wire import wire_bytes_of
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import simulate
 
@@ -148,18 +149,12 @@ def measure(steps: Sequence[Step], node: int) -> list[dict[str, Any]]:
 
 def _ours(step: Step, options: dict[str, Any]) -> Estimate | None:
     """As one bucket; None if the lanes are too narrow."""
-    ranks = len(step[0])
-    resolved = Options(**options)
-    two_phase = resolved.exchange_for(ranks) == "two_phase"
     numels = [x[0].numel() for x in step]
     try:
         means = [simulate(x.flatten(1), step=i, **options) for i, x in enumerate(step)]
     except ValueError:
         return None
-    sent = wire_bytes(
-        numels, bits=resolved.most_bits, block_size=resolved.block_size, two_phase=two_phase,
-        ranks=ranks,
-    )  # fmt: skip
+    sent = wire_bytes_of(Options(**options), numels, len(step[0]))
     return Estimate(torch.cat(means), 8 * sent / sum(numels))
 
 

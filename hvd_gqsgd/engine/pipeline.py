@@ -332,7 +332,7 @@ class Pipeline:
             self.stats.elements += sum(item.numel for item in bucket.items)
         else:
             for item in bucket.items:
-                self.stats.bypass("alone", item.x.nbytes, self.rank)
+                self.stats.bypass("alone", item.x.nbytes, lambda: self.rank)
         terms = Terms(self._proposal.step, self._proposal.bits)
         running = self._way.protocol.run(bucket, self._proposal, terms)
         flight = Flight(bucket, running, terms, self._transport, self.stats)

@@ -156,7 +156,7 @@ class BucketExchange:
                 self._failed = False
                 self._pipeline.begin_step()
             if why is not None:
-                self._stats.bypass(why, nbytes_of(buffer), self.rank)
+                self._stats.bypass(why, nbytes_of(buffer), lambda: self.rank)
                 return self._average_plainly(buffer)
             future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
             waiting = _Waiting(buffer, future)

@@ -211,7 +211,7 @@ class GlobalQSGD(Compressor):
         self._stats.tensors += 1
         if not self._compresses(tensor):
             why = why_bypassed(tensor, self.options.min_numel) or "other"
-            self._stats.bypass(why, nbytes_of(tensor), self._known_rank())
+            self._stats.bypass(why, nbytes_of(tensor), self._known_rank)
             return tensor, None
         check_plain("a gradient for GlobalQSGD", tensor)
         check_device("GlobalQSGD got a tensor", tensor)

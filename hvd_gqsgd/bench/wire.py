@@ -1,0 +1,53 @@
+"""Bytes of a bucket on the wire, by the formula of ``hvd_gqsgd/docs/THEORY.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from hvd_gqsgd import layout
+from hvd_gqsgd.bench.block_bits import bytes_of_codes
+from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.options import Options
+
+__all__ = ["wire_bytes", "wire_bytes_of"]
+
+
+def wire_bytes(
+    numels: Sequence[int], *, bits: int | BlockBits = 8, block_size: int | None = 1024,
+    two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
+) -> int:  # fmt: skip
+    """Bytes for a bucket of tensors of so many elements, of float64 if ``double``, as ``Stats``
+    counts them, but without probes and filled slots.
+    """
+    norm = 8 if double else 4
+    if isinstance(bits, BlockBits):
+        blocks = sum(-(-numel // bits.block_size) for numel in numels)
+        norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
+        codes = bytes_of_codes(numels, bits, norm_dtype, ranks)
+        return norm * (16 + blocks) + (8 * blocks if l2 else 0) + codes
+    word = 4 if 32 % bits == 0 else 8
+    lanes, unit = 8 * word // bits, max(norm, word)
+    blocks, words, means = 0, 0, ranks * unit
+    for numel in numels:
+        block = block_size or max(numel, 1)
+        sizes = [min(block, numel - i) for i in range(0, numel, block)]
+        blocks += len(sizes)
+        for size in sizes:
+            for tile in (min(layout.TILE, size - i) for i in range(0, size, layout.TILE)):
+                bytes_of_words = -(-tile // lanes) * word
+                words += bytes_of_words
+                means += unit + -(-bytes_of_words // unit) * unit
+    total = norm * (16 + blocks) + (8 * blocks if l2 else 0)
+    return total + (words // 2 + means // 2 if two_phase else 16 * word + words)
+
+
+def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int) -> int:
+    """``wire_bytes`` of float32 with these options."""
+    bits = options.bits if isinstance(options.bits, BlockBits) else options.most_bits
+    two_phase = options.exchange_for(ranks) == "two_phase"
+    return wire_bytes(
+        numels, bits=bits, block_size=options.block_size, two_phase=two_phase,
+        l2=options.norm == "l2", ranks=ranks,
+    )  # fmt: skip
