@@ -118,6 +118,17 @@ def test_recommends_no_less_accurate_setting_that_is_as_fast(preset: str, ranks:
             assert variances[0] <= variances[1]
 
 
+def test_an_arm_that_took_two_phases() -> None:
+    """As 8 bits do by exchange='auto' on 8 ranks."""
+    arms = {name: {"ms": 10.0} for name in ("GlobalQSGD 8 bits", "GlobalQSGD 8 bits two-phase")}
+    measured = {"model": "resnet50", "ranks": 8, "what": "exchange", "arms": arms}
+    found = predict.against(measured, LINK)
+    assert found["GlobalQSGD 8 bits"] == found["GlobalQSGD 8 bits two-phase"]
+    measured["ranks"] = 4
+    found = predict.against(measured, LINK)
+    assert found["GlobalQSGD 8 bits"] != found["GlobalQSGD 8 bits two-phase"]
+
+
 def test_narrow_lanes() -> None:
     """8 bits in an Allreduce are for as many ranks as exchange='auto' gives them."""
     eight = next(setting for setting in SETTINGS if setting.name == "8 bits")
