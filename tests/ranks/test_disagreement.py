@@ -96,11 +96,16 @@ def test_a_newcomer_that_gave_up_with_another_width(rank, size, exchange, bucket
     x = gradients(size, 9000)[rank]
     for step in range(4):  # norms that make the others' width another one than the newcomer's
         hvd.allreduce(x / 4**step, name="x", compression=compressor)
+    x_now = x.repeat(800)[:numel]  # its bucket is full
     if rank == size - 1:
         compressor = GlobalQSGD(bits=compressor.options.bits, **options)
+        probe, context = compressor.compress(x_now)
+        # The others begin only now, so that it gives up before it has their norms.
+        hvd.allreduce(torch.zeros(1), name="begun")
     else:
         compressor.load_state_dict(compressor.state_dict() | {"step": 4})
-    probe, context = compressor.compress(x.repeat(800)[:numel])  # its bucket is full
+        hvd.allreduce(torch.zeros(1), name="begun")
+        probe, context = compressor.compress(x_now)
     reduced = hvd.synchronize(hvd.allreduce_async_(probe, name="given up"))
     if rank == size - 1:
         del context
