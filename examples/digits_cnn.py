@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -29,16 +31,18 @@ from common import (
     report_bytes,
 )
 from digits import accuracy, distorted, load_data, make_model
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 from tqdm import tqdm
+from training import Order, seed_step
 
+from hvd_gqsgd.bench.trainer import Training
 from hvd_gqsgd.codecs.bit_schedule import wire_bits
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -52,7 +56,7 @@ def parse_args() -> argparse.Namespace:
         "--plot", type=Path, metavar="PATH", nargs="?", const=Path("digits_bits.png"),
         help="plot bits and gradient norm of each step to this file (default: %(const)s)",
     )  # fmt: skip
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def make_loader(data: TensorDataset, args: argparse.Namespace) -> DataLoader[Any]:
@@ -139,6 +143,31 @@ def report(result: dict[str, Any]) -> None:
         f"of {result['seconds']:.2f} s of training"
     )
     print(f"replica difference  {result['replica_difference']:g}")
+
+
+def make_training(args: argparse.Namespace, ranks: int) -> Training:
+    """All ranks in this process, for ``hvd-gqsgd bench frontier --train``."""
+    hvd.init()
+    torch.manual_seed(args.seed)
+    train_data, test_data = load_data(args.seed)
+    images, labels = train_data.tensors
+    order = Order(len(images), args.batch_size, args.seed)
+    model = make_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: (1 + math.cos(math.pi * (step // order.steps_per_epoch) / args.epochs)) / 2,
+    )
+
+    def loss(step: int, rank: int) -> Tensor:
+        seed_step(args.seed, step, rank)
+        rows = order.rows(step, rank, ranks)
+        return F.cross_entropy(model(distorted(images[rows])), labels[rows])
+
+    return Training(
+        model, optimizer, schedule, args.epochs * order.steps_per_epoch, loss, "accuracy",
+        lambda: accuracy(model, test_data),
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,19 @@ import torch
 from common import add_compression_arguments, make_compression
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Run, add_run_arguments
+from training import Run, add_run_arguments, seed_step
+
+from hvd_gqsgd.bench.trainer import Training
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add_compression_arguments(parser)
     add_model_arguments(parser)
     add_run_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,6 +147,25 @@ def make_schedule(args: argparse.Namespace, optimizer: Any) -> torch.optim.lr_sc
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, args.steps, pct_start=0.1, cycle_momentum=False
     )
+
+
+def make_training(args: argparse.Namespace, ranks: int) -> Training:
+    """All ranks of a run in this process, for ``hvd-gqsgd bench frontier --train``."""
+    hvd.init()
+    torch.manual_seed(args.seed)
+    train_data, validation_data = load_data(args.seed)
+    model = Transformer(args.width, args.layers, args.context)
+    optimizer = make_optimizer(args, model)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # takes a step on gradients of zeros
+
+    def loss(step: int, rank: int) -> Tensor:
+        seed_step(args.seed, step, rank)
+        return cross_entropy(model, draw(train_data, args.batch_size // ranks, args.context))
+
+    return Training(
+        model, optimizer, make_schedule(args, optimizer), args.steps, loss, "perplexity",
+        lambda: perplexity(model, validation_data, args.validate, args.context),
+    )  # fmt: skip
 
 
 def main() -> None:

@@ -68,7 +68,7 @@ def main() -> None:
         print(f"{place}, {os.getpid()}: from step {state.step} on", flush=True)
         model.train()
         while state.step < args.steps:
-            seed_step(args.seed, state.step)
+            seed_step(args.seed, state.step, hvd.rank())
             texts = draw(train_data, args.batch_size // hvd.size(), args.context)
             optimizer.zero_grad()
             loss = cross_entropy(model, texts)

@@ -19,8 +19,10 @@ an uninterrupted run if sums do not depend on their order: on 2 ranks they never
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import horovod.torch as hvd
 import numpy as np
@@ -31,6 +33,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from training import Order, Run, add_run_arguments
+
+from hvd_gqsgd.bench.trainer import Training
 
 LATE = 15  # minutes
 
@@ -46,7 +50,7 @@ CROSSES = {
 }
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -57,7 +61,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=16, help="of an embedding")
     parser.add_argument("--sparse", action="store_true", help="sparse gradients for the tables")
     add_run_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def load_data() -> tuple[Tensor, Tensor, list[int]]:
@@ -126,14 +130,48 @@ def auc(model: nn.Module, fields: Tensor, late: Tensor) -> float:
     return float(roc_auc_score(late.numpy(), scores.numpy()))
 
 
+def split(flights: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Rows to train on and to test on."""
+    shuffled = torch.randperm(flights, generator=torch.Generator().manual_seed(seed))
+    return shuffled[flights // 5 :], shuffled[: flights // 5]
+
+
+def make_schedule(
+    args: argparse.Namespace, optimizer: Any, total: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, args.lr, total, pct_start=0.1, cycle_momentum=False
+    )
+
+
+def make_training(args: argparse.Namespace, ranks: int) -> Training:
+    """All ranks of a run in this process, for ``hvd-gqsgd bench frontier --train``."""
+    hvd.init()
+    torch.manual_seed(args.seed)
+    fields, late, sizes = load_data()
+    train, test = split(len(fields), args.seed)
+    order = Order(len(train), args.batch_size, args.seed)
+    total = args.epochs * order.steps_per_epoch
+    model = DeepFM(sizes, args.width, sparse=False)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr)
+
+    def loss(step: int, rank: int) -> Tensor:
+        rows = train[order.rows(step, rank, ranks)]
+        return F.binary_cross_entropy_with_logits(model(fields[rows]), late[rows])
+
+    return Training(
+        model, optimizer, make_schedule(args, optimizer, total), total, loss, "AUC",
+        lambda: auc(model, fields[test], late[test]),
+    )  # fmt: skip
+
+
 def main() -> None:
     args = parse_args()
     hvd.init()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     fields, late, sizes = load_data()
-    shuffled = torch.randperm(len(fields), generator=torch.Generator().manual_seed(args.seed))
-    test, train = shuffled[: len(fields) // 5], shuffled[len(fields) // 5 :]
+    train, test = split(len(fields), args.seed)
     order = Order(len(train), args.batch_size, args.seed)
     total = args.epochs * order.steps_per_epoch
 
@@ -152,17 +190,12 @@ def main() -> None:
         hvd.DistributedOptimizer(optimizer, named_parameters=named, compression=compression)
         for optimizer, named in parts
     ]
-    schedules = [
-        torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, args.lr, total, pct_start=0.1, cycle_momentum=False
-        )
-        for optimizer in optimizers
-    ]
+    schedules = [make_schedule(args, optimizer, total) for optimizer in optimizers]
 
     run = Run(args, model, optimizers, schedules, compression, total)
     model.train()
     for step in run.steps():
-        rows = train[order.rows(step)]
+        rows = train[order.rows(step, hvd.rank(), hvd.size())]
         for optimizer in optimizers:
             optimizer.zero_grad()
         loss = F.binary_cross_entropy_with_logits(model(fields[rows]), late[rows])

@@ -50,19 +50,19 @@ class Order:
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._epoch, self._order = -1, torch.empty(0)
 
-    def rows(self, step: int) -> Tensor:
+    def rows(self, step: int, rank: int, ranks: int) -> Tensor:
         epoch, place = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
             generator = torch.Generator().manual_seed(self._seed * 2**20 + epoch)
             self._epoch, self._order = epoch, torch.randperm(self._rows, generator=generator)
         batch = self._order[place * self._batch_size : (place + 1) * self._batch_size]
-        return batch[hvd.rank() :: hvd.size()]
+        return batch[rank::ranks]
 
 
-def seed_step(seed: int, step: int) -> None:
-    """What is random on this rank in this step follows from these alone, so a run that goes on
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """What is random on a rank in a step follows from these alone, so a run that goes on
     from a checkpoint needs no state of random generators."""
-    torch.manual_seed((seed * 2**24 + step) * 2**12 + hvd.rank())
+    torch.manual_seed((seed * 2**24 + step) * 2**12 + rank)
 
 
 class Run:
@@ -105,7 +105,7 @@ class Run:
         )
         with self._progress:
             for step in range(self._start, end):
-                seed_step(self._args.seed, step)
+                seed_step(self._args.seed, step, hvd.rank())
                 yield step
                 self._progress.update()
                 if self._args.checkpoint and (step + 1) % self._args.save_every == 0:

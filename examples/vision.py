@@ -14,6 +14,8 @@ an uninterrupted run if sums do not depend on their order: on 2 ranks they never
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -21,10 +23,12 @@ from common import add_compression_arguments, make_compression
 from digits import accuracy, distorted, load_data
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training import Order, Run, add_run_arguments
+from training import Order, Run, add_run_arguments, seed_step
+
+from hvd_gqsgd.bench.trainer import Training
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -34,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate at its highest")
     parser.add_argument("--channels", type=int, default=32, help="of the first half of the blocks")
     add_run_arguments(parser)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 class Block(nn.Module):
@@ -71,6 +75,41 @@ def make_model(channels: int) -> nn.Module:
     )
 
 
+def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(
+        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+    )
+
+
+def make_schedule(
+    args: argparse.Namespace, optimizer: Any, total: int
+) -> torch.optim.lr_scheduler.OneCycleLR:
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total, cycle_momentum=False)
+
+
+def make_training(args: argparse.Namespace, ranks: int) -> Training:
+    """All ranks of a run in this process, for ``hvd-gqsgd bench frontier --train``."""
+    hvd.init()
+    torch.manual_seed(args.seed)
+    train_data, test_data = load_data(args.seed)
+    images, labels = train_data.tensors
+    order = Order(len(images), args.batch_size, args.seed)
+    total = args.epochs * order.steps_per_epoch
+    model = make_model(args.channels)
+    optimizer = make_optimizer(args, model)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # takes a step on gradients of zeros
+
+    def loss(step: int, rank: int) -> Tensor:
+        seed_step(args.seed, step, rank)
+        rows = order.rows(step, rank, ranks)
+        return F.cross_entropy(model(distorted(images[rows])), labels[rows])
+
+    return Training(
+        model, optimizer, make_schedule(args, optimizer, total), total, loss, "accuracy",
+        lambda: accuracy(model, test_data),
+    )  # fmt: skip
+
+
 def main() -> None:
     args = parse_args()
     hvd.init()
@@ -82,21 +121,19 @@ def main() -> None:
     total = args.epochs * order.steps_per_epoch
 
     model = make_model(args.channels)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=args.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
-    )
+    optimizer = make_optimizer(args, model)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     compression = make_compression(args, model, total)
     optimizer = hvd.DistributedOptimizer(
         optimizer, named_parameters=model.named_parameters(), compression=compression
     )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total, cycle_momentum=False)
+    schedule = make_schedule(args, optimizer, total)
 
     run = Run(args, model, [optimizer], [schedule], compression, total)
     model.train()
     for step in run.steps():
-        rows = order.rows(step)
+        rows = order.rows(step, hvd.rank(), hvd.size())
         optimizer.zero_grad()
         loss = F.cross_entropy(model(distorted(images[rows])), labels[rows])
         loss.backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
@@ -12,13 +13,14 @@ from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.codecs import check_compressible, check_unmasked
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
-from hvd_gqsgd.options import FrontEnd, OptionKeywords
+from hvd_gqsgd.options import FrontEnd, OptionKeywords, Options
+from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["simulate"]
+__all__ = ["SimulatedRanks", "simulate"]
 
 FRONT_END = FrontEnd("simulate()", own=("step",))
 
@@ -75,18 +77,59 @@ def simulate(
     check_int("step", step, 0, 2**31 - 2)  # it travels in 32 bits, and so does the next one
 
     resolved = FRONT_END.options(options)
-    world = SimulatedWorld(len(gradients))
-    ranks = [
-        Pipeline(resolved, world.transport(rank), steps=Steps(resolved.bits, step))
-        for rank in range(world.size)
-    ]
     rows = gradients.detach().contiguous()
-    tickets = [rank.submit(row) for rank, row in zip(ranks, rows, strict=True)]
-    for rank in ranks:
-        rank.flush()
-    arrived = [False]
-    while not all(arrived):  # poll() raises what went wrong
-        arrived = [
-            rank.poll(ticket) is not None for rank, ticket in zip(ranks, tickets, strict=True)
+    (mean,) = SimulatedRanks(len(rows), resolved, step).means([[("", row)] for row in rows])
+    return mean
+
+
+class SimulatedRanks:
+    """The ranks of a training in one process, for one step after the other.
+
+    Args:
+        size: number of ranks.
+        options: the same on all of them.
+        step: number of the first step.
+    """
+
+    def __init__(self, size: int, options: Options, step: int = 0) -> None:
+        self.stats = Stats()
+        """The bytes on the wire of each rank."""
+        world = SimulatedWorld(size)
+        self._ranks = [
+            Pipeline(
+                options, world.transport(rank), steps=Steps(options.bits, step),
+                stats=None if rank else self.stats,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+
+    def means(self, gradients: Sequence[Sequence[tuple[str, Tensor]]]) -> list[Tensor]:
+        """Returns the means that all ranks decode in a step.
+
+        Args:
+            gradients: names and contiguous gradients of each rank. The order decides on buckets;
+                gradients without a name are identified by it.
+
+        Raises:
+            ValueError: the lanes are too narrow for the number of ranks.
+        """
+        tickets = [
+            [rank.submit(x, name or None) for name, x in own]
+            for rank, own in zip(self._ranks, gradients, strict=True)
         ]
-    return ranks[0].decode(tickets[0], 1 / world.size)
+        for rank in self._ranks:
+            rank.flush()
+        arrived = [False]
+        while not all(arrived):  # poll() raises what went wrong
+            arrived = [
+                rank.poll(ticket) is not None
+                for rank, own in zip(self._ranks, tickets, strict=True)
+                for ticket in own
+            ]
+        first, *others = self._ranks
+        share = 1 / len(self._ranks)
+        if first.steps.learns:
+            for rank, own in zip(others, tickets[1:], strict=True):
+                for ticket in own:
+                    rank.decode(ticket, share)
+        return [first.decode(ticket, share) for ticket in tickets[0]]

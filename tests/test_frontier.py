@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hvd_gqsgd import BlockBits, simulate
 from hvd_gqsgd.bench import frontier, rivals
 from hvd_gqsgd.bench.rivals import MXFP4, MXFP8, Float
+from hvd_gqsgd.bench.wire import wire_bytes_of
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.simulation import SimulatedRanks
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -98,20 +103,114 @@ def test_frontier_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     files = []
     for step in range(3):
         files.append(str(tmp_path / f"{step}.pt"))
-        torch.save([random(4, 40, 50, seed=step), random(4, 40, seed=step)], files[-1])
+        scales = random(40, 1, seed=9).exp() ** 2  # rows, and so blocks, differ
+        torch.save([scales * random(4, 40, 500, seed=step), random(4, 40, seed=step)], files[-1])
     frontier.main(["--json", "--node", "2", *files])
     result = json.loads(capsys.readouterr().out)
-    assert (result["ranks"], result["steps"]) == (4, 3)
-    rows = {row["name"]: row for row in result["rows"]}
-    assert [row["bits"] for row in result["rows"]] == sorted(row["bits"] for row in rows.values())
+    (world,) = result["worlds"]
+    assert (world["ranks"], result["steps"]) == (4, 3)
+    rows = {row["name"]: row for row in world["rows"]}
+    assert [row["bits"] for row in world["rows"]] == sorted(row["bits"] for row in rows.values())
     for name in ("two phases, 4 bits", "two phases, 8 bits", "fp16"):
         following = rows[name]["error"]
         assert following < 1
-    errors = [rows[f"two phases, {bits} bits"]["error"] for bits in (2, 3, 4, 5, 6, 8)]
-    assert errors == sorted(errors, reverse=True)
+    for kind, widths in (("two phases", (2, 3, 4, 5, 6, 8)), ("per block", (2.5, 3, 4, 5))):
+        errors = [rows[f"{kind}, {bits} bits"]["error"] for bits in widths]
+        assert errors == sorted(errors, reverse=True)
+    assert rows["per block, 4 bits"]["error"] < rows["two phases, 4 bits"]["error"] / 2
     assert {"IntSGD, 8 bits", "ZeRO++ qgZ, 4 bits", "PowerSGD, rank 4", "MXFP4"} <= rows.keys()
-    frontier.main(["--markdown", files[0]])
-    assert "| MXFP8 |" in capsys.readouterr().out
+    steps = {row["name"]: row for row in world["over_steps"]}
+    for bits in (4, 5, 6):
+        fixed, dynamic = steps[f"{bits} bits"], steps[f"{bits} bits per step"]
+        assert dynamic["bits"] == pytest.approx(fixed["bits"], abs=0.4)  # three steps: 4, 6 or 8
+        assert fixed["error"] > 0
+        assert dynamic["error"] > 0
+
+    frontier.main(["--markdown", "--ranks", "2", "4", "--", files[0]])
+    said = capsys.readouterr().out
+    assert said.count("| MXFP8 |") == 2
+    assert "2 ranks, 20,040 elements" in said
+
+
+@pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4}, {"bits": BlockBits(2.5)}])
+@pytest.mark.parametrize("size", [2, 3])
+def test_bytes_are_those_that_simulated_ranks_send(size: int, options: dict[str, Any]) -> None:
+    chosen = Options(**options, exchange="two_phase")
+    ranks = SimulatedRanks(size, chosen)
+    numels = [5000, 300, 7]
+    rows = [[(str(n), random(n, seed=10 * rank + n)) for n in numels] for rank in range(size)]
+    ranks.means(rows)
+    assert ranks.stats.compressed_bytes_on_wire == wire_bytes_of(chosen, numels, size)
+
+
+def test_simulated_ranks_are_those_of_simulate() -> None:
+    rows = random(3, 5000)
+    ranks = SimulatedRanks(3, Options(bits=4))
+    for step in range(3):
+        (mean,) = ranks.means([[("", row)] for row in rows])
+        assert torch.equal(mean, simulate(rows, step=step, bits=4))
+
+
+LINES = """
+import argparse, torch
+from torch import nn
+from hvd_gqsgd.bench.trainer import Training
+
+def parse_args(arguments):
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--seed", type=int)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--record")
+    return parser.parse_args(arguments)
+
+def make_training(args, ranks):
+    torch.manual_seed(args.seed)
+    model = nn.Sequential(nn.Linear(100, 50), nn.BatchNorm1d(50))
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+    seen = []
+
+    def loss(step, rank):
+        seen.append((step, rank))
+        torch.manual_seed(100 * step + rank)
+        return model(torch.randn(8, 100) + rank).square().mean()
+
+    def evaluate():
+        assert seen == [(step, rank) for step in range(args.steps) for rank in range(ranks)]
+        return (model[1].running_mean.abs().sum() + model[0].weight.abs().sum()).item()
+
+    return Training(model, optimizer, schedule, args.steps, loss, "sum", evaluate)
+"""
+
+
+def test_training_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The recorded gradients are of the model in fp32, whatever else is trained; runs that are
+    done are not repeated."""
+    script = tmp_path / "lines_to_train.py"
+    script.write_text(LINES)
+    record, results = tmp_path / "record.pt", tmp_path / "results.jsonl"
+    command = ["--train", f"{script} --steps 3 --record {record}", "--ranks", "2",
+               "--settings", "fp32", "8 bits", "4 bits per block", "6 bits per step",
+               "--results", str(results)]  # fmt: skip
+    frontier.main([*command, "--seeds", "0", "1", "--json"])
+    runs = json.loads(capsys.readouterr().out)
+    assert [(run["setting"], run["seed"]) for run in runs[::4]] == [("fp32", 0), ("fp32", 1)]
+    exact, eight, block, dynamic = runs[:4]
+    assert exact["bits"] == 32
+    assert exact["error"] == 0
+    assert 0 < eight["error"] < block["error"] < 1
+    assert eight["value"] == pytest.approx(exact["value"], rel=0.01)
+    assert eight["value"] != exact["value"]
+    assert eight["bits"] == 8 * wire_bytes_of(Options(exchange="two_phase"), [5000], 2) / 5000
+    assert dynamic["bits"] == pytest.approx(6.3, abs=0.5)
+    step = frontier.load(record)
+    assert [x.shape for x in step] == [(2, 50), (2, 50), (2, 50), (2, 50, 100)]
+
+    script.unlink()  # nothing is left to run
+    frontier.main([*command, "--seeds", "1", "0", "--markdown"])
+    said = capsys.readouterr().out
+    assert "2 ranks, 3 steps, 2 seeds" in said
+    assert "| 4 bits per block |" in said
 
 
 @pytest.mark.parametrize(
@@ -120,6 +219,8 @@ def test_frontier_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["nowhere.pt"], "nowhere.pt cannot be read"),
         (["--ranks", "1"], "--ranks must be from 2 to 127, got 1"),
         (["--node", "3"], "--node must divide the 8 ranks, got 3"),
+        (["--train", "x.py", "--ranks", "2", "4"], "--ranks must be one number for --train"),
+        (["--train", "x.py", "--settings", "none"], "invalid choice: 'none'"),
     ],
 )
 def test_wrong_arguments(

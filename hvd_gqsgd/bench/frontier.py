@@ -1,13 +1,17 @@
-"""Errors of means at equal bytes, with rivals: ``hvd-gqsgd bench frontier``.
+"""Errors of means and losses at equal bytes, with rivals: ``hvd-gqsgd bench frontier``.
 
 Gradients are synthetic and heavy-tailed, as for ``bench error``, or recorded ones: a file by
 ``torch.save`` with a list of tensors, one for each parameter, of shape (ranks, *shape). Several
 files are several steps of one training. Seeds are fixed, and nothing is timed.
+
+With ``--train`` scripts are trained with all settings of this package instead; see
+``hvd_gqsgd.bench.trainer``.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -18,15 +22,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.bench import rivals
+from hvd_gqsgd.bench import rivals, trainer
 from hvd_gqsgd.bench.error import AUTHORS, student
 from hvd_gqsgd.bench.rivals import Estimate
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.bench.wire import wire_bytes_of
+from hvd_gqsgd.bench.wire import wire_bytes, wire_bytes_of
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.simulation import simulate
+from hvd_gqsgd.simulation import SimulatedRanks
 
-__all__ = ["main", "measure"]
+__all__ = ["main", "measure", "measure_steps"]
 
 OURS: dict[str, dict[str, Any]] = {
     **{f"Allreduce, {bits} bits": {"bits": bits, "exchange": "allreduce"} for bits in (4, 8, 16)},
@@ -34,11 +40,17 @@ OURS: dict[str, dict[str, Any]] = {
         f"two phases, {bits} bits": {"bits": bits, "exchange": "two_phase"}
         for bits in (2, 3, 4, 5, 6, 8)
     },
+    **{f"per block, {bits} bits": {"bits": BlockBits(bits)} for bits in (2.5, 3, 4, 5)},
     "exponential, 8 bits": {"bits": 8, "dither": "exponential"},
     "exponential, 4 bits": {"bits": 4, "dither": "exponential"},
     "authors' scheme, 8 bits": {"bits": 8, **AUTHORS},
 }
 """Options of this package's settings."""
+
+BUDGETS = (4, 5, 6)
+"""Mean bits at which widths per step are compared with one width."""
+
+MOST_MB = 2048  # all tensors in one bucket
 
 Step = list[Tensor]
 """The gradients of a step: of each parameter, those of all ranks."""
@@ -54,31 +66,82 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "gradients", nargs="*", type=Path, metavar="FILE",
         help="recorded gradients of a step, in the order of steps (default: synthetic ones)",
     )  # fmt: skip
-    parser.add_argument("--ranks", type=int, default=8, help="of synthetic gradients (default: 8)")
+    parser.add_argument(
+        "--ranks", nargs="+", type=int, metavar="N",
+        help="numbers of ranks; of recorded gradients the first ones (default: all of them, or 8)",
+    )  # fmt: skip
     parser.add_argument("--node", type=int, help="ranks of a node, for qgZ (default: all)")
+    parser.add_argument(
+        "--train", nargs="+", metavar="TASK",
+        help="train scripts, such as 'examples/language.py --steps 100', with all ranks in this "
+        "process, and compare what they come to",
+    )  # fmt: skip
+    parser.add_argument(
+        "--settings", nargs="+", choices=tuple(trainer.SETTINGS), metavar="SETTING",
+        default=tuple(trainer.SETTINGS),
+        help=f"for --train: some of {', '.join(trainer.SETTINGS)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for --train")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE",
+        help="for --train: add each run to this file of JSON lines, and take those that are there",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
     options = parser.parse_args(arguments)
-    if not 2 <= options.ranks <= 127:
-        parser.error(f"--ranks must be from 2 to 127, got {options.ranks}")
+    for ranks in options.ranks or []:
+        if not 2 <= ranks <= 127:
+            parser.error(f"--ranks must be from 2 to 127, got {ranks}")
+    if options.train:
+        _train(options, parser)
+        return
     try:
         steps = [load(path) for path in options.gradients]
     except ValueError as error:
         parser.error(str(error))
-    ranks = len(steps[0][0]) if steps else options.ranks
-    node = options.node or ranks
-    if node < 1 or ranks % node:
-        parser.error(f"--node must divide the {ranks} ranks, got {options.node}")
-    steps = steps or [synthetic(ranks)]
-    rows = measure(steps, node)
+    most = len(steps[0][0]) if steps else 127
+    worlds = options.ranks or [most if steps else 8]
+    for ranks in worlds:
+        if ranks > most:
+            parser.error(f"--ranks must be at most the {most} recorded ones, got {ranks}")
+        if options.node is not None and (options.node < 1 or ranks % options.node):
+            parser.error(f"--node must divide the {ranks} ranks, got {options.node}")
+    results = []
+    for ranks in worlds:
+        world = [[x[:ranks] for x in step] for step in steps] or [synthetic(ranks)]
+        rows = measure(world, options.node or ranks)
+        over_steps = measure_steps(world) if len(world) > 1 else []
+        results.append({"ranks": ranks, "rows": rows, "over_steps": over_steps})
+        if not options.json:
+            elements = f"{ranks} ranks, {sum(x[0].numel() for x in world[0]):,} elements"
+            _show(rows, elements, options.markdown)
+            if over_steps:
+                _show(over_steps, f"{elements}, all {len(world)} steps", options.markdown)
     if options.json:
-        print(json.dumps({"ranks": ranks, "steps": len(steps), "rows": rows}))
-        return
+        print(json.dumps({"steps": max(len(steps), 1), "worlds": results}))
+
+
+def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if options.gradients:
+        parser.error("recorded gradients do not go with --train")
+    if options.ranks and len(options.ranks) > 1:
+        parser.error(f"--ranks must be one number for --train, got {options.ranks}")
+    (ranks,) = options.ranks or [8]
+    outcomes = trainer.compare(
+        options.train, options.settings, options.seeds, ranks, options.results
+    )
+    if options.json:
+        print(json.dumps([dataclasses.asdict(outcome) for outcome in outcomes]))
+    else:
+        trainer.show(outcomes, options.markdown)
+
+
+def _show(rows: Sequence[dict[str, Any]], title: str, markdown: bool) -> None:
     show_table(
         ["", "bits an element", "squared error to squared mean"],
         [[row["name"], f"{row['bits']:.2f}", f"{row['error']:.2e}"] for row in rows],
-        title=f"{ranks} ranks, {sum(x[0].numel() for x in steps[0]):,} elements",
-        markdown=options.markdown,
+        title=title,
+        markdown=markdown,
     )
 
 
@@ -147,15 +210,50 @@ def measure(steps: Sequence[Step], node: int) -> list[dict[str, Any]]:
     return sorted(result, key=lambda row: row["bits"])
 
 
+def measure_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
+    """Compares widths per step (DQ-SGD) with one width, in two phases, on all steps together.
+
+    Returns:
+        Rows as those of ``measure``.
+    """
+    numels, size = [x[0].numel() for x in steps[0]], len(steps[0][0])
+    result = []
+    for bits in BUDGETS:
+        for name, choice in (
+            (f"{bits} bits", bits),
+            (f"{bits} bits per step", DynamicBits(bits, total_steps=len(steps))),
+        ):
+            options = Options(bits=choice, exchange="two_phase", bucket_mb=MOST_MB)
+            ranks = SimulatedRanks(size, options)
+            off = square = 0.0
+            sent = 0
+            for step in steps:
+                true = torch.cat([x.flatten(1) for x in step], 1).double().mean(0)
+                off += float((_means(ranks, step) - true).square().sum())
+                square += float(true.square().sum())
+                bits_now = ranks.stats.bits
+                sent += wire_bytes(numels, bits=bits_now, two_phase=True, ranks=size)
+            result.append({
+                "name": name, "bits": 8 * sent / sum(numels) / len(steps), "error": off / square,
+            })  # fmt: skip
+    return result
+
+
 def _ours(step: Step, options: dict[str, Any]) -> Estimate | None:
     """As one bucket; None if the lanes are too narrow."""
-    numels = [x[0].numel() for x in step]
+    numels, ranks = [x[0].numel() for x in step], len(step[0])
+    chosen = Options(**options, bucket_mb=MOST_MB)
     try:
-        means = [simulate(x.flatten(1), step=i, **options) for i, x in enumerate(step)]
+        mean = _means(SimulatedRanks(ranks, chosen), step)
     except ValueError:
         return None
-    sent = wire_bytes_of(Options(**options), numels, len(step[0]))
-    return Estimate(torch.cat(means), 8 * sent / sum(numels))
+    return Estimate(mean, 8 * wire_bytes_of(chosen, numels, ranks) / sum(numels))
+
+
+def _means(ranks: SimulatedRanks, step: Step) -> Tensor:
+    """Those of all parameters, one after the other."""
+    rows = [[("", own.contiguous()) for own in rank] for rank in zip(*step, strict=True)]
+    return torch.cat([mean.flatten() for mean in ranks.means(rows)])
 
 
 def _taught(rival: Callable[[Tensor], Estimate], steps: Sequence[Step]) -> Estimate:

@@ -1,0 +1,224 @@
+"""Training with all ranks in one process: ``hvd-gqsgd bench frontier --train``.
+
+The ranks' gradients are computed one after the other and averaged by simulated ranks, with the
+bits of the real exchange. So eight ranks cost no more than the work of one with their whole batch.
+
+A script says what to train by two functions: ``parse_args(arguments)`` and
+``make_training(args, ranks)``, which returns a :class:`Training`; ``args.seed`` is its seed.
+``args.record``, if there is one, is a file for the gradients of the last step in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits
+from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.simulation import SimulatedRanks
+
+__all__ = ["FP32", "SETTINGS", "Outcome", "Training", "compare", "show", "train"]
+
+FP32 = "fp32"
+SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
+    FP32: None,
+    "8 bits": lambda steps: {"bits": 8},
+    "4 bits": lambda steps: {"bits": 4},
+    "4 bits per block": lambda steps: {"bits": BlockBits(4)},
+    "3 bits per block": lambda steps: {"bits": BlockBits(3)},
+    "2.5 bits per block": lambda steps: {"bits": BlockBits(2.5)},
+    "4 bits per step": lambda steps: {"bits": DynamicBits(4, total_steps=steps)},
+    "5 bits": lambda steps: {"bits": 5},
+    "5 bits per block": lambda steps: {"bits": BlockBits(5)},
+    "5 bits per step": lambda steps: {"bits": DynamicBits(5, total_steps=steps)},
+    "6 bits": lambda steps: {"bits": 6},
+    "6 bits per step": lambda steps: {"bits": DynamicBits(6, total_steps=steps)},
+}
+"""Options for a run of so many steps, all in two phases; none for float32."""
+
+
+@dataclass
+class Training:
+    """A model, and the loss of each rank in each step."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    steps: int
+    loss: Callable[[int, int], Tensor]
+    """That of a step and a rank, which may draw random numbers of its own."""
+    metric: str
+    """The name of the metric."""
+    evaluate: Callable[[], float]
+    """Returns the metric of the model."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run with one setting and one seed."""
+
+    task: str
+    setting: str
+    seed: int
+    ranks: int
+    steps: int
+    metric: str
+    value: float
+    bits: float
+    """Bytes on the wire of the compressed tensors, norms and headers included, as bits for each of
+    their elements."""
+    error: float
+    """Squared error of all steps' means, to the square of the means."""
+
+
+def train(
+    training: Training, ranks: int, options: Options | None, record: Path | None = None
+) -> tuple[float, float]:
+    """Trains a model to the end.
+
+    Args:
+        training: the model.
+        ranks: number of ranks; 2 or more.
+        options: of the exchange; None for float32.
+        record: a file for the gradients of the last step, for ``hvd-gqsgd bench frontier``.
+
+    Returns:
+        Bits on the wire and squared error, as in :class:`Outcome`.
+    """
+    # Gradients come about in reverse order, and so are they exchanged.
+    named = list(training.model.named_parameters())[::-1]
+    parameters = [parameter for _, parameter in named]
+    world = SimulatedRanks(ranks, options) if options else None
+    off = square = 0.0
+    training.model.train()
+    for step in range(training.steps):
+        gradients = _gradients(training, step, ranks, parameters)
+        if record is not None and step == training.steps - 1:
+            torch.save([torch.stack(rows) for rows in zip(*gradients, strict=True)], record)
+        means = [torch.stack(rows).mean(0) for rows in zip(*gradients, strict=True)]
+        if world and options:
+            large = [i for i, p in enumerate(parameters) if p.numel() >= options.min_numel]
+            coded = world.means([[(named[i][0], own[i]) for i in large] for own in gradients])
+            for i, mean in zip(large, coded, strict=True):
+                off += float((mean - means[i]).double().square().sum())
+                square += float(means[i].double().square().sum())
+                means[i] = mean
+        for parameter, mean in zip(parameters, means, strict=True):
+            parameter.grad = mean
+        training.optimizer.step()
+        training.schedule.step()
+    if world is None:
+        return 32.0, 0.0
+    return 8 * world.stats.compressed_bytes_on_wire / world.stats.elements, off / square
+
+
+def _gradients(
+    training: Training, step: int, ranks: int, parameters: Sequence[Tensor]
+) -> list[list[Tensor]]:
+    """Those of each rank. Buffers of the model, as running means, become those of rank 0, whose
+    model is tested."""
+    gradients, buffers = [], []
+    for rank in range(ranks):
+        own = torch.autograd.grad(training.loss(step, rank), parameters)
+        gradients.append([gradient.contiguous() for gradient in own])
+        if rank == 0:
+            buffers = [buffer.clone() for buffer in training.model.buffers()]
+    for buffer, kept in zip(training.model.buffers(), buffers, strict=True):
+        buffer.copy_(kept)
+    return gradients
+
+
+def compare(
+    tasks: Sequence[str],
+    settings: Sequence[str],
+    seeds: Sequence[int],
+    ranks: int,
+    results: Path | None = None,
+) -> list[Outcome]:
+    """Trains all tasks with all settings and seeds.
+
+    Args:
+        tasks: scripts with their arguments, as on a command line, without ``--seed``.
+        settings: of ``SETTINGS``.
+        seeds: of the model, the data and the dither.
+        ranks: number of ranks.
+        results: a file of JSON lines to which each run is added. Runs that are in it already are
+            not repeated.
+    """
+    outcomes = []
+    if results is not None and results.exists():
+        outcomes = [Outcome(**json.loads(line)) for line in results.read_text().splitlines()]
+    asked = [(t, setting, seed, ranks) for seed in seeds for t in tasks for setting in settings]
+    found = {(o.task, o.setting, o.seed, o.ranks): o for o in outcomes}
+    for key in asked:
+        if key not in found:
+            found[key] = outcome = _run(*key)
+            print(json.dumps(dataclasses.asdict(outcome)), file=sys.stderr, flush=True)
+            if results is not None:
+                with results.open("a") as file:
+                    file.write(json.dumps(dataclasses.asdict(outcome)) + "\n")
+    return [found[key] for key in asked]
+
+
+def _run(task: str, setting: str, seed: int, ranks: int) -> Outcome:
+    script, *arguments = shlex.split(task)
+    path = Path(script)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    torch.set_num_threads(1)  # so that a run does not depend on the machine's cores
+    module = importlib.import_module(path.stem)
+    args = module.parse_args([*arguments, "--seed", str(seed)])
+    training: Training = module.make_training(args, ranks)
+    options = SETTINGS[setting]
+    chosen = options and Options(exchange="two_phase", seed=seed, **options(training.steps))
+    record = getattr(args, "record", None) if setting == FP32 else None
+    bits, error = train(training, ranks, chosen, record)
+    return Outcome(
+        task, setting, seed, ranks, training.steps, training.metric, training.evaluate(), bits,
+        error,
+    )  # fmt: skip
+
+
+def show(outcomes: Sequence[Outcome], markdown: bool) -> None:
+    """Prints a table for each task, with differences to float32 seed by seed."""
+    for task in dict.fromkeys(outcome.task for outcome in outcomes):
+        here = [outcome for outcome in outcomes if outcome.task == task]
+        exact = {outcome.seed: outcome.value for outcome in here if outcome.setting == FP32}
+        rows = []
+        for setting in dict.fromkeys(outcome.setting for outcome in here):
+            runs = [outcome for outcome in here if outcome.setting == setting]
+            apart = [run.value - exact[run.seed] for run in runs if run.seed in exact]
+            rows.append([
+                setting,
+                f"{statistics.fmean(run.bits for run in runs):.2f}",
+                _mean_and_deviation([run.value for run in runs], ".4f"),
+                _mean_and_deviation(apart, "+.4f") if apart else "",
+                f"{statistics.fmean(run.error for run in runs):.1e}",
+            ])  # fmt: skip
+        first = here[0]
+        show_table(
+            ["", "bits an element", first.metric, "to fp32, seed by seed", "squared error"],
+            rows,
+            title=f"{task}: {first.ranks} ranks, {first.steps} steps, "
+            f"{len({outcome.seed for outcome in here})} seeds",
+            markdown=markdown,
+        )
+
+
+def _mean_and_deviation(numbers: Sequence[float], style: str) -> str:
+    """The deviation is that of the sample: there is none for a single seed."""
+    mean = format(statistics.fmean(numbers), style)
+    return f"{mean} ± {statistics.stdev(numbers):{style[-3:]}}" if len(numbers) > 1 else mean
