@@ -156,7 +156,9 @@ def make_training(args: argparse.Namespace, ranks: int) -> Training:
     train_data, validation_data = load_data(args.seed)
     model = Transformer(args.width, args.layers, args.context)
     optimizer = make_optimizer(args, model)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # takes a step on gradients of zeros
+    # As in main(): this takes a step of weight decay, and DistributedOptimizer has a new state.
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    optimizer.state.clear()
 
     def loss(step: int, rank: int) -> Tensor:
         seed_step(args.seed, step, rank)

@@ -97,7 +97,9 @@ def make_training(args: argparse.Namespace, ranks: int) -> Training:
     total = args.epochs * order.steps_per_epoch
     model = make_model(args.channels)
     optimizer = make_optimizer(args, model)
-    hvd.broadcast_optimizer_state(optimizer, root_rank=0)  # takes a step on gradients of zeros
+    # As in main(): this takes a step of weight decay, and DistributedOptimizer has a new state.
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    optimizer.state.clear()
 
     def loss(step: int, rank: int) -> Tensor:
         seed_step(args.seed, step, rank)

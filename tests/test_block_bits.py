@@ -331,7 +331,9 @@ def test_arguments_of_the_operator(change: dict[str, Any], message: str) -> None
     ("make", "kind", "message"),
     [
         (lambda: BlockBits(1), ValueError, "budget must be from min_bits=2 to max_bits=12, got 1"),
-        (lambda: BlockBits(DynamicBits()), TypeError, "budget must be a number of bits, got Dyn"),  # type: ignore[arg-type]
+        (lambda: BlockBits(DynamicBits()), TypeError, "so pass bits=BlockBits(...) or"),  # type: ignore[arg-type]
+        (lambda: DynamicBits(BlockBits()), TypeError, "budget must be a number of bits, got Bl"),  # type: ignore[arg-type]
+        (lambda: BlockBits("4"), TypeError, "budget must be a number of bits, got '4'"),  # type: ignore[arg-type]
         (lambda: BlockBits(power=3), ValueError, "power must be from 0 to 2, got 3"),
         (lambda: BlockBits(block_size=100), ValueError, "must be a multiple of 32 for widths per"),
         (lambda: BlockBits(block_size=2048), ValueError, "block_size must be from 32 to 1024"),

@@ -138,6 +138,43 @@ def test_a_resumed_run_ends_with_the_same_bits(
     assert log.Scalars(metric)[0].value == pytest.approx(whole[metric], rel=1e-6)
 
 
+@pytest.mark.long
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("language", ["--steps", "5", "--width", "64", "--layers", "2"]),
+        ("recommender", ["--batch-size", "32768"]),
+    ],
+)
+@pytest.mark.parametrize("bits", ["block", "dynamic"])
+def test_ranks_in_one_process_train_to_the_same_bits(
+    script: str, arguments: list[str], bits: str, tmp_path: Path
+) -> None:
+    wide = ["--bits", bits, "--budget", "4", "--exchange", "two_phase"]
+    train(f"{script}.py", tmp_path, *arguments, *wide)
+    program = ONE_PROCESS.format(examples=EXAMPLES, script=script, arguments=arguments, bits=bits)
+    job = run([sys.executable, "-c", program], limit=90)
+    assert job.returncode == 0, job.stdout[-5000:]
+    assert job.stdout.split()[-1] == result_of(tmp_path)["digest"]
+
+
+ONE_PROCESS = """
+import hashlib, sys, torch
+sys.path.insert(0, "{examples}")
+import {script} as example
+from hvd_gqsgd import BlockBits, DynamicBits
+from hvd_gqsgd.bench.trainer import train
+from hvd_gqsgd.options import Options
+torch.set_num_threads(1)
+training = example.make_training(example.parse_args({arguments}), 2)
+bits = dict(block=BlockBits(4), dynamic=DynamicBits(4, training.steps))["{bits}"]
+train(training, 2, Options(bits=bits, exchange="two_phase"))
+parameters = torch.nn.utils.parameters_to_vector(training.model.parameters()).detach()
+print(hashlib.sha256(parameters.numpy().tobytes()).hexdigest())
+"""
+
+
 AUTHORS = """
 import sys, horovod.torch as hvd, torch
 sys.path.insert(0, "{examples}")

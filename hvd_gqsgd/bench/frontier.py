@@ -41,6 +41,7 @@ OURS: dict[str, dict[str, Any]] = {
         for bits in (2, 3, 4, 5, 6, 8)
     },
     **{f"per block, {bits} bits": {"bits": BlockBits(bits)} for bits in (2.5, 3, 4, 5)},
+    **{f"per block, power 1, {bits} bits": {"bits": BlockBits(bits, 1)} for bits in (3, 4, 5)},
     "exponential, 8 bits": {"bits": 8, "dither": "exponential"},
     "exponential, 4 bits": {"bits": 4, "dither": "exponential"},
     "authors' scheme, 8 bits": {"bits": 8, **AUTHORS},

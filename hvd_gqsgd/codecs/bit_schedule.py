@@ -42,7 +42,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
-from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.codecs.block_bits import BlockBits, check_budget
 
 __all__ = ["WIDTHS", "DynamicBits", "FixedBits", "Schedule", "make_schedule", "wire_bits"]
 
@@ -121,7 +121,7 @@ class DynamicBits:
         span = f"min_bits={self.min_bits} to max_bits={self.max_bits}"
         if not any(self.min_bits <= width <= self.max_bits for width in WIDTHS):
             raise ValueError(f"{span} must have a width of {WIDTHS} in it")
-        budget = check_number("budget", self.budget, "a number of bits")
+        budget = check_budget(self.budget)
         if not self.min_bits <= budget <= self.max_bits:
             raise ValueError(f"budget must be from {span}, got {self.budget!r}")
         if self.total_steps is not None:

@@ -21,13 +21,27 @@ from dataclasses import dataclass
 
 from hvd_gqsgd.checks import check_int, check_number
 
-__all__ = ["BlockBits"]
+__all__ = ["BlockBits", "check_budget"]
 
 COLUMN = 32
 """Elements whose codes fill whole words at any width: ``kRows`` of ``native/core/block_bits.h``."""
 MOST_BLOCK = 1024
 POWER_UNIT = 256
 BUDGET_UNIT = 1024
+
+
+def check_budget(budget: object) -> float:
+    """``budget`` as a float.
+
+    Raises:
+        TypeError: it is not a number, as where widths per block and per step are asked for at once.
+    """
+    if hasattr(budget, "budget"):
+        raise TypeError(
+            f"budget must be a number of bits, got {budget!r}: widths follow either blocks or "
+            "steps, so pass bits=BlockBits(...) or bits=DynamicBits(...)"
+        )
+    return check_number("budget", budget, "a number of bits")
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,7 @@ class BlockBits:
     def __post_init__(self) -> None:
         check_int("min_bits", self.min_bits, 2, 16)
         check_int("max_bits", self.max_bits, 2, 16)
-        budget = check_number("budget", self.budget, "a number of bits")
+        budget = check_budget(self.budget)
         if not self.min_bits <= budget <= self.max_bits:
             raise ValueError(
                 f"budget must be from min_bits={self.min_bits} to max_bits={self.max_bits}, got "
