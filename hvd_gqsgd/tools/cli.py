@@ -24,7 +24,7 @@ COMMANDS = {
     "bench calibrate": ("hvd_gqsgd.bench.calibrate", "measure a machine, for model --machine"),
     "bench kernels": ("hvd_gqsgd.bench.kernels", "time the kernels against memcpy"),
     "bench error": ("hvd_gqsgd.bench.error", "compare the operators' errors with their bounds"),
-    "bench frontier": ("hvd_gqsgd.bench.frontier", "compare errors with rivals at equal bytes"),
+    "bench frontier": ("hvd_gqsgd.bench.frontier", "compare errors and losses at equal bytes"),
 }
 """Module and description, by command."""
 
