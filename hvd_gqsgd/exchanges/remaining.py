@@ -55,12 +55,12 @@ class RemainingSum(AllreduceExchange):
         """Sums a bucket, in two messages after its norms."""
         # As many messages as in the other exchange: one of the bucket's that Horovod remembers.
         yield Max("norms", norms.new_zeros(self._header + norms.numel()))
-        wide = dataclasses.replace(terms, bits=self._width)
-        return (yield from self._sum(bucket, wide, norms, self._name(bucket)))
+        terms.bits = self._width
+        return (yield from self._sum(bucket, terms, norms, self._name(bucket)))
 
     def to_rehearse(self, bucket: Bucket) -> bool:
         """Whether Horovod does not remember the sum of a bucket, and has to."""
-        if not self._at_risk or len(self._rehearsed) == MOST_REHEARSED:
+        if not self._at_risk or len(self._rehearsed) >= MOST_REHEARSED:
             return False
         return self._full_name(bucket) not in self._rehearsed
 
