@@ -61,8 +61,10 @@ class Agreement:
     bits: int
     schedule: tuple[int, ...]
     """State of the bit width's schedule; see ``Schedule.state``."""
+    behind: int = 0
+    """How many tensors wait behind the bucket: the least of all ranks'."""
     all_here: bool = True
-    """Whether no rank has left by ``hvd.join()``: such a rank puts 0 where the others put -1."""
+    """Whether no rank has left by ``hvd.join()``."""
 
 
 class AgreementProtocol(ABC):
@@ -113,7 +115,9 @@ class AgreementProtocol(ABC):
             header,
             [
                 *(*_pair(self._digest), *_pair(digest(items))),
-                *(-1, int(terms.rehearses), proposal.step, proposal.bits, *proposal.schedule),
+                # A rank that has left puts 0 in place of the first one.
+                *(-1 - proposal.behind, int(terms.rehearses)),
+                *(proposal.step, proposal.bits, *proposal.schedule),
             ],
         )
 
@@ -125,13 +129,14 @@ class AgreementProtocol(ABC):
                 f"{bucket.name}: the ranks use different options; this rank has {self._options}, "
                 f"and {type(self._exchange).__name__}"
             )
-        layout, no_layout, absent, rehearses, step, bits, *more = numbers[2:]
+        layout, no_layout, present, rehearses, step, bits, *more = numbers[2:]
         if layout + no_layout != _FULL:
             raise AgreementError(
                 f"{bucket.name}: the ranks handed in different tensors, or in another order; "
                 f"{self.advice}"
             )
-        agreed = Agreement(step, bits, tuple(more[: Schedule.STATE_WORDS]), absent < 0)
+        schedule = tuple(more[: Schedule.STATE_WORDS])
+        agreed = Agreement(step, bits, schedule, max(-1 - present, 0), present < 0)
         # The number of the next step travels in 32 bits too.
         sent = (step, step + 1, *agreed.schedule)
         if min(sent) < 0 or max(sent) >= 2**31:
@@ -144,7 +149,7 @@ class AgreementProtocol(ABC):
             )
         self._exchange.codec(bits)
         terms.step, terms.bits, terms.all_here = step, bits, agreed.all_here
-        terms.rehearses = rehearses > 0
+        terms.behind, terms.rehearses = agreed.behind, rehearses > 0
         self._settle(agreed)
 
 

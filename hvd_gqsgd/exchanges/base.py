@@ -53,6 +53,8 @@ class Terms:
 
     step: int
     bits: int
+    behind: int | None = None
+    """Tensors that wait behind the bucket on all ranks; known with the first message."""
     all_here: bool = True
     """Whether no rank has left by ``hvd.join()``; known with the first message too."""
     rehearses: bool = False
