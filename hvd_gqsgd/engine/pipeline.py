@@ -148,10 +148,12 @@ class Pipeline:
             x: the tensor.
             name: the same on all ranks, for tensors that come in another order there.
             scale: that of ``decode``, if it is known already; the same on all ranks.
-            out: contiguous memory of its shape to decode to, possibly ``x`` itself.
+            out: contiguous memory of its shape to decode to, possibly ``x`` itself; for an exchange
+                that leaves each rank a shard, memory for that.
 
         Raises:
-            ValueError: the lanes are too narrow for the number of ranks.
+            ValueError: the lanes are too narrow for the number of ranks, or the tensor cannot be
+                exchanged.
         """
         new_session = self._transport.session is not self._session
         if new_session or not (self.active or self._open_ended):
@@ -335,7 +337,8 @@ class Pipeline:
                 self.stats.bypass("alone", item.x.nbytes, lambda: self.rank)
         terms = Terms(self._proposal.step, self._proposal.bits)
         running = self._way.protocol.run(bucket, self._proposal, terms)
-        flight = Flight(bucket, running, terms, self._transport, self.stats)
+        counted = self._way.exchange.counted
+        flight = Flight(bucket, running, terms, self._transport, self.stats, counted)
         self._flights[bucket] = flight
         self._sent += len(bucket.items)
         self._names.unfinished.add(self)

@@ -28,7 +28,7 @@ from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.remaining import RemainingSum
-from hvd_gqsgd.exchanges.widths import BlockWidths, OneWidth, Widths
+from hvd_gqsgd.exchanges.widths import Widths, widths_of
 from hvd_gqsgd.layout import FLAG
 
 __all__ = ["TwoPhaseExchange"]
@@ -55,7 +55,8 @@ class TwoPhaseExchange(CodedExchange):
             # Every exchange has as many messages as it says. The last one may be left out.
             yield Sum("codes", torch.zeros(1, dtype=torch.int32, device=bucket.device))
             return (yield from self._remaining.sum(bucket, terms, norms, "means"))
-        widths = self._widths(bucket, terms)
+        layout = bucket.layout(self.options.block_size, terms.bits)
+        widths = widths_of(self.options, self.codec(terms.bits), layout, self._take, bucket.device)
         words = self._take(sum(widths.words), widths.word_dtype, bucket.device)
         with terms.attempt():
             if terms.takes_part:
@@ -90,14 +91,6 @@ class TwoPhaseExchange(CodedExchange):
         bits = self.options.bits
         most = bits.max_bits if isinstance(bits, BlockBits) else self.options.most_bits
         return RemainingSum(self._setup, levels_for(most, 1))
-
-    def _widths(self, bucket: Bucket, terms: Terms) -> Widths:
-        layout = bucket.layout(self.options.block_size, terms.bits)
-        codec, bits = self.codec(terms.bits), self.options.bits
-        if not isinstance(bits, BlockBits):
-            return OneWidth(codec, layout)
-        plan = self._take(2 * layout.num_norms + 1, torch.int32, bucket.device)
-        return BlockWidths(bits, codec, layout, plan)
 
 
 @dataclass(frozen=True)
