@@ -97,8 +97,6 @@ def simulate(
         arrived = [
             rank.poll(ticket) is not None for rank, ticket in zip(ranks, tickets, strict=True)
         ]
-    if not sharded:
-        return ranks[0].decode(tickets[0], 1 / world.size)
-    for rank, ticket in zip(ranks, tickets, strict=True):
-        rank.decode(ticket, 1 / world.size)
-    return mean[:numel]
+    owners = zip(ranks, tickets, strict=True) if sharded else [(ranks[0], tickets[0])]
+    results = [rank.decode(ticket, 1 / world.size) for rank, ticket in owners]
+    return mean[:numel] if sharded else results[0]
