@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from hvd_gqsgd import BlockBits, GlobalQSGD, simulate
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.layout import words_for
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
@@ -313,6 +314,10 @@ def test_statistics(rank, size):
     stats = compressor.stats()
     assert (stats.tensors, stats.tensors_bypassed) == (1, 0)
     assert stats.compressed_bytes_before == 4 * 100_002
+    # The header and the norms by Allreduce, which counts twice; codes, and a flag to each rank.
+    length = 100_002 // size
+    norms, words = size * -(-length // 1024), size * (1 + words_for(length, 1024, 8))
+    assert stats.compressed_bytes_on_wire == 2 * (128 + 4 * norms) + 4 * words
     assert 3.8 < stats.ratio < 4
     assert 8 < stats.mean_bits < 8.4
 

@@ -1,8 +1,9 @@
 """The formulas of ``hvd_gqsgd/docs/THEORY.md``: errors and bytes of each operator, in NumPy.
 
 An operator is given by the options of ``GlobalQSGD``. Its exchange is "allreduce" or, for
-exponential dithering always, "two_phase" or "one_phase"; never "auto". Rows are the gradients of the ranks, as
-``linear.py`` takes them; results are float64, one number for each element.
+exponential dithering always, "two_phase", or "one_phase" for either; never "auto". Rows are the
+gradients of the ranks, as ``linear.py`` takes them; results are float64, one number for each
+element.
 """
 
 from __future__ import annotations
