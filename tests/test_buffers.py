@@ -79,7 +79,7 @@ def test_buffers_are_given_back() -> None:
     assert len(pool) == 1
     pool.next_step()
     assert len(pool) == 0
-    assert held.nbytes() == 400
+    assert held.nbytes() >= 400
 
 
 def test_results_are_never_overwritten() -> None:

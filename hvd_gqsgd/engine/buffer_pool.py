@@ -49,8 +49,13 @@ class BufferPool:
         return sum(map(len, self._buffers.values()))
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A flat tensor with undefined contents, in use until nothing refers to its memory."""
-        return self.take_each([((numel,), dtype, device)])[0]
+        """A flat tensor with undefined contents, in use until nothing refers to its memory.
+
+        Those whose sizes differ little share memory: which tensors go together in a message may
+        change from step to step.
+        """
+        unit = 1 << max(numel.bit_length() - 3, 0)
+        return self.take_each([((-(-numel // unit) * unit,), dtype, device)])[0][:numel]
 
     def take_each(self, kinds: Sequence[Kind]) -> list[Tensor]:
         """A tensor of each kind, as by ``take``."""

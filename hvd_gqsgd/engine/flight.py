@@ -77,6 +77,11 @@ class Flight:
         return self.failure is None and self.handle is not None and self.handle.done()
 
     @property
+    def behind(self) -> int | None:
+        """See ``Terms.behind``."""
+        return self._terms.behind
+
+    @property
     def ending(self) -> Ending:
         """How the step ends after ``failure``; one that the messages told the others ends it for
         them too."""

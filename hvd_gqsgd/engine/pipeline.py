@@ -18,6 +18,7 @@ only, or in ``wait``.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from torch import Tensor
@@ -174,10 +175,20 @@ class Pipeline:
                     self._slots.fill(self._prefix())
         return ticket
 
-    def flush(self) -> None:
-        """Starts the buckets that are not full."""
+    def flush(self, behind: int = 0) -> None:
+        """Starts the buckets that are not full.
+
+        Args:
+            behind: how many tensors will be handed in next, for the other ranks to know.
+        """
         for bucket in self._filling.take_all():
-            self._launch(bucket)
+            self._launch(bucket, behind)
+
+    def behind(self, ticket: Ticket) -> int | None:
+        """The least ``behind`` that a rank has started the ticket's bucket with; None before that
+        is known, and once the bucket was decoded."""
+        flight = self._flights.get(ticket.bucket)
+        return None if flight is None else flight.behind
 
     def advance(self) -> bool:
         """Starts the collectives that can be; returns whether none is left to start."""
@@ -326,8 +337,8 @@ class Pipeline:
         self.steps.settle(agreement, self._record)
         self.stats.bits = agreement.bits
 
-    def _launch(self, bucket: Bucket) -> None:
-        """Starts the exchange of a bucket."""
+    def _launch(self, bucket: Bucket, behind: int = 0) -> None:
+        """Starts the exchange of a bucket; ``behind`` as in ``flush``."""
         bucket.close()
         if not self.alone:
             self.stats.compressed_bytes_before += bucket.nbytes
@@ -336,7 +347,8 @@ class Pipeline:
             for item in bucket.items:
                 self.stats.bypass("alone", item.x.nbytes, lambda: self.rank)
         terms = Terms(self._proposal.step, self._proposal.bits)
-        running = self._way.protocol.run(bucket, self._proposal, terms)
+        proposal = dataclasses.replace(self._proposal, behind=behind)
+        running = self._way.protocol.run(bucket, proposal, terms)
         counted = self._way.exchange.counted
         flight = Flight(bucket, running, terms, self._transport, self.stats, counted)
         self._flights[bucket] = flight

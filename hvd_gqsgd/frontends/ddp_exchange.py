@@ -4,6 +4,9 @@ It goes on by itself: the process group's threads call back when a collective is
 is called starts the next one. Each kind of collective has connections of its own, as the order in
 which those of different kinds are started differs between ranks. Over NCCL that is so for the
 agreements alone: what follows one is enqueued at once, bucket after bucket.
+
+Small buckets of the host go together where they come faster than they can be exchanged. The bits of
+their means do not depend on it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import functools
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +28,15 @@ from torch import Tensor
 from torch.futures import Future
 
 from hvd_gqsgd._native import nccl as native_nccl
+from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.codecs import check_device
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.agreement import Ahead, check, refusal, refuse
 from hvd_gqsgd.engine.flight import Ticket
+from hvd_gqsgd.engine.joining import Joined, Joining
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
-from hvd_gqsgd.engine.streams import on
+from hvd_gqsgd.engine.streams import Stream, on
 from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
 from hvd_gqsgd.options import FrontEnd
 from hvd_gqsgd.stats import Stats
@@ -47,6 +54,9 @@ from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
 __all__ = ["BucketExchange"]
 
+JOINED_BYTES = 2**22
+"""The most that go together: then the bytes take as long as the messages."""
+
 
 @dataclass
 class _Waiting:
@@ -56,6 +66,11 @@ class _Waiting:
     future: Future[Tensor]
     ticket: Ticket | None = None
     error: Exception | None = None
+
+    @property
+    def stream(self) -> Stream:
+        """Of its exchange, once that was started."""
+        return self.ticket.bucket.stream if self.ticket is not None else None
 
     def outcome(self) -> Tensor:
         """The averaged buffer. Raised in a callback of the future is an error that DDP
@@ -117,7 +132,10 @@ class BucketExchange:
         # process group's. Those do not wait for it, but leave word that there is more to do.
         self._lock = threading.Lock()
         self._more = False
-        self._waiting: list[_Waiting] = []
+        # The widths of BlockBits follow from all blocks that go together.
+        self._joins = not isinstance(self.options.bits, BlockBits)
+        self._joining: Joining[_Waiting] = Joining(JOINED_BYTES)
+        self._in_flight: deque[Joined[_Waiting]] = deque()
         self._failed = False  # in this step
         if self._transport.nccl is not None:
             self._transport.nccl.connect()  # here, where all ranks are
@@ -151,6 +169,8 @@ class BucketExchange:
                     f"the hook's state was made for {self._device}, and got a bucket on "
                     f"{buffer.device}: call torch.cuda.set_device() before ddp_state()"
                 )
+        while begin and self._joining:  # of a step that was left in the middle
+            self._transport.idle()
         with self.held():
             if begin:
                 self._failed = False
@@ -162,15 +182,15 @@ class BucketExchange:
             waiting = _Waiting(buffer, future)
             averaged = future.then(lambda _: waiting.outcome())
             if self._failed:
-                # The others may not know yet, and must find as many operations as they start.
-                self._transport.max_async(refusal(), "header")
-                waiting.error = RuntimeError("an earlier bucket of this step has failed")
+                self._refuse(waiting, RuntimeError("an earlier bucket of this step has failed"))
                 future.set_result(buffer)
                 return averaged
-            waiting.ticket = self._pipeline.submit(buffer, scale=self._share, out=buffer)
-            self._waiting.append(waiting)
-            self._pipeline.flush()
-        self._progress()
+            kind = kind_of(buffer.dtype, buffer.device)
+            alone = buffer.is_cuda or not self._joins
+            self._joining.add(waiting, None if alone else kind, buffer.nbytes)
+            # Here, as it must come after what this thread has enqueued on a GPU.
+            finished = self._step()
+        self._hand_back(finished)
         return averaged
 
     def close(self) -> None:
@@ -204,30 +224,70 @@ class BucketExchange:
                 finished = self._step()
             finally:
                 self._lock.release()
-            for waiting in finished:
-                # With the buffer as its value, a future notes what this stream has to do before.
-                assert waiting.ticket is not None
-                with on(waiting.ticket.bucket.stream):
-                    waiting.future.set_result(waiting.buffer)
+            self._hand_back(finished)
+
+    def _hand_back(self, finished: list[_Waiting]) -> None:
+        for waiting in finished:
+            # With the buffer as its value, a future notes what this stream has to do before.
+            with on(waiting.stream):
+                waiting.future.set_result(waiting.buffer)
 
     def _step(self) -> list[_Waiting]:
         finished: list[_Waiting] = []
         try:
-            while self._waiting:
-                ticket = self._waiting[0].ticket
-                assert ticket is not None
-                if self._pipeline.poll(ticket) is None:
-                    break
-                with on(ticket.bucket.stream):
-                    self._pipeline.decode(ticket, self._share)
-                finished.append(self._waiting.pop(0))
+            self._start()
+            moved = True
+            while moved and self._in_flight:
+                moved = self._land(finished)
+                moved |= self._start()
         except Exception as error:
             self._failed = True
-            for waiting in self._waiting:
-                waiting.error = error
-            finished += self._waiting
-            self._waiting.clear()
+            for joined in self._in_flight:
+                for waiting in joined.members:
+                    waiting.error = error
+                finished += joined.members
+            self._in_flight.clear()
+            queued = self._joining.restart()
+            for waiting in queued:
+                self._refuse(waiting, error)
+            finished += queued
         return finished
+
+    def _start(self) -> bool:
+        """Starts the exchanges that can be; returns whether there were any."""
+        started = False
+        while (joined := self._joining.take(self._in_flight)) is not None:
+            self._in_flight.append(joined)
+            for waiting in joined.members:
+                buffer = waiting.buffer
+                waiting.ticket = self._pipeline.submit(buffer, scale=self._share, out=buffer)
+            self._pipeline.flush(joined.behind)
+            started = True
+        return started
+
+    def _land(self, finished: list[_Waiting]) -> bool:
+        """Looks at the oldest exchange, and decodes it if it is done; returns whether it was."""
+        oldest = self._in_flight[0].members[0].ticket
+        latest = self._in_flight[-1].members[0].ticket
+        assert oldest is not None and latest is not None
+        arrived = self._pipeline.poll(oldest) is not None
+        if self._joining.undecided and (behind := self._pipeline.behind(latest)) is not None:
+            self._joining.agree(behind)
+        if arrived:
+            members = self._in_flight[0].members
+            for waiting in members:
+                assert waiting.ticket is not None
+                with on(waiting.stream):
+                    self._pipeline.decode(waiting.ticket, self._share)
+            self._in_flight.popleft()
+            finished += members
+        return arrived
+
+    def _refuse(self, waiting: _Waiting, error: Exception) -> None:
+        """Gives up a bucket after an error. The other ranks may not know of that yet, and must find
+        as many operations as they start."""
+        self._transport.max_async(refusal(), "header")
+        waiting.error = error
 
 
 @functools.cache
