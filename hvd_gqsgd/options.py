@@ -81,8 +81,8 @@ class Options:
             their rounding errors cancel. If False, their dither is independent.
         seed: seed of the dither. The same seed and gradients give the same bits.
         min_numel: smallest number of elements to compress. Smaller tensors go to Horovod as they
-            are, unless it cannot reduce them (bfloat16, not contiguous). Under DDP, smaller buckets
-            are not compressed.
+            are, unless it cannot reduce them (bfloat16, not contiguous). Smaller buckets
+            of DDP, and modules of FSDP with fewer gradients, are not compressed.
         bucket_mb: size in megabytes of the buckets in which gradients are exchanged under Horovod.
 
     Raises:

@@ -270,7 +270,7 @@ def test_training(rank, size, kind):
     if kind in ("checkpoint", "reentrant"):
         calls = [functools.partial(checkpointed, model, kind == "reentrant") for model in models]
     elif kind == "compiled":
-        calls = [torch.compile(model, backend="eager") for model in models]
+        calls[0] = torch.compile(models[0], backend="eager")
     for number in range(3):
         for call, optimizer in zip(calls, optimizers, strict=True):
             optimizer.zero_grad()
