@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SimulatedRanks", "simulate"]
 
-FRONT_END = FrontEnd("simulate()", own=("step",))
+FRONT_END = FrontEnd("simulate()", own=("step",), exchanges=("one_phase",))
 
 
 @overload
@@ -39,7 +39,8 @@ def simulate(
 
     All ranks run in this process. They use the pipeline and the codec of the real exchange, so the
     result has the same bits: those that Horovod ranks get for the first unnamed tensor of step
-    ``step``.
+    ``step``. With ``exchange="one_phase"`` it is that of the shards of all ranks, one behind the
+    other, as they are under FSDP.
 
     Args:
         gradients: a tensor or an array of shape (world size, elements); float16, bfloat16, float32
@@ -77,8 +78,14 @@ def simulate(
     check_int("step", step, 0, 2**31 - 2)  # it travels in 32 bits, and so does the next one
 
     resolved = FRONT_END.options(options)
-    rows = gradients.detach().contiguous()
-    (mean,) = SimulatedRanks(len(rows), resolved, step).means([[("", row)] for row in rows])
+    rows, (size, numel) = gradients.detach().contiguous(), gradients.shape
+    ranks = SimulatedRanks(size, resolved, step)
+    if resolved.exchange == "one_phase":
+        rows = torch.nn.functional.pad(rows, (0, -numel % size))
+        mean = rows.new_empty(rows.shape[1])
+        ranks.means([[("", row)] for row in rows], list(mean.view(size, rows.shape[1] // size)))
+        return mean[:numel]
+    (mean,) = ranks.means([[("", row)] for row in rows])
     return mean
 
 
@@ -103,19 +110,25 @@ class SimulatedRanks:
             for rank in range(size)
         ]  # fmt: skip
 
-    def means(self, gradients: Sequence[Sequence[tuple[str, Tensor]]]) -> list[Tensor]:
-        """Returns the means that all ranks decode in a step.
+    def means(
+        self,
+        gradients: Sequence[Sequence[tuple[str, Tensor]]],
+        shards: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Returns the means that rank 0 decodes in a step, as do all others but in one phase.
 
         Args:
             gradients: names and contiguous gradients of each rank. The order decides on buckets;
                 gradients without a name are identified by it.
+            shards: memory for each rank's part of the only gradient, for ``exchange="one_phase"``.
 
         Raises:
             ValueError: the lanes are too narrow for the number of ranks.
         """
+        outs: Sequence[Tensor | None] = shards or [None] * len(self._ranks)
         tickets = [
-            [rank.submit(x, name or None) for name, x in own]
-            for rank, own in zip(self._ranks, gradients, strict=True)
+            [rank.submit(x, name or None, out=out) for name, x in own]
+            for rank, own, out in zip(self._ranks, gradients, outs, strict=True)
         ]
         for rank in self._ranks:
             rank.flush()
@@ -128,7 +141,7 @@ class SimulatedRanks:
             ]
         first, *others = self._ranks
         share = 1 / len(self._ranks)
-        if first.steps.learns:
+        if first.steps.learns or shards:
             for rank, own in zip(others, tickets[1:], strict=True):
                 for ticket in own:
                     rank.decode(ticket, share)
