@@ -29,7 +29,7 @@ DEMO ?= examples/demo.py
 ARGS ?=
 
 NATIVE := $(shell find native -name '*.h' -o -name '*.cc' -o -name '*.cu')
-STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc tests/fuzz/*.cc)
+STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc tests/fuzz/*.h tests/fuzz/*.cc)
 NVCC := $(shell command -v nvcc)
 
 # --- commands ------------------------------------------------------------------------------------

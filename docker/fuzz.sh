@@ -19,7 +19,7 @@ flags=(-std=c++17 -O1 -g1 -fno-math-errno -ffp-contract=off -Inative
 clang=${CLANGXX:-clang++}
 
 echo "hvd_gqsgd: building the fuzzers"
-if "$clang" "${flags[@]}" -fsanitize=fuzzer tests/fuzz/decode.cc native/cpu/*.cc -o "$work/libfuzzer" \
+if "$clang" "${flags[@]}" -fsanitize=fuzzer tests/fuzz/{decode,blocks}.cc native/cpu/*.cc -o "$work/libfuzzer" \
     2>"$work/clang.log"; then
     "$work/libfuzzer" -max_total_time="$seconds" -max_len=1000 -print_final_stats=1 \
         -verbosity=0 -artifact_prefix="$work/" "$work/corpus"

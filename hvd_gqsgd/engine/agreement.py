@@ -108,14 +108,16 @@ class AgreementProtocol(ABC):
             AgreementError: on all ranks, if they disagree.
         """
 
-    def _write(self, header: Tensor, bucket: Bucket, proposal: Agreement) -> None:
+    def _write(self, header: Tensor, bucket: Bucket, proposal: Agreement, terms: Terms) -> None:
+        terms.rehearses = self._exchange.to_rehearse(bucket)
         items = tuple((item.identity, item.scale, item.device.type) for item in bucket.items)
         _write(
             header,
             [
                 *(*_pair(self._digest), *_pair(digest(items))),
                 # A rank that has left puts 0 in place of the first one.
-                *(-1 - proposal.behind, proposal.step, proposal.bits, *proposal.schedule),
+                *(-1 - proposal.behind, int(terms.rehearses)),
+                *(proposal.step, proposal.bits, *proposal.schedule),
             ],
         )
 
@@ -127,7 +129,7 @@ class AgreementProtocol(ABC):
                 f"{bucket.name}: the ranks use different options; this rank has {self._options}, "
                 f"and {type(self._exchange).__name__}"
             )
-        layout, no_layout, present, step, bits, *more = numbers[2:]
+        layout, no_layout, present, rehearses, step, bits, *more = numbers[2:]
         if layout + no_layout != _FULL:
             raise AgreementError(
                 f"{bucket.name}: the ranks handed in different tensors, or in another order; "
@@ -147,7 +149,7 @@ class AgreementProtocol(ABC):
             )
         self._exchange.codec(bits)
         terms.step, terms.bits, terms.all_here = step, bits, agreed.all_here
-        terms.behind = agreed.behind
+        terms.behind, terms.rehearses = agreed.behind, rehearses > 0
         self._settle(agreed)
 
 
@@ -163,7 +165,7 @@ class WithNorms(AgreementProtocol):
         """See :class:`AgreementProtocol`."""
         exchange = self._exchange.run(bucket, terms)
         norms = next(exchange)
-        self._write(norms.tensor[:HEADER], bucket, proposal)
+        self._write(norms.tensor[:HEADER], bucket, proposal, terms)
         reduced = yield norms
         if not terms.given_up:
             self._read(reduced[:HEADER], bucket, proposal, terms)
@@ -188,7 +190,7 @@ class Ahead(AgreementProtocol):
         # On the host, wherever the tensors are: the host reads the reduced header.
         header = torch.empty(HEADER, dtype=torch.int64, device="cpu")
         if terms.failure is None:
-            self._write(header, bucket, proposal)
+            self._write(header, bucket, proposal, terms)
         else:
             header = refusal()
         reduced = yield (Kept if self._exchange.alone else Max)("header", header)

@@ -42,10 +42,14 @@ class AllreduceExchange(CodedExchange):
         norms = yield from self._norms(bucket, terms)
         return (yield from self._sum(bucket, terms, norms, "codes"))
 
+    def _message(self, bucket: Bucket, bits: int) -> Tensor:
+        layout = bucket.layout(self.options.block_size, bits)
+        return self._take(self._marks + layout.num_words, layout.word_dtype, bucket.device)
+
     def _sum(self, bucket: Bucket, terms: Terms, norms: Tensor, name: str) -> Running:
         """Sums the codes of a bucket, in a last message of this name."""
         layout = bucket.layout(self.options.block_size, terms.bits)
-        message = self._take(self._marks + layout.num_words, layout.word_dtype, bucket.device)
+        message = self._message(bucket, terms.bits)
         message[: self._marks] = 0
         with terms.attempt():
             if terms.takes_part:

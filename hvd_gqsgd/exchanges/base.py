@@ -57,6 +57,9 @@ class Terms:
     """Tensors that wait behind the bucket on all ranks; known with the first message."""
     all_here: bool = True
     """Whether no rank has left by ``hvd.join()``; known with the first message too."""
+    rehearses: bool = False
+    """Whether the ranks use the message that is left to them once one of them has left; a proposal
+    too."""
     given_up: bool = False
     """Whether this rank has given up the step, and sends only what others may be waiting for."""
     failure: Exception | None = None
@@ -145,6 +148,10 @@ class Exchange(ABC):
                 self.options, bits, summands=self.summands, rank=self.rank, world_size=self.size
             )
         return self._codecs[bits]
+
+    def to_rehearse(self, bucket: Bucket) -> bool:
+        """Whether this rank proposes the rehearsal of ``Terms.rehearses``."""
+        return False
 
     def check(self, numel: int) -> None:
         """Checks that a tensor of ``numel`` elements can be exchanged.

@@ -3,11 +3,17 @@
 Horovod lets a rank that has left take part in an Allreduce, with zeros, and in no other collective.
 So the codes of a bucket that is to go another way are summed, in lanes wide enough that they have
 the levels of that way.
+
+Horovod 0.28.1 negotiates a message that it does not remember from all ranks. If lower ranks have
+left, its coordinator then writes beyond the end of an array that has an element for each rank that
+remains (``devices`` in ``ConstructResponse`` of ``controller.cc``), which ends the process. So all
+messages after the norms are ones that Horovod remembers: the sum is rehearsed while all are here.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Generator
 
 from torch import Tensor
 
@@ -15,8 +21,16 @@ from hvd_gqsgd.bucket import Bucket
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import Running, Setup, Terms
+from hvd_gqsgd.exchanges.collectives import Allgather, Collective, Max, Sum
+from hvd_gqsgd.exchanges.widths import Widths
 
 __all__ = ["RemainingSum"]
+
+# The smallest piece of memory from malloc has room for the 4 bytes of each of so many ranks.
+SAFE_RANKS = 6
+
+# Horovod remembers 1024 messages, of all that its users send.
+MOST_REHEARSED = 256
 
 
 class RemainingSum(AllreduceExchange):
@@ -34,8 +48,45 @@ class RemainingSum(AllreduceExchange):
             setup.options, bits=self._width, dither="linear", exchange="allreduce"
         )
         super().__init__(setup._replace(options=options))
+        self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
+        self._rehearsed: set[str] = set()
 
-    def sum(self, bucket: Bucket, terms: Terms, norms: Tensor, name: str) -> Running:
-        """Sums a bucket in one message of this name, after its norms."""
-        wide = dataclasses.replace(terms, bits=self._width)
-        return (yield from self._sum(bucket, wide, norms, name))
+    def sum(self, bucket: Bucket, terms: Terms, norms: Tensor) -> Running:
+        """Sums a bucket, in two messages after its norms."""
+        # As many messages as in the other exchange: one of the bucket's that Horovod remembers.
+        yield Max("norms", norms.new_zeros(self._header + norms.numel()))
+        terms.bits = self._width
+        return (yield from self._sum(bucket, terms, norms, self._name(bucket)))
+
+    def to_rehearse(self, bucket: Bucket) -> bool:
+        """Whether Horovod does not remember the sum of a bucket, and has to."""
+        if not self._at_risk or len(self._rehearsed) >= MOST_REHEARSED:
+            return False
+        return self._full_name(bucket) not in self._rehearsed
+
+    def rehearse(
+        self, bucket: Bucket, widths: Widths, own: Tensor
+    ) -> Generator[Collective, Tensor, Tensor]:
+        """Puts the means of all ranks one behind the other, as an Allgather does, by a message like
+        that of :meth:`sum`: each rank adds zeros to the means of the others.
+
+        Means that do not fit in, as those of 16 bits, take the Allgather.
+        """
+        message = self._message(bucket, self._width)
+        means = message[: message.numel() // 2 * 2].view(widths.means_dtype)
+        if widths.means[-1] > means.numel():
+            return (yield Allgather("means", own, widths.means_of_ranks))
+        message.zero_()
+        begin = widths.means[self.rank]
+        means[begin : begin + own.numel()] = own
+        yield Sum(self._name(bucket), message)  # in place
+        self._rehearsed.add(self._full_name(bucket))
+        return means[: widths.means[-1]]
+
+    def _name(self, bucket: Bucket) -> str:
+        """Of the sum, by its size too: Horovod remembers one size of a name."""
+        layout = bucket.layout(self.options.block_size, self._width)
+        return f"remaining.{layout.num_words}"
+
+    def _full_name(self, bucket: Bucket) -> str:
+        return f"{bucket.name}.{self._name(bucket)}"

@@ -25,7 +25,7 @@ from hvd_gqsgd.codecs import levels_for
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
-from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall, Sum
+from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.remaining import RemainingSum
 from hvd_gqsgd.exchanges.widths import BlockWidths, OneWidth, Widths
@@ -52,9 +52,7 @@ class TwoPhaseExchange(CodedExchange):
         """See :class:`Exchange`."""
         norms = yield from self._norms(bucket, terms)
         if not terms.all_here:
-            # Every exchange has as many messages as it says. The last one may be left out.
-            yield Sum("codes", torch.zeros(1, dtype=torch.int32, device=bucket.device))
-            return (yield from self._remaining.sum(bucket, terms, norms, "means"))
+            return (yield from self._remaining.sum(bucket, terms, norms))
         widths = self._widths(bucket, terms)
         words = self._take(sum(widths.words), widths.word_dtype, bucket.device)
         with terms.attempt():
@@ -76,7 +74,10 @@ class TwoPhaseExchange(CodedExchange):
                     widths.average(bucket, norms, received, own, terms.step)
                     own[:FLAG] = 1
         del words, received  # their memory is free for the next bucket
-        means = yield Allgather("means", own, lengths)
+        if terms.rehearses:
+            means = yield from self._remaining.rehearse(bucket, widths, own)
+        else:
+            means = yield Allgather("means", own, lengths)
         terms.raise_failure()
         # Where ranks agree ahead none gives up, and the host need not look.
         if means.numel() != widths.means[-1] or (
@@ -84,6 +85,10 @@ class TwoPhaseExchange(CodedExchange):
         ):
             raise AgreementError(GAVE_UP)
         return _Averaged(everyone(self.size), widths, norms, means)
+
+    def to_rehearse(self, bucket: Bucket) -> bool:
+        """See :class:`Exchange`."""
+        return self._remaining.to_rehearse(bucket)
 
     @functools.cached_property
     def _remaining(self) -> RemainingSum:
