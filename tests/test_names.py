@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -60,6 +61,39 @@ def test_gradients_that_are_all_there() -> None:
         for name in order:
             assert names.find(parameters[name].gradient) == name
         assert Counted.asked < 6 * len(order)
+
+
+def test_another_order_in_each_backward_pass() -> None:
+    """As of experts that a router chooses; each gradient is asked for when it is made."""
+
+    class Trained(torch.nn.Parameter):
+        @property
+        def grad(self) -> Tensor | None:
+            Counted.asked += 1
+            return torch.Tensor.grad.__get__(self)
+
+    parameters = {str(i): Trained(torch.ones(1)) for i in range(1000)}
+    names, order = ParameterNames(parameters.items()), list(parameters)
+    found = []
+
+    def of(name: str) -> Callable[..., None]:
+        return lambda *_: found.append(
+            (name, names.find(torch.Tensor.grad.__get__(parameters[name])))
+        )
+
+    nodes = [p.expand_as(p).grad_fn.next_functions[0][0] for p in parameters.values()]
+    for name, node in zip(parameters, nodes, strict=True):
+        node.register_hook(of(name))  # as Horovod does
+    for step in range(3):
+        random.Random(step).shuffle(order)
+        for parameter in parameters.values():
+            torch.Tensor.grad.__set__(parameter, None)
+        found.clear()
+        Counted.asked = 0
+        sum(parameters[name] for name in order).backward()
+        assert [name for name, _ in found] == order[::-1]
+        assert all(name == given for name, given in found)
+        assert Counted.asked < 4 * len(order)
 
 
 def test_what_is_no_gradient() -> None:

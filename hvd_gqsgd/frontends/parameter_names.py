@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd.bucket import kind_of
@@ -49,6 +50,9 @@ class ParameterNames:
         # Gradients come about in reverse order.
         distinct = {id(parameter): (name, parameter) for name, parameter in self._pairs}
         self._pairs = list(distinct.values())[::-1]
+        self._places: dict[Tensor | None, int] = {
+            parameter: place for place, (_, parameter) in enumerate(self._pairs)
+        }
         # In the step before, the one of place ``_after[i]`` followed the one of place ``i``.
         self._after: dict[int, int] = {}
         self._last = -1
@@ -63,7 +67,7 @@ class ParameterNames:
 
     def find(self, tensor: Tensor) -> str | None:
         """The name of the parameter with this very gradient; None if there is none."""
-        for place in (self._after.get(self._last, self._last + 1), self._seen.get(id(tensor), -1)):
+        for place in self._likely(tensor):
             if 0 <= place < len(self._pairs) and self._pairs[place][1].grad is tensor:
                 return self._found(place)
         if not self._look(tensor):
@@ -71,6 +75,13 @@ class ParameterNames:
             if not self._look(tensor):
                 return None
         return self._found(self._seen[id(tensor)])
+
+    def _likely(self, tensor: Tensor) -> Iterator[int]:
+        # Within a backward pass autograd knows whose gradient it has just made.
+        node = torch._C._current_autograd_node()
+        yield self._places.get(getattr(node, "variable", None), -1)
+        yield self._after.get(self._last, self._last + 1)
+        yield self._seen.get(id(tensor), -1)
 
     def _look(self, tensor: Tensor) -> bool:
         """Looks for a gradient where none was seen yet; notes those on the way."""
