@@ -23,7 +23,7 @@ WIRE_VERSION = 4
 ENOUGH_LEVELS = 31
 
 Dither = Literal["linear", "exponential"]
-Exchange = Literal["auto", "allreduce", "two_phase", "reduce_scatter"]
+Exchange = Literal["auto", "allreduce", "two_phase", "one_phase", "reduce_scatter"]
 Norm = Literal["max", "l2"]
 
 EXPONENTIAL_BITS = (4, 8)
@@ -70,6 +70,8 @@ class Options:
             ``2**(bits - 1) - 1`` levels per side for any world size. ``"auto"`` takes two phases
             for exponential dithering, and where an Allreduce would have fewer than 31 levels
             and two phases have more.
+            ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds nothing
+            twice: it is that of ``GlobalQSGD.fsdp``, and ``simulate`` has it.
             ``"reduce_scatter"`` sums exponential codes by an MPI operator, and rounds at each sum:
             for ``allreduce`` over MPI only, to compare with the paper.
         norm: the norm of a block over all ranks: ``"max"``, its largest magnitude, or ``"l2"``.
@@ -79,8 +81,8 @@ class Options:
             their rounding errors cancel. If False, their dither is independent.
         seed: seed of the dither. The same seed and gradients give the same bits.
         min_numel: smallest number of elements to compress. Smaller tensors go to Horovod as they
-            are, unless it cannot reduce them (bfloat16, not contiguous). Under DDP, smaller buckets
-            are not compressed.
+            are, unless it cannot reduce them (bfloat16, not contiguous). Smaller buckets
+            of DDP, and modules of FSDP with fewer gradients, are not compressed.
         bucket_mb: size in megabytes of the buckets in which gradients are exchanged under Horovod.
 
     Raises:
@@ -117,6 +119,11 @@ class Options:
                 "exchange='reduce_scatter' goes with dither='exponential' and norm='max', got "
                 f"dither={self.dither!r} and norm={self.norm!r}"
             )
+        if self.exchange == "one_phase" and isinstance(self.bits, DynamicBits):
+            raise ValueError(
+                "bits must be an int or BlockBits(...) for exchange='one_phase', as a rank knows "
+                f"the mean of its own shard alone, got {self.bits}, which follows the whole norm"
+            )
         if self.block_size is not None:
             check_int("block_size", self.block_size, 1, 2**31 - 1, "None (one norm per tensor)")
         if isinstance(self.bits, BlockBits):
@@ -133,7 +140,7 @@ class Options:
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
 
     def _check_block_bits(self, bits: BlockBits) -> None:
-        if self.exchange not in ("auto", "two_phase"):
+        if self.exchange not in ("auto", "two_phase", "one_phase"):
             raise ValueError(
                 "exchange must be 'two_phase' or 'auto' for bits=BlockBits(...), whose codes are "
                 f"not added in their lanes, got {self.exchange!r}"
@@ -163,7 +170,7 @@ class Options:
         return self.bits.lane_bits if isinstance(self.bits, BlockBits) else self.bits
 
     def exchange_for(self, world_size: int) -> Exchange:
-        """``"allreduce"``, ``"two_phase"`` or ``"reduce_scatter"``: the one asked for, or to take.
+        """The one asked for, or ``"allreduce"`` or ``"two_phase"`` where it is ``"auto"``.
 
         Exponential codes cannot be added, and codes of a width per block are not. Linear ones of
         one width are, unless the lanes leave less than 31 levels a side to the ranks, and more
@@ -221,8 +228,8 @@ class FrontEnd:
     """The function's other keywords, which an error may suggest for an unknown one."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Names that have no effect here, each with the reason and the remedy."""
-    over_mpi: bool = False
-    """Whether it runs over MPI, which ``exchange="reduce_scatter"`` needs."""
+    exchanges: tuple[Exchange, ...] = ()
+    """Those that it has beside those of all front ends."""
 
     def options(self, given: Mapping[str, Any]) -> Options:
         """Returns the options of a call.
@@ -237,11 +244,11 @@ class FrontEnd:
             if name not in OPTIONS:
                 raise TypeError(self._unknown(name))
         asked = given.get("exchange", "auto")
-        if not self.over_mpi and asked != "reduce_scatter":
-            accepted = tuple(name for name in get_args(Exchange) if name != "reduce_scatter")
+        accepted = ("auto", "allreduce", "two_phase", *self.exchanges)
+        if asked != "reduce_scatter":
             check_choice("exchange", asked, accepted)
         options = Options(**given)
-        if options.exchange == "reduce_scatter" and not self.over_mpi:
+        if options.exchange not in accepted:
             raise ValueError(
                 "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator; "
                 f"take exchange='two_phase' for {self.name}"

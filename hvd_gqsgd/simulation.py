@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["simulate"]
 
-FRONT_END = FrontEnd("simulate()", own=("step",))
+FRONT_END = FrontEnd("simulate()", own=("step",), exchanges=("one_phase",))
 
 
 @overload
@@ -37,7 +37,8 @@ def simulate(
 
     All ranks run in this process. They use the pipeline and the codec of the real exchange, so the
     result has the same bits: those that Horovod ranks get for the first unnamed tensor of step
-    ``step``.
+    ``step``. With ``exchange="one_phase"`` it is that of the shards of all ranks, one behind the
+    other, as they are under FSDP.
 
     Args:
         gradients: a tensor or an array of shape (world size, elements); float16, bfloat16, float32
@@ -80,8 +81,15 @@ def simulate(
         Pipeline(resolved, world.transport(rank), steps=Steps(resolved.bits, step))
         for rank in range(world.size)
     ]
-    rows = gradients.detach().contiguous()
-    tickets = [rank.submit(row) for rank, row in zip(ranks, rows, strict=True)]
+    rows, numel = gradients.detach().contiguous(), gradients.shape[1]
+    outs: list[Tensor | None] = [None] * world.size
+    sharded = resolved.exchange == "one_phase"
+    if sharded:
+        rows = torch.nn.functional.pad(rows, (0, -numel % world.size))
+        mean = rows.new_empty(rows.shape[1])
+        outs = list(mean.view(world.size, rows.shape[1] // world.size))
+    each = zip(ranks, rows, outs, strict=True)
+    tickets = [rank.submit(row, out=out) for rank, row, out in each]
     for rank in ranks:
         rank.flush()
     arrived = [False]
@@ -89,4 +97,6 @@ def simulate(
         arrived = [
             rank.poll(ticket) is not None for rank, ticket in zip(ranks, tickets, strict=True)
         ]
-    return ranks[0].decode(tickets[0], 1 / world.size)
+    owners = zip(ranks, tickets, strict=True) if sharded else [(ranks[0], tickets[0])]
+    results = [rank.decode(ticket, 1 / world.size) for rank, ticket in owners]
+    return mean[:numel] if sharded else results[0]

@@ -28,12 +28,15 @@ class Stats:
     many from each rank. An Alltoall of as many bytes takes half of that, and so does an Allgather
     that brings as many together: their bytes count half. Bytes of compressed tensors include norms,
     headers, padding and probes.
+
+    Under FSDP the bytes are those handed to a reduce-scatter, which is half of an Allreduce: there
+    an Alltoall counts in full, and an Allreduce twice.
     """
 
     steps: int = 0
     """Exchanges: one per training step, and one per plain ``hvd.allreduce``."""
     tensors: int = 0
-    """Tensors handed to the compressor; under DDP, buckets."""
+    """Tensors handed to the compressor; under DDP, buckets; under FSDP, modules."""
     tensors_bypassed: int = 0
     """Tensors that were not compressed: small, sparse, of integers, of a rank that is alone, or
     needed by autograd."""

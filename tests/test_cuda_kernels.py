@@ -180,6 +180,26 @@ def test_two_phase(gpu: Gpu, dtype: torch.dtype, code: Code) -> None:
         decoded.assert_same(out, what)
 
 
+@pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_one_phase(gpu: Gpu, dtype: torch.dtype, code: Code) -> None:
+    """Sums of what ranks have sent, in rows that may lie apart."""
+    rng, word_dtype = np.random.default_rng(code.bits), layout.word_dtype(code.bits)
+    low, high = torch.iinfo(word_dtype).min, torch.iinfo(word_dtype).max
+    for block_size, numel in SHAPES:
+        block, ranks, gap = block_size or max(numel, 1), *(int(n) for n in rng.integers(1, 4, 2))
+        count, offset = layout.words_for(numel, block, code.bits), int(rng.integers(0, 3))
+        rows = rng.integers(low, high, (ranks, gap + count), dtype=str(word_dtype)[6:])
+        received = torch.from_numpy(rows)
+        norms = torch.empty(-(-numel // block), dtype=layout.norm_dtype(dtype))
+        ops.block_max(several(rng, 4, (1, numel), dtype)[0], block, norms)
+        out, found = torch.full((numel,), 77, dtype=dtype), Buffer(gpu, numel, dtype, offset)
+        ops.sum_codes(received[:, gap:], norms, out, block, *code, 0.5)
+        given = received.to(gpu.device)[:, gap:], norms.to(gpu.device)
+        gpu.ops.sum_codes(*given, found.view, block, *code, 0.5)
+        found.assert_same(out, (block_size, numel, ranks))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_widths_per_block(gpu: Gpu, dtype: torch.dtype) -> None:
     """Widths, codes at these widths, their means, whatever ranks have sent, and back."""
@@ -223,6 +243,30 @@ def test_widths_per_block(gpu: Gpu, dtype: torch.dtype) -> None:
         for found, expected in zip(results[1], results[0], strict=True):
             assert isinstance(found, Buffer) and isinstance(expected, Tensor)
             found.assert_same(expected, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_widths_per_block_in_one_phase(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Sums of what ranks have sent, for the second of two tensors, with a segment each."""
+    rng, norm_dtype = np.random.default_rng(1), layout.norm_dtype(dtype)
+    for block, numel in [(256, 2503), (96, 1500), (1024, 2060), (32, 3)]:
+        bits, tensors = BlockBits(3, block_size=block), ((numel, block),) * 2
+        segments = layout.block_segments(tensors, bits.words_for, norm_dtype, 2)
+        cut = segments.blocks, segments.words
+        norms = torch.empty(segments.blocks[-1], dtype=norm_dtype)
+        ops.block_max_each(list(several(rng, 4, (2, numel), dtype)), block, norms)
+        plan = torch.empty(2 * len(norms) + 1, dtype=torch.int32)
+        columns = layout.columns_of_blocks(tensors, norms.device)
+        ops.block_widths(norms, columns, *cut, *bits.rule, plan)
+        received = torch.from_numpy(
+            rng.integers(-(2**31), 2**31, (3, cut[1][2] - cut[1][1])).astype(np.int32)
+        )
+        out, found = torch.full((numel,), 77, dtype=dtype), Buffer(gpu, numel, dtype, 1)
+        place = segments.blocks[1], *cut, 1, block, 0.5
+        ops.sum_blocks(received, norms, plan, out, *place)
+        given = [x.to(gpu.device) for x in (received, norms, plan)]
+        gpu.ops.sum_blocks(*given, found.view, *place)
+        found.assert_same(out, (block, numel))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

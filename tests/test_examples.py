@@ -61,6 +61,20 @@ def test_training_with_ddp() -> None:
     assert re.search(r"replicas +identical", job.stdout)
 
 
+@pytest.mark.timeout(300)
+def test_training_with_fsdp() -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    small = ["--steps", "4", "--layers", "1", "--width", "64", "--validate", "8"]
+    job = run([*torchrun, "--nproc-per-node", "2", str(EXAMPLES / "fsdp_language.py"), *small], 240)
+    assert job.returncode == 0, job.stdout[-5000:]
+    perplexity = re.search(r"perplexity +([0-9.]+)", job.stdout)
+    ratio = re.search(r"on the wire: ([0-9.]+) times fewer", job.stdout)
+    assert perplexity is not None
+    assert ratio is not None
+    assert float(perplexity[1]) < 256
+    assert float(ratio[1]) > 3.8
+
+
 @pytest.mark.timeout(100)
 @pytest.mark.parametrize(("ranks", "most"), [(2, 0.03), (3, 0.04)])
 def test_mean_over_mpi(ranks: int, most: float) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from hvd_gqsgd import DynamicBits, GlobalQSGD, allreduce, simulate
+from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, allreduce, simulate
 from hvd_gqsgd.codecs import check_device
 from hvd_gqsgd.frontends.ddp import DDPState, GQSGDState
 from hvd_gqsgd.frontends.parameter_names import ParameterNames
@@ -289,10 +289,18 @@ def test_what_is_no_process_set(process_set: Any) -> None:
 
 @pytest.mark.parametrize("name", FRONT_ENDS)
 def test_exchanges_that_it_has_are_offered(name: str) -> None:
-    """Not the one over MPI alone."""
-    offered = "exchange must be one of ('auto', 'allreduce', 'two_phase'), got 'ring'"
-    with pytest.raises(ValueError, match=re.escape(offered)):
-        FRONT_ENDS[name](exchange="ring")
+    """Neither the one over MPI alone nor, but for ``simulate``, that of FSDP."""
+    more = ", 'one_phase'" if name == "simulate()" else ""
+    offered = f"exchange must be one of ('auto', 'allreduce', 'two_phase'{more}), got "
+    for other in ("ring", *(["one_phase"] if not more else [])):
+        with pytest.raises(ValueError, match=re.escape(f"{offered}{other!r}")):
+            FRONT_ENDS[name](exchange=other)
+
+
+def test_one_phase_has_no_dynamic_bits() -> None:
+    assert Options(exchange="one_phase", bits=BlockBits(4)).exchange_for(3) == "one_phase"
+    with pytest.raises(ValueError, match=r"for exchange='one_phase', as a rank .*, got Dynamic"):
+        simulate(ROWS, exchange="one_phase", bits=DynamicBits(4))
 
 
 @pytest.mark.parametrize("bits", [8, DynamicBits(6)])

@@ -52,6 +52,13 @@ TWO_PHASE = [
         )
     ),
 ]  # fmt: skip
+ONE_PHASE = [
+    Operator(exchange="one_phase", **options)
+    for options in (
+        {}, {"correlated": False}, {"bits": 4, "norm": "l2"}, {"dither": "exponential"},
+        {"dither": "exponential", "correlated": False, "block_size": None},
+    )
+]  # fmt: skip
 
 
 def heavy_tailed(rng: np.random.Generator, n: int, numel: int) -> Tensor:
@@ -72,7 +79,7 @@ def mean_square(rows: Tensor, steps: int, operator: Operator, **options: Any) ->
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 16])
 def test_errors_are_below_their_bounds_and_as_expected(n: int) -> None:
     rows = heavy_tailed(RNG(n), n, 2**15)
-    for operator in [*ALLREDUCE, *TWO_PHASE]:
+    for operator in [*ALLREDUCE, *TWO_PHASE, *ONE_PHASE]:
         if operator.exchange == "allreduce" and operator.levels(n) < 1:
             continue
         measured = mean_square(rows, 4, operator).mean()
@@ -260,6 +267,7 @@ OPERATORS = [
         Operator(dither="exponential", **options)
         for options in ({}, {"correlated": False, "block_size": None}, {"bits": 4}, {"norm": "l2"})
     ),
+    *ONE_PHASE,
 ]  # fmt: skip
 
 
@@ -284,14 +292,25 @@ def to_nearest(
     rows: Tensor, operator: Operator, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Array]:
     """What 64 steps would decode if each rank rounded to nearest."""
-    half = np.full(rows.shape[1], 2**31, np.uint32)
-    monkeypatch.setattr(reference, "dither", lambda *args, **at: half)
-    monkeypatch.setattr(reference_two_phase, "dither_of_rank", lambda *args, **at: half)
+
+    def half(numel: int, *args: Any, **at: Any) -> Array:
+        return np.full(numel, 2**31, np.uint32)
+
+    monkeypatch.setattr(reference, "dither", half)
+    monkeypatch.setattr(reference_two_phase, "dither_of_rank", half)
     at = {"bits": operator.bits, "block_size": operator.block_size, "norm": operator.norm,
           "correlated": operator.correlated, "seed": 0, "tensor_id": 0}  # fmt: skip
     for step in range(64):
         if operator.exchange == "allreduce":
             yield reference.mean(rows.numpy(), step=step, **at)
+        elif operator.exchange == "one_phase":
+            shards = np.array_split(rows.numpy(), range(342, 1024, 342), axis=1)
+            yield np.concatenate(
+                [
+                    reference_two_phase.one_phase_mean(x, step=step, dither=operator.dither, **at)
+                    for x in shards
+                ]
+            )
         else:
             yield reference_two_phase.two_phase_mean(
                 rows.numpy(), step=step, dither=operator.dither, **at
@@ -315,9 +334,11 @@ def worlds(draw: st.DrawFn) -> tuple[Tensor, Operator, dict[str, int]]:
     """Rows of any type and magnitude, any operator, and a seed and a step."""
     n = draw(st.integers(1, 16))
     numel = draw(st.one_of(st.integers(0, 40), st.sampled_from([1023, 1024, 1025, 2500])))
-    operator = draw(st.sampled_from([Operator(exchange="allreduce"), Operator(),
-                                     Operator(dither="exponential")]))  # fmt: skip
-    widths = {"allreduce": st.integers((2 * n).bit_length(), 16), "two_phase": st.integers(2, 16)}
+    any_way = [Operator(dither=dither, exchange=exchange) for dither in ("linear", "exponential")
+               for exchange in ("one_phase", "two_phase")]  # fmt: skip
+    operator = draw(st.sampled_from([Operator(exchange="allreduce"), *any_way]))
+    widths = {"allreduce": st.integers((2 * n).bit_length(), 16),
+              "two_phase": st.integers(2, 16), "one_phase": st.integers(2, 16)}  # fmt: skip
     exponential = operator.dither == "exponential"
     operator = operator._replace(
         bits=draw(st.sampled_from([4, 8]) if exponential else widths[operator.exchange]),

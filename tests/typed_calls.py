@@ -36,6 +36,9 @@ def accepted(model: torch.nn.parallel.DistributedDataParallel) -> None:
     model.register_comm_hook(DDPState(None, **options), ddp_hook)
     model.register_comm_hook(GQSGDState(min_numel=0), ddp_hook)
     model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), ddp_hook)
+    sharded: torch.nn.Module = GlobalQSGD(bits=8).fsdp(model.module)
+    GlobalQSGD.fsdp(sharded, replicate_group=dist.group.WORLD)
+    mean = simulate(X.view(1, 3), exchange="one_phase")
 
 
 def refused() -> None:

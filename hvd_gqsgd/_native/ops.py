@@ -39,6 +39,8 @@ __all__ = [
     "requantize_blocks",
     "requantize_each",
     "storage_use_counts",
+    "sum_blocks",
+    "sum_codes",
     "sum_of_squares",
     "use_instruction_set",
 ]
@@ -62,6 +64,10 @@ _library.define(
 )
 _library.define("block_squares(Tensor x, Tensor norms, Tensor(a!) squares, int block_size) -> ()")
 _library.define("l2_norms(Tensor(a!) norms, Tensor squares) -> ()")
+_library.define(
+    "sum_codes(Tensor received, Tensor norms, Tensor(a!) out, int block_size, int kind, int bits, "
+    "int levels, float scale) -> ()"
+)
 _library.define(
     "requantize(Tensor received, Tensor norms, Tensor(a!) means, int numel, int block_size, "
     "int kind, int bits, int levels, int first, int last, int seed, int step, int tensor_id) -> ()"
@@ -101,6 +107,10 @@ _library.define(
     "int world_size, bool correlated) -> ()"
 )
 _library.define(
+    "sum_blocks(Tensor received, Tensor norms, Tensor plan, Tensor(a!) out, int first, "
+    "int[] blocks, int[] word_starts, int rank, int block_size, float scale) -> ()"
+)
+_library.define(
     "requantize_blocks(Tensor received, Tensor norms, Tensor plan, Tensor(a!) means, int[] numels, "
     "int[] norm_starts, int[] runs, int[] blocks, int[] word_starts, int rank, int block_size, "
     "int seed, int step, int[] tensor_ids) -> ()"
@@ -121,7 +131,7 @@ for _name in (
     "block_max", "quantize", "dequantize", "block_squares", "l2_norms", "requantize",
     "dequantize_means", "combine", "sum_of_squares", "block_max_each", "quantize_each",
     "dequantize_each", "requantize_each", "dequantize_means_each", "block_widths",
-    "quantize_blocks", "requantize_blocks", "dequantize_blocks",
+    "quantize_blocks", "requantize_blocks", "dequantize_blocks", "sum_codes", "sum_blocks",
 ):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
@@ -174,6 +184,11 @@ on the scale of the block's largest magnitude over all ranks, ``norms``. Ranks a
 l2_norms = _ops.l2_norms.default
 """``l2_norms(norms, squares)``: turns the largest magnitudes in ``norms`` into L2 norms, where
 ``squares`` are the sums over all ranks. Finite norms stay finite, and never become smaller.
+"""
+
+sum_codes = _ops.sum_codes.default
+"""``sum_codes(received, norms, out, block_size, kind, bits, levels, scale)``: ``scale`` times the
+sum over the ranks, whose words are a row of ``received`` each. Nothing is rounded to codes again.
 """
 
 requantize = _ops.requantize.default
@@ -238,6 +253,12 @@ quantize_blocks = _ops.quantize_blocks.default
 """``quantize_blocks(xs, norms, plan, words, blocks, word_starts, block_size, seed, step,
 tensor_ids, rank, world_size, correlated)``: ``quantize_each`` at the widths of a plan, of which
 ``blocks`` and ``word_starts``, here and below, are the segments.
+"""
+
+sum_blocks = _ops.sum_blocks.default
+"""``sum_blocks(received, norms, plan, out, first, blocks, word_starts, rank, block_size, scale)``:
+``sum_codes`` at the widths of a plan, for a tensor of the segment ``rank`` whose blocks begin at
+``first``; ``received`` has the words of that segment.
 """
 
 requantize_blocks = _ops.requantize_blocks.default

@@ -123,6 +123,11 @@ class Codec(ABC):
             contributors, scale,
         )  # fmt: skip
 
+    def sum(self, received: Tensor, norms: Tensor, out: Tensor, scale: float) -> None:
+        """Writes ``scale`` times the sum over the ranks to ``out``, given its norms and its words
+        from each rank, a row of ``received``. Nothing is rounded to codes again."""
+        ops.sum_codes(received, norms, out, self.block(out.numel()), *self.code, scale)
+
     def requantize(
         self, received: Tensor, norms: Tensor, means: Tensor, numels: Sequence[int],
         norm_starts: Sequence[int], runs: Sequence[int], begin: int, step: int,

@@ -39,6 +39,7 @@ class Flight:
         terms: those of ``running``.
         transport: moves the messages.
         stats: counts them.
+        counted: times that their bytes are counted.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Flight:
         terms: Terms,
         transport: Transport,
         stats: Stats,
+        counted: int,
     ) -> None:
         self.bucket = bucket
         self.started = 0
@@ -63,6 +65,7 @@ class Flight:
         self._terms = terms
         self._transport = transport
         self._stats = stats
+        self._counted = counted
         self._sent: Collective | None = None
         self._scale = math.nan
         self._outs: dict[int, Tensor] | None = None
@@ -155,6 +158,6 @@ class Flight:
     def _start(self, collective: Collective) -> None:
         self.started += 1  # before it is started, as that may call back at once
         self._sent = collective
-        self._stats.compressed_bytes_on_wire += collective.nbytes
+        self._stats.compressed_bytes_on_wire += self._counted * collective.nbytes
         name = f"{self.bucket.name}.{collective.message}"
         self.handle = collective.start(self._transport, name)

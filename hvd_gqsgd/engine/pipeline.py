@@ -149,10 +149,12 @@ class Pipeline:
             x: the tensor.
             name: the same on all ranks, for tensors that come in another order there.
             scale: that of ``decode``, if it is known already; the same on all ranks.
-            out: contiguous memory of its shape to decode to, possibly ``x`` itself.
+            out: contiguous memory of its shape to decode to, possibly ``x`` itself; for an exchange
+                that leaves each rank a shard, memory for that.
 
         Raises:
-            ValueError: the lanes are too narrow for the number of ranks.
+            ValueError: the lanes are too narrow for the number of ranks, or the tensor cannot be
+                exchanged.
         """
         new_session = self._transport.session is not self._session
         if new_session or not (self.active or self._open_ended):
@@ -347,7 +349,8 @@ class Pipeline:
         terms = Terms(self._proposal.step, self._proposal.bits)
         proposal = dataclasses.replace(self._proposal, behind=behind)
         running = self._way.protocol.run(bucket, proposal, terms)
-        flight = Flight(bucket, running, terms, self._transport, self.stats)
+        counted = self._way.exchange.counted
+        flight = Flight(bucket, running, terms, self._transport, self.stats, counted)
         self._flights[bucket] = flight
         self._sent += len(bucket.items)
         self._names.unfinished.add(self)

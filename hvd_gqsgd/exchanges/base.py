@@ -110,6 +110,8 @@ class Exchange(ABC):
     """The collectives of a bucket, in their order."""
     alone: ClassVar[bool] = False
     """Whether nothing is sent, as there is one rank."""
+    counted: ClassVar[int] = 1
+    """Times that bytes on the wire are counted; see ``Stats``."""
 
     def __init__(self, setup: Setup) -> None:
         self.options = setup.options

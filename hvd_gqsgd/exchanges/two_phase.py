@@ -17,7 +17,6 @@ import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
@@ -28,7 +27,7 @@ from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.remaining import RemainingSum
-from hvd_gqsgd.exchanges.widths import BlockWidths, OneWidth, Widths
+from hvd_gqsgd.exchanges.widths import Widths, widths_of
 from hvd_gqsgd.layout import FLAG
 
 __all__ = ["TwoPhaseExchange"]
@@ -53,7 +52,8 @@ class TwoPhaseExchange(CodedExchange):
         norms = yield from self._norms(bucket, terms)
         if not terms.all_here:
             return (yield from self._remaining.sum(bucket, terms, norms))
-        widths = self._widths(bucket, terms)
+        layout = bucket.layout(self.options.block_size, terms.bits)
+        widths = widths_of(self.options, self.codec(terms.bits), layout, self._take, bucket.device)
         words = self._take(sum(widths.words), widths.word_dtype, bucket.device)
         with terms.attempt():
             if terms.takes_part:
@@ -95,14 +95,6 @@ class TwoPhaseExchange(CodedExchange):
         bits = self.options.bits
         most = bits.max_bits if isinstance(bits, BlockBits) else self.options.most_bits
         return RemainingSum(self._setup, levels_for(most, 1))
-
-    def _widths(self, bucket: Bucket, terms: Terms) -> Widths:
-        layout = bucket.layout(self.options.block_size, terms.bits)
-        codec, bits = self.codec(terms.bits), self.options.bits
-        if not isinstance(bits, BlockBits):
-            return OneWidth(codec, layout)
-        plan = self._take(2 * layout.num_norms + 1, torch.int32, bucket.device)
-        return BlockWidths(bits, codec, layout, plan)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.options import Options
 
-__all__ = ["BlockWidths", "OneWidth", "Widths"]
+__all__ = ["BlockWidths", "OneWidth", "Widths", "widths_of"]
 
 
 class Widths(ABC):
@@ -53,6 +54,16 @@ class Widths(ABC):
         scale: float,
     ) -> None:  # fmt: skip
         """Writes ``scale`` times the mean of some tensors to ``outs``."""
+
+    @abstractmethod
+    def sum(self, received: Tensor, norms: Tensor, place: int, out: Tensor, scale: float) -> None:
+        """Writes ``scale`` times the sum over the ranks to ``out``, of a tensor that is wholly in
+        this rank's part.
+
+        Args:
+            received: the words of that part, a row for each rank.
+            place: of the tensor in the bucket.
+        """
 
 
 class OneWidth(Widths):
@@ -93,6 +104,12 @@ class OneWidth(Widths):
             for part in self._segments.of_tensor[item.place]
         )
         self._codec.decode_means(means, norms, outs, starts, layout.runs(parts), scale)
+
+    def sum(self, received: Tensor, norms: Tensor, place: int, out: Tensor, scale: float) -> None:
+        """See :class:`Widths`."""
+        words, before = self._layout.words[place], sum(self.words[: self._codec.rank])
+        part = received[:, words.start - before : words.stop - before]
+        self._codec.sum(part, norms[self._layout.norms[place]], out, scale)
 
 
 class BlockWidths(Widths):
@@ -159,3 +176,22 @@ class BlockWidths(Widths):
             means, norms, self._plan, outs, starts, runs, segments.blocks, segments.words,
             self._bits.block_size, scale,
         )  # fmt: skip
+
+    def sum(self, received: Tensor, norms: Tensor, place: int, out: Tensor, scale: float) -> None:
+        """See :class:`Widths`."""
+        segments = self._segments
+        ops.sum_blocks(
+            received, norms, self._plan, out, self._layout.norms[place].start, segments.blocks,
+            segments.words, self._codec.rank, self._bits.block_size, scale,
+        )  # fmt: skip
+
+
+def widths_of(
+    options: Options, codec: Codec, layout: layout.Layout,
+    take: Callable[[int, torch.dtype, torch.device], Tensor], device: torch.device,
+) -> Widths:  # fmt: skip
+    """The widths that the options ask for, with memory from ``take``."""
+    if not isinstance(options.bits, BlockBits):
+        return OneWidth(codec, layout)
+    plan = take(2 * layout.num_norms + 1, torch.int32, device)
+    return BlockWidths(options.bits, codec, layout, plan)

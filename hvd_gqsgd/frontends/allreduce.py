@@ -29,7 +29,7 @@ FRONT_END = FrontEnd(
         "min_numel": "it compresses tensors of any size; leave it out",
         "bucket_mb": "it exchanges one tensor, in a bucket of its own; leave it out",
     },
-    over_mpi=True,
+    exchanges=("reduce_scatter",),
 )
 
 Array = TypeVar("Array", Tensor, "np.ndarray[Any, Any]")

@@ -10,22 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
-from types import MethodType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Concatenate,
-    Generic,
-    NamedTuple,
-    ParamSpec,
-    TypeVar,
-)
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from hvd_gqsgd.checks import check_number
 from hvd_gqsgd.codecs import check_device, check_plain, is_compressible
@@ -40,8 +30,10 @@ from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
+from hvd_gqsgd.frontends.class_or_instance import ClassOrInstanceMethod
 from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.ddp import DDPState
+from hvd_gqsgd.frontends.fsdp import attach
 from hvd_gqsgd.frontends.horovod_probe import (
     PROBE_BYTES,
     Reading,
@@ -75,26 +67,6 @@ __all__ = ["GlobalQSGD"]
 FRONT_END = FrontEnd("GlobalQSGD()", own=("named_parameters", "process_set", "patience"))
 
 PATIENCE = 30.0
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-class _ClassOrInstanceMethod(Generic[P, R]):
-    """A method that, called on the class, works on its default instance.
-
-    Horovod's own compressors are classes with static methods, and ``compression=GlobalQSGD`` is
-    what its users would write.
-    """
-
-    def __init__(self, method: Callable[Concatenate[GlobalQSGD, P], R]) -> None:
-        self._method = method
-        self.__doc__ = method.__doc__
-
-    def __get__(self, instance: GlobalQSGD | None, owner: type[GlobalQSGD]) -> Callable[P, R]:
-        bound = instance if instance is not None else owner._default()
-
-        return MethodType(self._method, bound)
 
 
 class _Context(NamedTuple):
@@ -191,7 +163,7 @@ class GlobalQSGD(Compressor):
             cls._default_instance = cls()
         return cls._default_instance
 
-    @_ClassOrInstanceMethod
+    @ClassOrInstanceMethod
     @opaque
     def compress(self, tensor: Tensor) -> tuple[Tensor, _Context | None]:
         """Starts the exchange of a gradient and returns at once.
@@ -228,7 +200,7 @@ class GlobalQSGD(Compressor):
         self._world_size = self._pipeline.size
         return probe, _Context(ticket, like, self._world_size)
 
-    @_ClassOrInstanceMethod
+    @ClassOrInstanceMethod
     @opaque
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
         """Waits for the exchange of a gradient and returns what Horovod was asked for.
@@ -270,7 +242,7 @@ class GlobalQSGD(Compressor):
         mean = self._pipeline.decode(ctx.ticket, scale)
         return mean if ctx.like is None else torch.empty_like(ctx.like).copy_(mean)
 
-    @_ClassOrInstanceMethod
+    @ClassOrInstanceMethod
     def ddp_state(self, process_group: dist.ProcessGroup | None = None) -> DDPState:
         """Returns a state for ``ddp_hook`` with these options, for one model::
 
@@ -291,29 +263,42 @@ class GlobalQSGD(Compressor):
         self._world_size = state.world_size
         return state
 
-    @_ClassOrInstanceMethod
+    @ClassOrInstanceMethod
+    def fsdp(
+        self, model: nn.Module, *, replicate_group: dist.ProcessGroup | None = None
+    ) -> nn.Module:
+        """Reduce-scatters the gradients of a model of ``fully_shard`` as small integers::
+
+            model = GlobalQSGD(bits=8).fsdp(fully_shard(model))
+
+        See :func:`hvd_gqsgd.frontends.fsdp.attach`. ``stats`` counts what that does.
+        """
+        attach(model, self._given, self._stats, self._steps, replicate_group)
+        return model
+
+    @ClassOrInstanceMethod
     def stats(self) -> Stats:
         """Returns a copy of this rank's counts of bytes and tensors."""
         return dataclasses.replace(self._stats)
 
-    @_ClassOrInstanceMethod
+    @ClassOrInstanceMethod
     def reset_stats(self) -> None:
         """Sets all counts to zero."""
         self._stats.reset()
 
-    @_ClassOrInstanceMethod
+    @ClassOrInstanceMethod
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of the next step and the schedule of ``DynamicBits``.
 
         Both are plain numbers. The state is that of the training, whichever front end is used:
-        Horovod, or DDP by ``ddp_state()``. All ranks have the same; it is enough to save that of
-        one. A resumed training has the bits of an uninterrupted one; under DDP only with
-        ``find_unused_parameters=True``, as DDP otherwise reorders its buckets after the first
-        step.
+        Horovod, DDP by ``ddp_state()``, or FSDP by ``fsdp()``. All ranks have the same; it is
+        enough to save that of one. A resumed training has the bits of an uninterrupted one; under
+        DDP only with ``find_unused_parameters=True``, as DDP otherwise reorders its buckets after
+        the first step.
         """
         return self._steps.state_dict()
 
-    @_ClassOrInstanceMethod
+    @ClassOrInstanceMethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a result of ``state_dict``; the next step continues from it.
 

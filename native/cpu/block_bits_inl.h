@@ -204,6 +204,38 @@ void quantize_blocks(const CodeArgs& args, const BlockPlan& plan, const T* x, ui
   }
 }
 
+// Adds all ranks' codes of a block, with s taken off: as many as fill its columns.
+template <class Code>
+GQSGD_INLINE void sum_block(const Received& received, const BlockPlan::Place& place,
+                            int32_t columns, const Code& code, uint32_t* __restrict sums) {
+  const uint32_t bias = static_cast<uint32_t>(code.levels * received.ranks);
+  for (int64_t i = 0; i < int64_t{kRows} * columns; ++i) sums[i] = 0u - bias;
+  for (int64_t rank = 0; rank < received.ranks; ++rank) {
+    const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
+    add_block(in + place.start, columns, place.width, sums);
+  }
+}
+
+template <class T>
+void sum_blocks(const CodeArgs& args, const BlockPlan& plan, const Received& received, double scale,
+                T* out, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  const Layout layout{args.numel, args.block, 1};
+  decode_tiles(args, layout, out, begin, end,
+               [&](int64_t b, const Layout::Tile& tile, Real norm, bool streamed) {
+                 const int32_t columns = columns_of(tile.size);
+                 const BlockPlan::Place place = plan.place(b, columns);
+                 alignas(kLine) uint32_t sums[kTile] = {};
+                 const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
+                 if (place.width) sum_block(received, place, columns, code, sums);
+                 const Real ratio = static_cast<Real>(code.ratio(scale));
+                 const uint32_t* __restrict from = sums;
+                 store_run(out + tile.begin, tile.size, streamed, [=](int64_t j) {
+                   return (static_cast<Real>(static_cast<int32_t>(from[j])) * ratio) * norm;
+                 });
+               });
+}
+
 template <class Real>
 void requantize_blocks(const CodeArgs& args, const BlockPlan& plan, const Received& received,
                        uint64_t key, decltype(bits_of(Real{}))* shares, uint32_t* words,
@@ -219,13 +251,8 @@ void requantize_blocks(const CodeArgs& args, const BlockPlan& plan, const Receiv
     if (place.width) {
       const LinearCode<Real> code = block_code<Real>(place.width);
       const Real ratio = static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks)));
-      const uint32_t bias = static_cast<uint32_t>(code.levels * received.ranks);
       alignas(kLine) uint32_t sums[kTile];
-      for (int64_t i = 0; i < int64_t{kRows} * columns; ++i) sums[i] = 0u - bias;
-      for (int64_t rank = 0; rank < received.ranks; ++rank) {
-        const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
-        add_block(in + place.start, columns, place.width, sums);
-      }
+      sum_block(received, place, columns, code, sums);
       alignas(kLine) Real mean[kTile];
       for (int64_t i = 0; i < tile.size; ++i) {
         mean[i] = static_cast<Real>(static_cast<int32_t>(sums[i])) * ratio;

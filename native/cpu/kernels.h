@@ -27,6 +27,10 @@ struct Kernels {
   // finite become NaN.
   void (*dequantize)(const CodeArgs&, const void* words, int64_t contributors, double scale,
                      void* out, int64_t begin, int64_t end);
+  // out = (sum of the codes of all ranks) * scale / levels * norm for tiles [begin, end), where
+  // `received` has all tiles. Blocks with a norm that is not finite become NaN.
+  void (*sum_codes)(const CodeArgs&, const Received& received, double scale, void* out,
+                    int64_t begin, int64_t end);
   // The mean over the ranks of tiles [begin, end), rounded again, as laid out by MeansLayout:
   // `received` and `means` begin with tile `first`. Of `dtype`, only the arithmetic type counts.
   void (*requantize)(const CodeArgs&, const Received& received, uint64_t key, void* means,
@@ -50,6 +54,8 @@ struct Kernels {
   // that no block has become zero.
   void (*quantize_blocks)(const CodeArgs&, const BlockPlan&, const void* x, uint64_t key,
                           uint32_t offset, uint32_t* words, int64_t begin, int64_t end);
+  void (*sum_blocks)(const CodeArgs&, const BlockPlan&, const Received& received, double scale,
+                     void* out, int64_t begin, int64_t end);
   // The norms of the means, as shares of the global ones, go to `shares`, from block `first` on.
   void (*requantize_blocks)(const CodeArgs&, const BlockPlan&, const Received& received,
                             uint64_t key, void* shares, uint32_t* words, int64_t first,

@@ -61,6 +61,16 @@ void combine_any(int bits, const void* from, void* to, uint64_t key, int64_t byt
                                         static_cast<uint8_t*>(to), key, bytes);
 }
 
+void sum_codes_any(const CodeArgs& args, const Received& received, double scale, void* out,
+                   int64_t begin, int64_t end) {
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    with_code<typename Traits<T>::Real>(args, [&](auto code, auto word) {
+      sum_codes<T, decltype(word)>(args, code, received, scale, static_cast<T*>(out), begin, end);
+    });
+  });
+}
+
 void requantize_any(const CodeArgs& args, const Received& received, uint64_t key, void* means,
                     int64_t first, int64_t begin, int64_t end) {
   with_real(args.dtype, [&](auto real) {
@@ -108,6 +118,13 @@ void quantize_blocks_any(const CodeArgs& args, const BlockPlan& plan, const void
   });
 }
 
+void sum_blocks_any(const CodeArgs& args, const BlockPlan& plan, const Received& received,
+                    double scale, void* out, int64_t begin, int64_t end) {
+  with_type(args.dtype, [&](auto type) {
+    sum_blocks(args, plan, received, scale, static_cast<decltype(type)*>(out), begin, end);
+  });
+}
+
 void requantize_blocks_any(const CodeArgs& args, const BlockPlan& plan, const Received& received,
                            uint64_t key, void* shares, uint32_t* words, int64_t first,
                            int64_t begin, int64_t end) {
@@ -137,12 +154,14 @@ constexpr Kernels make_table(const char* name) {
           l2_norms_any,
           quantize_any,
           dequantize_any,
+          sum_codes_any,
           requantize_any,
           dequantize_means_any,
           combine_any,
           sum_of_squares_any,
           block_widths_any,
           quantize_blocks_any,
+          sum_blocks_any,
           requantize_blocks_any,
           dequantize_blocks_any};
 }

@@ -1,5 +1,6 @@
 // The middle and the end of a two-phase exchange: a rank averages the tiles that it owns, rounds
-// the means once more, and all ranks decode them. Included by kernels_inl.h alone.
+// the means once more, and all ranks decode them. A reduce-scatter ends with the first of these:
+// the owner keeps the sum as it is. Included by kernels_inl.h alone.
 //
 // A mean is kept as a share of the tile's global norm M, from -1 to 1, and rounded on the norm R of
 // these shares. So neither the smallest nor the largest M costs any precision: M comes in at the
@@ -35,6 +36,40 @@ GQSGD_INLINE void add_codes(const Word* __restrict in, const Layout::Tile& tile,
                 });
 }
 
+// Adds all ranks' codes of a tile, in the order of the ranks: sums of exponential levels are
+// rounded. What was received begins with the word `first_word`.
+template <class Word, class Code>
+GQSGD_INLINE void sum_tile(const Received& received, const Layout::Tile& tile, int64_t first_word,
+                           int64_t lanes, const Code& code, typename Code::Sum* __restrict sum) {
+  for (int64_t i = 0; i < tile.size; ++i) sum[i] = 0;
+  for (int64_t rank = 0; rank < received.ranks; ++rank) {
+    const Word* __restrict in = static_cast<const Word*>(received.words) + rank * received.stride +
+                                (tile.word - first_word);
+    if (sizeof(Word) == 4 && code.bits == 8) {
+      add_codes<8>(in, tile, lanes, code, sum);
+    } else {
+      add_codes<0>(in, tile, lanes, code, sum);
+    }
+  }
+}
+
+template <class T, class Word, class Code>
+void sum_codes(const CodeArgs& args, const Code code, const Received& received, double scale,
+               T* out, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  const Layout layout{args.numel, args.block, lanes_per_word(args.bits)};
+  const Real ratio = static_cast<Real>(code.ratio(scale));
+
+  decode_tiles(args, layout, out, begin, end,
+               [&](int64_t, const Layout::Tile& tile, Real norm, bool streamed) {
+                 alignas(kLine) typename Code::Sum sum[kTile];
+                 sum_tile<Word>(received, tile, 0, layout.lanes, code, sum);
+                 const typename Code::Sum* __restrict from = sum;
+                 store_run(out + tile.begin, tile.size, streamed,
+                           [=](int64_t j) { return (static_cast<Real>(from[j]) * ratio) * norm; });
+               });
+}
+
 template <class Real, class Word, class Code>
 void requantize(const CodeArgs& args, const Code code, const Received& received, uint64_t key,
                 unsigned char* means, int64_t first_tile, int64_t begin, int64_t end) {
@@ -51,17 +86,7 @@ void requantize(const CodeArgs& args, const Code code, const Received& received,
     if (!is_finite_norm(static_cast<const Norm*>(args.norms)[tile.block])) continue;
 
     typename Code::Sum sum[kTile];
-    for (int64_t i = 0; i < tile.size; ++i) sum[i] = 0;
-    // In the order of the ranks: sums of exponential levels are rounded.
-    for (int64_t rank = 0; rank < received.ranks; ++rank) {
-      const Word* __restrict in = static_cast<const Word*>(received.words) +
-                                  rank * received.stride + (tile.word - first_word);
-      if (sizeof(Word) == 4 && code.bits == 8) {
-        add_codes<8>(in, tile, layout.lanes, code, sum);
-      } else {
-        add_codes<0>(in, tile, layout.lanes, code, sum);
-      }
-    }
+    sum_tile<Word>(received, tile, first_word, layout.lanes, code, sum);
     Real mean[kTile];
     Norm largest = 0;
     for (int64_t i = 0; i < tile.size; ++i) {

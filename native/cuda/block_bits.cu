@@ -151,6 +151,39 @@ __global__ void quantize_blocks_kernel(Layout layout, BlockPlan plan,
   }
 }
 
+// The sum over the ranks of their codes of an element, with s taken off.
+template <class Code>
+__device__ __forceinline__ int32_t sum_of_element(const Received& received,
+                                                  const BlockPlan::Place& place, int32_t columns,
+                                                  const Code& code, int i) {
+  uint32_t sum = 0u - static_cast<uint32_t>(code.levels * received.ranks);
+  for (int64_t rank = 0; rank < received.ranks; ++rank) {
+    const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
+    sum += unpacked_lane(in + place.start, columns, i / columns, i % columns, place.width);
+  }
+  return static_cast<int32_t>(sum);
+}
+
+template <class T>
+__global__ void sum_blocks_kernel(Layout layout, BlockPlan plan,
+                                  const typename Traits<T>::Norm* norms, Received received,
+                                  double scale, T* out, int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  for (int64_t b = begin + blockIdx.x; b < end; b += gridDim.x) {
+    const Layout::Tile tile = layout.tile(b);
+    const int32_t columns = columns_of(tile.size);
+    const BlockPlan::Place place = plan.place(b, columns);
+    const auto norm = norms[b];
+    const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
+    const Real ratio = static_cast<Real>(code.ratio(scale));
+    for (int i = static_cast<int>(threadIdx.x); i < tile.size; i += blockDim.x) {
+      const int32_t c = place.width ? sum_of_element(received, place, columns, code, i) : 0;
+      const Real value = (static_cast<Real>(c) * ratio) * bit_cast<Real>(norm);
+      store(out + tile.begin + i, is_finite_norm(norm) ? value : quiet_nan(norm));
+    }
+  }
+}
+
 template <class Real>
 __global__ void requantize_blocks_kernel(Layout layout, BlockPlan plan, Received received,
                                          uint64_t key, typename Traits<Real>::Norm* shares,
@@ -170,12 +203,7 @@ __global__ void requantize_blocks_kernel(Layout layout, BlockPlan plan, Received
     for (int e = 0; e < kEach && place.width; ++e) {
       const int i = e * kThreads + static_cast<int>(threadIdx.x);
       if (i >= tile.size) break;
-      uint32_t sum = 0u - static_cast<uint32_t>(code.levels * received.ranks);
-      for (int64_t rank = 0; rank < received.ranks; ++rank) {
-        const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
-        sum += unpacked_lane(in + place.start, columns, i / columns, i % columns, place.width);
-      }
-      mean[e] = static_cast<Real>(static_cast<int32_t>(sum)) * ratio;
+      mean[e] = static_cast<Real>(sum_of_element(received, place, columns, code, i)) * ratio;
       const Norm bits = magnitude(mean[e]);
       largest = bits > largest ? bits : largest;
     }
@@ -246,6 +274,17 @@ void CudaKernels::quantize_blocks(const CodeArgs& args, const BlockPlan& plan, c
     launch(stream, grid_for(end - begin, 1), kThreads, quantize_blocks_kernel<T>, layout, plan,
            static_cast<const typename Traits<T>::Norm*>(args.norms), static_cast<const T*>(x), key,
            offset, words, begin, end);
+  });
+}
+
+void CudaKernels::sum_blocks(const CodeArgs& args, const BlockPlan& plan, const Received& received,
+                             double scale, void* out, int64_t begin, int64_t end) const {
+  const Layout layout(args.numel, args.block, 1);
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    launch(stream, grid_for(end - begin, 1), kThreads, sum_blocks_kernel<T>, layout, plan,
+           static_cast<const typename Traits<T>::Norm*>(args.norms), received, scale,
+           static_cast<T*>(out), begin, end);
   });
 }
 

@@ -23,6 +23,8 @@ struct CudaKernels {
                 int64_t begin, int64_t end) const;
   void dequantize(const CodeArgs&, const void* words, int64_t contributors, double scale, void* out,
                   int64_t begin, int64_t end) const;
+  void sum_codes(const CodeArgs&, const Received& received, double scale, void* out, int64_t begin,
+                 int64_t end) const;
   void requantize(const CodeArgs&, const Received& received, uint64_t key, void* means,
                   int64_t first, int64_t begin, int64_t end) const;
   void dequantize_means(const CodeArgs&, const void* means, double scale, void* out, int64_t first,
@@ -35,6 +37,8 @@ struct CudaKernels {
                     int32_t* starts) const;
   void quantize_blocks(const CodeArgs&, const BlockPlan&, const void* x, uint64_t key,
                        uint32_t offset, uint32_t* words, int64_t begin, int64_t end) const;
+  void sum_blocks(const CodeArgs&, const BlockPlan&, const Received& received, double scale,
+                  void* out, int64_t begin, int64_t end) const;
   void requantize_blocks(const CodeArgs&, const BlockPlan&, const Received& received, uint64_t key,
                          void* shares, uint32_t* words, int64_t first, int64_t begin,
                          int64_t end) const;

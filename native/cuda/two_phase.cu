@@ -26,6 +26,60 @@ __device__ __forceinline__ T max_of_threads(T value, int turn) {
   return value;
 }
 
+// The most lanes that a word has.
+template <int kBits, class Word>
+constexpr int kLanesAtMost = kBits ? 8 * sizeof(Word) / (kBits ? kBits : 1) : 64 / 3;
+
+// Adds all ranks' codes of a thread's word of a tile, in the order of the ranks: sums of
+// exponential levels are rounded. A sum stays zero where no element is. `from`: that word of rank
+// 0.
+template <int kMostLanes, class Word, class Code>
+__device__ __forceinline__ void sum_word(const Layout& layout, const Layout::Tile& tile, int lanes,
+                                         int word, const Code& code, const Received& received,
+                                         const Word* from, typename Code::Sum (&sum)[kMostLanes]) {
+  const int size = static_cast<int>(tile.size), count = static_cast<int>(tile.words);
+  Word in = word < count ? *from : Word{0};
+  for (int64_t rank = 0; rank < received.ranks; ++rank) {
+    const Word now = in;
+    from += received.stride;
+    if (word < count && rank + 1 < received.ranks) in = *from;
+#pragma unroll
+    for (int lane = 0; lane < kMostLanes; ++lane) {
+      const bool has = lane < lanes && word < count && lane * count + word < size;
+      if (has) sum[lane] += code.decode(now, lane * code.bits, lane + 1 == lanes);
+    }
+  }
+}
+
+// The threads of a block, as CUDA calls it, share a tile, a word each.
+template <int kBits, class T, class Word, class Code>
+__global__ void sum_codes_kernel(Layout layout, Code code, const typename Traits<T>::Norm* norms,
+                                 Received received, typename Traits<T>::Real ratio, T* out,
+                                 int64_t begin, int64_t end) {
+  using Real = typename Traits<T>::Real;
+  constexpr int kMostLanes = kLanesAtMost<kBits, Word>;
+  if (kBits) code.bits = kBits;
+  const int lanes = kBits ? kMostLanes : static_cast<int>(layout.lanes);
+  const int word = static_cast<int>(threadIdx.x);
+  for (int64_t t = begin + blockIdx.x; t < end; t += gridDim.x) {
+    const Layout::Tile tile = layout.tile(t);
+    const int size = static_cast<int>(tile.size), count = static_cast<int>(tile.words);
+    if (word >= count) continue;
+    const auto norm = norms[tile.block];
+    typename Code::Sum sum[kMostLanes] = {};
+    const Word* from = static_cast<const Word*>(received.words) + tile.word + word;
+    sum_word(layout, tile, lanes, word, code, received, from, sum);
+#pragma unroll
+    for (int lane = 0; lane < kMostLanes; ++lane) {
+      const int i = lane * count + word;
+      const Real value = (static_cast<Real>(sum[lane]) * ratio) * bit_cast<Real>(norm);
+      if (lane < lanes && i < size) {
+        store(out + tile.begin + i, is_finite_norm(norm) ? value : quiet_nan(norm));
+      }
+    }
+  }
+}
+
 template <int kBits, class Real, class Word, class Code>
 __global__ void requantize_kernel(MeansLayout at, Code code,
                                   const typename Traits<Real>::Norm* norms, Received received,
@@ -34,7 +88,7 @@ __global__ void requantize_kernel(MeansLayout at, Code code,
                                   int64_t end) {
   using Norm = typename Traits<Real>::Norm;
   using Unit = std::conditional_t<(sizeof(Norm) > sizeof(Word)), uint64_t, Word>;
-  constexpr int kMostLanes = kBits ? 8 * sizeof(Word) / kBits : 64 / 3;
+  constexpr int kMostLanes = kLanesAtMost<kBits, Word>;
   const Layout& layout = at.layout;
   if (kBits) code.bits = kBits;
   const int lanes = kBits ? kMostLanes : static_cast<int>(layout.lanes);
@@ -44,23 +98,12 @@ __global__ void requantize_kernel(MeansLayout at, Code code,
   int turn = 0;
   for (int64_t t = begin + blockIdx.x; t < end; t += gridDim.x, turn = 1 - turn) {
     const Layout::Tile tile = layout.tile(t);
-    const int size = static_cast<int>(tile.size), count = static_cast<int>(tile.words);
+    const int count = static_cast<int>(tile.words);
     const Word* from = static_cast<const Word*>(received.words) + tile.word - first_word + word;
-    Word in = word < count ? *from : Word{0};
     const bool finite = is_finite_norm(norms[tile.block]);
 
     typename Code::Sum sum[kMostLanes] = {};  // stays zero, as its code, where no element is
-    // In the order of the ranks: sums of exponential levels are rounded.
-    for (int64_t rank = 0; rank < received.ranks; ++rank) {
-      const Word now = in;
-      from += received.stride;
-      if (word < count && rank + 1 < received.ranks) in = *from;
-#pragma unroll
-      for (int lane = 0; lane < kMostLanes; ++lane) {
-        const bool has = lane < lanes && word < count && lane * count + word < size;
-        if (has) sum[lane] += code.decode(now, lane * code.bits, lane + 1 == lanes);
-      }
-    }
+    sum_word(layout, tile, lanes, word, code, received, from, sum);
     Real mean[kMostLanes];
     Norm largest = 0;
 #pragma unroll
@@ -124,6 +167,27 @@ __global__ void dequantize_means_kernel(MeansLayout at, Code code,
 }
 
 }  // namespace
+
+void CudaKernels::sum_codes(const CodeArgs& args, const Received& received, double scale, void* out,
+                            int64_t begin, int64_t end) const {
+  const Layout layout(args.numel, args.block, lanes_per_word(args.bits));
+  const int64_t words = ceil_div(layout.largest_tile(), layout.lanes);
+  const int64_t threads = ceil_div(words, kWarp) * kWarp;
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    using Real = typename Traits<T>::Real;
+    with_code<Real>(args, [&](auto code, auto word) {
+      using Word = decltype(word);
+      using Code = decltype(code);
+      with_bits<Code::kBits, Word>(code.bits, [&](auto bits) {
+        launch(stream, grid_for(end - begin, 1), dim3(static_cast<unsigned>(threads)),
+               sum_codes_kernel<decltype(bits)::value, T, Word, Code>, layout, code,
+               static_cast<const typename Traits<T>::Norm*>(args.norms), received,
+               static_cast<Real>(code.ratio(scale)), static_cast<T*>(out), begin, end);
+      });
+    });
+  });
+}
 
 void CudaKernels::requantize(const CodeArgs& args, const Received& received, uint64_t key,
                              void* means, int64_t first, int64_t begin, int64_t end) const {

@@ -157,6 +157,30 @@ struct BlockOps {
     }
   }
 
+  // Of one tensor, whose blocks begin at `first` and are all of one rank.
+  static void sum_blocks(const Tensor& received, const Tensor& norms, const Tensor& plan,
+                         Tensor out, int64_t first, at::IntArrayRef blocks,
+                         at::IntArrayRef word_starts, int64_t rank, int64_t block_size,
+                         double scale) {
+    const BlockSegments segments(blocks, word_starts);
+    const Bucket bucket(segments, norms, plan, block_size);
+    segments.check_rank(rank);
+    const int64_t length = word_starts[rank + 1] - word_starts[rank];
+    const Received pieces = check_received(received, length, 32, norms.device());
+    check_geometry(out, block_size);
+    TORCH_CHECK_VALUE(out.device() == norms.device(), "the tensor must be on ", norms.device(),
+                      ", got one on ", out.device());
+    const Layout layout = bucket.layout(out.numel(), first);
+    bucket.check_run(first, 0, layout.blocks(), rank);
+    const CodeArgs args = bucket.args(dtype_of(out, "the tensor"), out.numel(), first);
+    const BlockPlan places = bucket.plan_of(first, word_starts[rank], word_starts[rank + 1]);
+    Device::run(out, 0, layout.blocks(), grain(block_size * pieces.ranks),
+                [&](const auto& kernels, int64_t begin, int64_t end) {
+                  kernels.sum_blocks(args, places, pieces, scale, out.mutable_data_ptr(), begin,
+                                     end);
+                });
+  }
+
   // Of the blocks of one rank; `runs` as in `Runs`, with the rank at their end.
   static void requantize_blocks(const Tensor& received, const Tensor& norms, const Tensor& plan,
                                 Tensor means, at::IntArrayRef numels, at::IntArrayRef norm_starts,
@@ -169,20 +193,9 @@ struct BlockOps {
     const Bucket bucket(segments, norms, plan, block_size);
     segments.check_rank(rank);
     const int64_t length = word_starts[rank + 1] - word_starts[rank];
-    TORCH_CHECK_TYPE(received.scalar_type() == at::kInt, "received must be Int, got ",
-                     received.scalar_type());
-    TORCH_CHECK_VALUE(received.dim() == 2 && received.size(0) >= 1 && received.size(1) == length &&
-                          (length <= 1 || received.stride(1) == 1),
-                      "received must be a row of ", length, " words for each rank, got ",
-                      received.sizes(), " with strides ", received.strides());
-    TORCH_CHECK_VALUE(received.device() == norms.device(), "received must be on ", norms.device(),
-                      ", got one on ", received.device());
-    // As in CheckedOps::requantize.
-    TORCH_CHECK_VALUE(received.size(0) <= 32768, "received must be from at most 32768 ranks, got ",
-                      received.size(0));
+    const Received pieces = check_received(received, length, 32, norms.device());
     check_buffer(means, "means", norms.scalar_type(), segments.means_of(rank, norms.element_size()),
                  norms.device());
-    const Received pieces{received.const_data_ptr(), received.size(0), received.stride(0)};
     const int64_t own = blocks[rank + 1] - blocks[rank];
     Runs{runs, numels.size()}.each([&](size_t i, int64_t first, int64_t last, int64_t of) {
       TORCH_CHECK_VALUE(of == rank, "runs must be of segment ", rank, ", got one of ", of);
@@ -238,6 +251,7 @@ struct BlockOps {
   static void register_all(torch::Library& m) {
     m.impl("block_widths", &block_widths);
     m.impl("quantize_blocks", &quantize_blocks);
+    m.impl("sum_blocks", &sum_blocks);
     m.impl("requantize_blocks", &requantize_blocks);
     m.impl("dequantize_blocks", &dequantize_blocks);
   }

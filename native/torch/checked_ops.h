@@ -92,6 +92,23 @@ inline DType check_sum_of_squares(const Tensor& x, const Tensor& sum) {
   return dtype_of(x, "the tensor");
 }
 
+// A row of so many words for each rank, of lanes of `bits` bits.
+inline Received check_received(const Tensor& received, int64_t words, int64_t bits,
+                               at::Device device) {
+  TORCH_CHECK_TYPE(received.scalar_type() == word_dtype(bits), "received must be ",
+                   word_dtype(bits), ", got ", received.scalar_type());
+  TORCH_CHECK_VALUE(received.dim() == 2 && received.size(0) >= 1 && received.size(1) == words &&
+                        (words <= 1 || received.stride(1) == 1),
+                    "received must be a row of ", words, " words for each rank, got ",
+                    received.sizes(), " with strides ", received.strides());
+  TORCH_CHECK_VALUE(received.device() == device, "received must be on ", device, ", got one on ",
+                    received.device());
+  // Sums of linear codes are kept in 32 bits, and what comes in may be anything.
+  TORCH_CHECK_VALUE(received.size(0) <= 32768, "received must be from at most 32768 ranks, got ",
+                    received.size(0));
+  return {received.const_data_ptr(), received.size(0), received.stride(0)};
+}
+
 template <class Device>
 struct CheckedOps {
   static void block_max(const Tensor& x, int64_t block_size, Tensor norms) {
@@ -168,6 +185,19 @@ struct CheckedOps {
                 });
   }
 
+  static void sum_codes(const Tensor& received, const Tensor& norms, Tensor out, int64_t block_size,
+                        int64_t kind, int64_t bits, int64_t levels, double scale) {
+    check_geometry(out, block_size);
+    const Layout layout = layout_of(out.numel(), block_size, bits);
+    const DType dtype = dtype_of(out, "the tensor");
+    const CodeArgs args = code_args(dtype, layout, norms, kind, bits, levels, out.device());
+    const Received pieces = check_received(received, layout.words(), bits, out.device());
+    Device::run(out, 0, layout.tiles(), grain(kTile * pieces.ranks),
+                [&](const auto& kernels, int64_t begin, int64_t end) {
+                  kernels.sum_codes(args, pieces, scale, out.mutable_data_ptr(), begin, end);
+                });
+  }
+
   static void requantize(const Tensor& received, const Tensor& norms, Tensor means, int64_t numel,
                          int64_t block_size, int64_t kind, int64_t bits, int64_t levels,
                          int64_t first, int64_t last, int64_t seed, int64_t step,
@@ -178,21 +208,10 @@ struct CheckedOps {
     const CodeArgs args = code_args(dtype, layout, norms, kind, bits, levels, device);
     check_tiles(layout, first, last);
     const int64_t words = layout.word(last) - layout.word(first);
-    TORCH_CHECK_TYPE(received.scalar_type() == word_dtype(bits), "received must be ",
-                     word_dtype(bits), ", got ", received.scalar_type());
-    TORCH_CHECK_VALUE(received.dim() == 2 && received.size(0) >= 1 && received.size(1) == words &&
-                          (words <= 1 || received.stride(1) == 1),
-                      "received must be a row of ", words, " words for each rank, got ",
-                      received.sizes(), " with strides ", received.strides());
-    TORCH_CHECK_VALUE(received.device() == device, "received must be on ", device, ", got one on ",
-                      received.device());
-    // Sums of linear codes are kept in 32 bits, and what comes in may be anything.
-    TORCH_CHECK_VALUE(received.size(0) <= 32768, "received must be from at most 32768 ranks, got ",
-                      received.size(0));
+    const Received pieces = check_received(received, words, bits, device);
     check_means(means, layout, dtype, bits, first, last, device);
     const uint64_t key = dither_key(seed, step, tensor_id, kRequantizeStream);
-    const Received pieces{received.const_data_ptr(), received.size(0), received.stride(0)};
-    Device::run(received, first, last, grain(kTile * received.size(0)),
+    Device::run(received, first, last, grain(kTile * pieces.ranks),
                 [&](const auto& kernels, int64_t begin, int64_t end) {
                   kernels.requantize(args, pieces, key, means.mutable_data_ptr(), first, begin,
                                      end);
@@ -231,6 +250,7 @@ struct CheckedOps {
     m.impl("l2_norms", &l2_norms);
     m.impl("quantize", &quantize);
     m.impl("dequantize", &dequantize);
+    m.impl("sum_codes", &sum_codes);
     m.impl("requantize", &requantize);
     m.impl("dequantize_means", &dequantize_means);
     m.impl("combine", &combine);

@@ -130,6 +130,23 @@ void requantize_blocks(Input& in) {
       same_bytes);
 }
 
+void sum_blocks(Input& in) {
+  const Blocks c(in);
+  const int64_t ranks = in.number(1, 6), words = c.end - c.begin;
+  const int64_t stride = words + in.number(0, 3);
+  const auto scale = in.take<double>();
+  const Memory sent = in.payload(((ranks - 1) * stride + words) * 4);
+  const int64_t size = size_of(c.args.dtype);
+  everywhere(
+      c.first, c.cut, c.last, c.args.numel * size, c.element(c.first) * size,
+      c.element(c.last) * size,
+      [&](const Kernels& kernels, unsigned char* out, int64_t begin, int64_t end) {
+        kernels.sum_blocks(c.args, c.places(c.begin), {sent.data.get(), ranks, stride}, scale, out,
+                           begin, end);
+      },
+      [&](const Memory& a, const Memory& b) { return same(c.args.dtype, a, b); });
+}
+
 void dequantize_blocks(Input& in) {
   const Blocks c(in);
   const auto scale = in.take<double>();
@@ -151,8 +168,8 @@ void dequantize_blocks(Input& in) {
 
 void fuzz_blocks(Input& in) {
   void (*const kernels[])(Input&) = {block_widths, quantize_blocks, requantize_blocks,
-                                     dequantize_blocks};
-  kernels[in.number(0, 3)](in);
+                                     dequantize_blocks, sum_blocks};
+  kernels[in.number(0, 4)](in);
 }
 
 }  // namespace gqsgd

@@ -98,6 +98,25 @@ void requantize(Input& in) {
       same_bytes);
 }
 
+// The codes of all ranks to this one's shard.
+void sum_codes(Input& in) {
+  Case c(in);
+  c.args.unsigned_words = false;
+  c.args.headroom = 0;
+  const int64_t ranks = in.number(1, 6), words = c.layout.words();
+  const int64_t stride = words + in.number(0, 3);
+  const auto scale = in.take<double>();
+  const Memory sent = in.payload(((ranks - 1) * stride + words) * c.word_size);
+  const int64_t size = size_of(c.args.dtype);
+  everywhere(
+      c.first, c.cut, c.last, c.args.numel * size, c.element(c.first) * size,
+      c.element(c.last) * size,
+      [&](const Kernels& kernels, unsigned char* out, int64_t begin, int64_t end) {
+        kernels.sum_codes(c.args, {sent.data.get(), ranks, stride}, scale, out, begin, end);
+      },
+      [&](const Memory& a, const Memory& b) { return same(c.args.dtype, a, b); });
+}
+
 // The means of other ranks to the gradient.
 void dequantize_means(Input& in) {
   Case c(in);
@@ -178,8 +197,9 @@ void combine(Input& in) {
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   Input in(data, size);
-  void (*const kernels[])(Input&) = {dequantize,    requantize, dequantize_means, quantize,
-                                     block_squares, l2_norms,   combine,          fuzz_blocks};
-  kernels[in.number(0, 7)](in);
+  void (*const kernels[])(Input&) = {dequantize, requantize,    dequantize_means,
+                                     quantize,   block_squares, l2_norms,
+                                     combine,    fuzz_blocks,   sum_codes};
+  kernels[in.number(0, 8)](in);
   return 0;
 }

@@ -30,7 +30,16 @@ from reference.linear import (
 )
 from reference.two_phase import REQUANTIZE_STREAM
 
-__all__ = ["Rule", "codes", "columns_of", "dither", "mean", "pack_block", "widths"]
+__all__ = [
+    "Rule",
+    "codes",
+    "columns_of",
+    "dither",
+    "mean",
+    "one_phase_mean",
+    "pack_block",
+    "widths",
+]
 
 UNIT = 256
 ROWS = 32
@@ -111,33 +120,67 @@ def _encode(x: Array, norms: Array, width: Array, xi: Array) -> Array:
     return out
 
 
-def mean(
-    rows: Array, rule: Rule, *, block_size: int, correlated: bool, seed: int, step: int,
-    tensor_id: int, norm: str = "max",
-) -> Array:  # fmt: skip
-    """The whole of it: what n ranks, with one row each, decode of a bucket of one tensor."""
+class _Averaged(NamedTuple):
+    share: Array  # of the mean in the norm
+    shared: Array  # norms
+    block: Array  # of each element, as all below
+    width: Array
+    levels: Array
+    maxima: Array
+
+
+def _average(
+    rows: Array, rule: Rule, segments: int, block_size: int, correlated: bool, norm: str,
+    **at: Any,
+) -> _Averaged:  # fmt: skip
+    """The first phase, of blocks that so many owners have."""
     n, numel = rows.shape
     shared = shared_norms(rows, block_size, norm)
     columns = columns_of(numel, block_size)
     width_of_block = np.zeros(len(columns), np.int64)
-    for blocks, words in _segments(columns, n, rule, shared.itemsize):
+    for blocks, words in _segments(columns, segments, rule, shared.itemsize):
         width_of_block[blocks] = widths(shared[blocks], columns[blocks], words, rule)
     block = places(numel, block_size, 8).block
     width, maxima = width_of_block[block], floats(shared)[block]
     real = maxima.dtype.type
     levels = np.maximum((1 << np.maximum(width - 1, 0)) - 1, 1)
 
-    at: dict[str, Any] = {"seed": seed, "step": step, "tensor_id": tensor_id}
     total = np.zeros(numel, np.int64)
     for rank, x in enumerate(rows):
         xi = dither(numel, block_size, rank=rank, world_size=n, correlated=correlated, **at)
         total += _encode(x, shared[block], width, xi)
-    average = total.astype(real) * (1 / n / levels).astype(real)
+    share = total.astype(real) * (1 / n / levels).astype(real)
+    return _Averaged(share, shared, block, width, levels, maxima)
 
-    largest = np.zeros(len(columns), real)
-    np.maximum.at(largest, block, abs(average))
+
+def mean(
+    rows: Array, rule: Rule, *, block_size: int, correlated: bool, seed: int, step: int,
+    tensor_id: int, norm: str = "max",
+) -> Array:  # fmt: skip
+    """The whole of it: what n ranks, with one row each, decode of a bucket of one tensor."""
+    n, numel = rows.shape
+    at: dict[str, Any] = {"seed": seed, "step": step, "tensor_id": tensor_id}
+    first = _average(rows, rule, n, block_size, correlated, norm, **at)
+    real, block = first.share.dtype.type, first.block
+    largest = np.zeros(len(first.shared), real)
+    np.maximum.at(largest, block, abs(first.share))
     xi = dither_stream(numel, block_size, stream=REQUANTIZE_STREAM, **at)
-    again = _encode(average, largest.view(shared.dtype)[block], width, xi)
+    again = _encode(first.share, largest.view(first.shared.dtype)[block], first.width, xi)
+    share = (again.astype(real) * (1 / first.levels).astype(real)) * largest[block]
+    return _in_units(share, first.maxima, rows.dtype)
+
+
+def one_phase_mean(
+    rows: Array, rule: Rule, *, block_size: int, correlated: bool, seed: int, step: int,
+    tensor_id: int, norm: str = "max",
+) -> Array:  # fmt: skip
+    """The mean of a shard, of which n ranks have one row each, on the rank that owns it."""
+    at: dict[str, Any] = {"seed": seed, "step": step, "tensor_id": tensor_id}
+    first = _average(rows, rule, 1, block_size, correlated, norm, **at)
+    return _in_units(first.share, first.maxima, rows.dtype)
+
+
+def _in_units(share: Array, maxima: Array, dtype: Any) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
-        out = ((again.astype(real) * (1 / levels).astype(real)) * largest[block]) * maxima
-    return narrow(np.where(np.isfinite(maxima), out, real(np.nan)), rows.dtype)
+        out = share * maxima
+    return narrow(np.where(np.isfinite(maxima), out, maxima.dtype.type(np.nan)), dtype)

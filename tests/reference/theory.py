@@ -1,8 +1,9 @@
 """The formulas of ``hvd_gqsgd/docs/THEORY.md``: errors and bytes of each operator, in NumPy.
 
 An operator is given by the options of ``GlobalQSGD``. Its exchange is "allreduce" or, for
-exponential dithering always, "two_phase"; never "auto". Rows are the gradients of the ranks, as
-``linear.py`` takes them; results are float64, one number for each element.
+exponential dithering always, "two_phase", or "one_phase" for either; never "auto". Rows are the
+gradients of the ranks, as ``linear.py`` takes them; results are float64, one number for each
+element.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Operator(NamedTuple):
 
     bits: int = 8
     dither: Literal["linear", "exponential"] = "linear"
-    exchange: Literal["allreduce", "two_phase"] = "two_phase"
+    exchange: Literal["allreduce", "two_phase", "one_phase"] = "two_phase"
     norm: Literal["max", "l2"] = "max"
     block_size: int | None = 1024
     correlated: bool = True
@@ -35,7 +36,7 @@ class Operator(NamedTuple):
     def levels(self, n: int) -> int:
         """s of linear dithering (sections 1 and 5)."""
         assert self.dither == "linear"
-        if self.exchange == "two_phase":
+        if self.exchange != "allreduce":
             return 2 ** (self.bits - 1) - 1
         return (2**self.bits - 1) // (2 * n)
 
@@ -45,7 +46,11 @@ class Operator(NamedTuple):
 
     def norms(self, rows: Array) -> Array:
         """M, or M_2 (section 3), of each element's block."""
-        numel = rows.shape[1]
+        n, numel = rows.shape
+        if self.exchange == "one_phase":  # blocks of each shard
+            whole, length = self._replace(exchange="two_phase"), max(-(-numel // n), 1)
+            shards = [rows[:, i : i + length] for i in range(0, numel, length)]
+            return np.concatenate([np.zeros(0), *map(whole.norms, shards)])
         shared = linear.floats(linear.shared_norms(rows, self.block_size, self.norm))
         return np.repeat(shared.astype(np.float64), self.block_size or max(numel, 1))[:numel]
 
@@ -87,12 +92,14 @@ def variance_bound(rows: Array, operator: Operator) -> Array:
     if operator.dither == "linear":
         level = norm / operator.levels(n)
         first = level**2 * (1 / 12 + 1 / (6 * n**2) if operator.correlated else 1 / (4 * n))
-        if operator.exchange == "allreduce":
+        if operator.exchange != "two_phase":
             return first
         return first + _second_level(mean, level, norm, operator) ** 2 / 4
     lowest = norm * operator.lowest()
     each = np.where(abs(x) < lowest, abs(x) * (lowest - abs(x)), x**2 / 8)
     first = each.sum(0) / (n if operator.correlated else n**2)
+    if operator.exchange == "one_phase":
+        return first
     return first + (mean**2 + first) / 8 + lowest**2 / 4
 
 
@@ -102,11 +109,13 @@ def sure_bound(rows: Array, operator: Operator) -> Array:
     mean = (x / n).sum(0)
     if operator.dither == "linear":
         level = norm / operator.levels(n)
-        if operator.exchange == "allreduce":
+        if operator.exchange != "two_phase":
             return level
         return level + _second_level(mean, level, norm, operator)
     lowest = norm * operator.lowest()
     first = np.maximum(abs(x) / n, lowest / n).sum(0)
+    if operator.exchange == "one_phase":
+        return first
     return first + np.maximum(abs(mean) + first, lowest)
 
 

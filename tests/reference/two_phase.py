@@ -50,6 +50,7 @@ __all__ = [
     "decode_means",
     "exponential_codes",
     "exponential_levels",
+    "one_phase_mean",
     "requantize",
     "tile_offsets",
     "two_phase_mean",
@@ -136,6 +137,15 @@ def _contents(words: Array, numel: int, block_size: int | None, code: Code, real
     return np.where(top, (c + half) % (2 * half) - half, c)
 
 
+def _share(received: Array, numel: int, block_size: int | None, code: Code, real: Any) -> Array:
+    """The mean over the rows, in the order of the rows, as a share of the norm."""
+    total = np.zeros(numel, np.int64 if code.kind == LINEAR else real)
+    for words in received:
+        total += _contents(words, numel, block_size, code, real)
+    share: Array = total.astype(real) * real(1 / len(received) / _one(code))
+    return share
+
+
 def requantize(
     received: Array, norms: Array, numel: int, block_size: int | None, code: Code, *,
     seed: int, step: int, tensor_id: int,
@@ -148,11 +158,7 @@ def requantize(
     at = places(numel, block_size, bits)
     finite = np.isfinite(floats(norms))[at.block]
     real = floats(norms).dtype.type
-    total = np.zeros(numel, np.int64 if code.kind == LINEAR else real)
-    for words in received:
-        total += _contents(words, numel, block_size, code, real)
-    mean = total.astype(real) * real(1 / len(received) / _one(code))
-    mean = np.where(finite, mean, real(0))
+    mean = np.where(finite, _share(received, numel, block_size, code, real), real(0))
 
     largest = np.zeros(at.tile.max(initial=-1) + 1, real)
     np.maximum.at(largest, at.tile, abs(mean))
@@ -195,13 +201,38 @@ def two_phase_mean(
 
     ``dither`` is "linear" or "exponential", ``norm`` "max" or "l2".
     """
-    n, numel = rows.shape
-    code = two_phase_code(dither, bits)
+    code, numel = two_phase_code(dither, bits), rows.shape[1]
     shared = shared_norms(rows, block_size, norm)
     at = {"seed": seed, "step": step, "tensor_id": tensor_id}
+    sent = _send(rows, shared, block_size, code, correlated, at)
+    means = requantize(sent, shared, numel, block_size, code, **at)
+    return decode_means(means, shared, numel, block_size, code, 1.0, rows.dtype)
+
+
+def one_phase_mean(
+    rows: Array, *, dither: str, bits: int, block_size: int | None, correlated: bool, seed: int,
+    step: int, tensor_id: int, norm: str = "max",
+) -> Array:  # fmt: skip
+    """The mean of a shard, of which n ranks have one row each, on the rank that owns it."""
+    code, numel = two_phase_code(dither, bits), rows.shape[1]
+    shared = shared_norms(rows, block_size, norm)
+    at = {"seed": seed, "step": step, "tensor_id": tensor_id}
+    sent = _send(rows, shared, block_size, code, correlated, at)
+    maxima = floats(shared)[places(numel, block_size, bits).block]
+    real = maxima.dtype.type
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = _share(sent, numel, block_size, code, real) * maxima
+    return narrow(np.where(np.isfinite(maxima), out, real(np.nan)), rows.dtype)
+
+
+def _send(
+    rows: Array, shared: Array, block_size: int | None, code: Code, correlated: bool,
+    at: dict[str, int],
+) -> Array:  # fmt: skip
+    n, numel = rows.shape
     sent = []
     for rank, x in enumerate(rows):
         xi = dither_of_rank(numel, block_size, rank=rank, world_size=n, correlated=correlated, **at)
-        sent.append(pack(_encode(x, shared, block_size, code, xi), block_size, bits, code.bias))
-    means = requantize(np.array(sent), shared, numel, block_size, code, **at)
-    return decode_means(means, shared, numel, block_size, code, 1.0, rows.dtype)
+        codes_ = _encode(x, shared, block_size, code, xi)
+        sent.append(pack(codes_, block_size, code.bits, code.bias))
+    return np.array(sent)

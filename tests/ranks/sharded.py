@@ -1,0 +1,34 @@
+"""Models of ``fully_shard``, for the tests on several ranks."""
+
+from __future__ import annotations
+
+import functools
+
+import horovod.torch as hvd
+import torch
+from conftest import process_group
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import init_device_mesh
+
+
+@functools.cache
+def mesh(*shape, names=None):
+    process_group()
+    return init_device_mesh("cpu", shape or (hvd.size(),), mesh_dim_names=names)
+
+
+def shard(model, compressor=None, **arguments):
+    """The model with ``fully_shard`` applied, and our reduce-scatter if there is a compressor."""
+    fully_shard(model, **({"mesh": mesh()} | arguments))
+    return model if compressor is None else compressor.fsdp(model)
+
+
+def gradient(model):
+    return torch.cat([p.grad.full_tensor().view(-1) for p in model.parameters()])
+
+
+def step(model, row):
+    """The gradient, gathered, of a model that is given its gradient."""
+    model.zero_grad()
+    model(row).backward()
+    return gradient(model)
