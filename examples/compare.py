@@ -74,8 +74,8 @@ DOMAINS = (
     Domain("recommender", "AUC", ".4f", ("--epochs", "1", "--batch-size", "16384", "--lr", "0.01")),
 )
 QUICK = {
-    "vision": ("fp32", "DQ-SGD, 5 bits"),
-    "language": ("exponential, 8 bits",),
+    "vision": ("DQ-SGD, 5 bits",),
+    "language": ("fp32", "exponential, 8 bits"),
     "recommender": ("linear, 8 bits, sparse tables",),
 }
 

@@ -191,12 +191,14 @@ def test_error_falls_with_the_number_of_trials() -> None:
         assert averaged * np.sqrt(k) == pytest.approx(single, rel=0.06)
 
 
-@pytest.mark.slow
 def test_equal_maxima_never_overflow() -> None:
-    """All ranks at the maximum, for all numbers of ranks that 8 bits allow."""
+    """All ranks at the maximum: for each number of levels the most ranks that have it, as fewer of
+    them have a smaller sum."""
     maxima = torch.tensor([1.0, 0.1, 7.3, 3.4028235e38, 1.1754944e-38, 1e-45, 2.9387e-39])
     row = torch.stack([maxima, -maxima], 1).flatten()
-    for n in range(1, 128):
+    most_ranks = {255 // (2 * n): n for n in range(1, 128)}
+    assert len(most_ranks) > 20
+    for n in most_ranks.values():
         mean = simulate(row.expand(n, -1), bits=8, block_size=2, exchange="allreduce")
         assert mean.isfinite().all(), n
         torch.testing.assert_close(mean, row, rtol=1.2e-7, atol=0, msg=f"{n} ranks")

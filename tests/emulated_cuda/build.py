@@ -54,13 +54,18 @@ def _build(cache: Path, sources: Sequence[Path], more: Sequence[str] = ()) -> st
     """Compiles and links what has changed since the last time."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = [*FLAGS, *(f"-isystem{folder}" for folder in include_paths())]
-    compile_ = [*compiler, *flags, *more]
+
+    def compile_(source: Path) -> list[str]:
+        # Kernels are compiled alike for both libraries, and so but once.
+        return [*compiler, *flags, *(() if source in KERNELS else more), "-c", str(source)]
+
     headers = [file for folder in (NATIVE, HERE) for file in sorted(folder.rglob("*.h"))]
-    common = [repr((compile_, torch.__version__)).encode()]
+    common = [torch.__version__.encode()]
     common += [file.read_bytes() for file in (*headers, Path(__file__))]
 
     def object_of(source: Path) -> Path:
-        key = hashlib.sha256(b"".join([*common, source.read_bytes()])).hexdigest()[:16]
+        parts = [*common, repr(compile_(source)).encode(), source.read_bytes()]
+        key = hashlib.sha256(b"".join(parts)).hexdigest()[:16]
         return cache / f"{source.stem}-{key}.o"
 
     def make(to: Path, command: list[str]) -> None:
@@ -71,8 +76,7 @@ def _build(cache: Path, sources: Sequence[Path], more: Sequence[str] = ()) -> st
 
     objects = [object_of(source) for source in sources]
     with ThreadPoolExecutor() as pool:
-        commands = [[*compile_, "-c", str(source)] for source in sources]
-        list(pool.map(make, objects, commands))
+        list(pool.map(make, objects, map(compile_, sources)))
     key = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
     library = cache / f"{key}.so"
     torch_ = [*(f"-L{folder}" for folder in library_paths()), "-ltorch_cpu", "-lc10"]

@@ -27,12 +27,6 @@ if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("the same as under mpirun", allow_module_level=True)
 
 
-# FSDP takes a while to load, on more ranks than cores for each of them.
-ON_MANY_RANKS = pytest.mark.skipif(
-    os.environ["OMPI_COMM_WORLD_SIZE"] in ("5", "7"), reason="the same as on 4 and 8 ranks"
-)
-
-
 OPTIONS = [
     {}, {"bits": 4}, {"bits": 11, "correlated": False}, {"bits": 16, "norm": "l2"},
     {"dither": "exponential"}, {"dither": "exponential", "bits": 4, "block_size": 100},
@@ -50,7 +44,6 @@ def test_the_bits_of_simulate(rank, size, options, numel):
         assert torch.equal(step(model, everyone[rank]), expected)
 
 
-@ON_MANY_RANKS
 @pytest.mark.core
 @pytest.mark.parametrize(
     "options", [{}, {"dither": "exponential"}, {"bits": BlockBits(3)}], ids=str

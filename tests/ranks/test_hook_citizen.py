@@ -16,10 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks import ddp_zero_hook, default_hooks
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.distributed.algorithms.join import Join
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_gqsgd import GlobalQSGD, ddp_hook
@@ -159,6 +158,10 @@ def wrapped(case: Case) -> Tensor:
 
 
 def zero_step(case: Case) -> Tensor:
+    # Here, as they take seconds to import.
+    from torch.distributed.algorithms.ddp_comm_hooks import ddp_zero_hook
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
     model = case.ddp(net(), None, lambda state, bucket: None) if case.plain else None
     if model is not None:
         return case.steps(model)

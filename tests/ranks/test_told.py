@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import process_group
 from helpers import assert_same_on_all_ranks, gradients
-from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from hvd_gqsgd import AgreementError, GlobalQSGD, allreduce, simulate
 from hvd_gqsgd._native import ops
@@ -25,12 +25,14 @@ def next_one_is_right(rank, size, comm):
 
 
 @functools.cache
-def mesh():
+def mesh() -> DeviceMesh:
     process_group()
     return init_device_mesh("cpu", (hvd.size(),))
 
 
 def distributed(x, comm):
+    from torch.distributed.tensor import DTensor, Replicate  # takes a second
+
     return allreduce(DTensor.from_local(x, mesh(), [Replicate()], run_check=False), comm)
 
 
