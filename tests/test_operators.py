@@ -159,7 +159,7 @@ def test_a_width_that_the_options_do_not_allow() -> None:
 
         def max_async(self, tensor: Tensor, name: str) -> Handle:
             if self.rank == 0:
-                tensor[6] = 16
+                tensor[7] = 16
             return super().max_async(tensor, name)
 
     world = SimulatedWorld(2)

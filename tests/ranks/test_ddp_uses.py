@@ -178,15 +178,14 @@ def test_models_that_share_a_state_and_a_backward_pass(new_state, rank, size):
 
 
 @pytest.mark.few
-def test_compiled_autograd_hands_in_gradients(new_state, rank, size, monkeypatch):
-    # Here, as Dynamo takes seconds to import.
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", "python_reducer")
+def test_compiled_autograd_hands_in_gradients(new_state, rank, size):
     state, everyone = new_state(), gradients(size, 5000)
     model = Given(5000)
-    compiled = torch.compile(wrap(model, state), backend="eager")
-    for step in range(2):
-        model.zero_grad()
-        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
-            compiled(everyone[rank]).backward()
-        assert torch.equal(model.weight.grad, simulate(everyone, step=step))
+    with torch._dynamo.config.patch(optimize_ddp="python_reducer"):
+        compiled = torch.compile(wrap(model, state), backend="eager")
+        for step in range(2):
+            model.zero_grad()
+            with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+                compiled(everyone[rank]).backward()
+            assert torch.equal(model.weight.grad, simulate(everyone, step=step))
     torch.compiler.reset()
