@@ -109,7 +109,6 @@ class AgreementProtocol(ABC):
         """
 
     def _write(self, header: Tensor, bucket: Bucket, proposal: Agreement, terms: Terms) -> None:
-        terms.rehearses = self._exchange.to_rehearse(bucket)
         items = tuple((item.identity, item.scale, item.device.type) for item in bucket.items)
         _write(
             header,

@@ -54,7 +54,7 @@ class BufferPool:
         Those whose sizes differ little share memory: which tensors go together in a message may
         change from step to step.
         """
-        unit = 1 << max(numel.bit_length() - 3, 0)
+        unit = 1 << max(numel.bit_length() - 5, 0)
         return self.take_each([((-(-numel // unit) * unit,), dtype, device)])[0][:numel]
 
     def take_each(self, kinds: Sequence[Kind]) -> list[Tensor]:

@@ -346,11 +346,12 @@ class Pipeline:
         else:
             for item in bucket.items:
                 self.stats.bypass("alone", item.x.nbytes, lambda: self.rank)
-        terms = Terms(self._proposal.step, self._proposal.bits)
+        exchange = self._way.exchange
+        rehearses = exchange.to_rehearse(bucket)
+        terms = Terms(self._proposal.step, self._proposal.bits, rehearses=rehearses)
         proposal = dataclasses.replace(self._proposal, behind=behind)
         running = self._way.protocol.run(bucket, proposal, terms)
-        counted = self._way.exchange.counted
-        flight = Flight(bucket, running, terms, self._transport, self.stats, counted)
+        flight = Flight(bucket, running, terms, self._transport, self.stats, exchange.counted)
         self._flights[bucket] = flight
         self._sent += len(bucket.items)
         self._names.unfinished.add(self)

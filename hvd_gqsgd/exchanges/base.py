@@ -59,7 +59,7 @@ class Terms:
     """Whether no rank has left by ``hvd.join()``; known with the first message too."""
     rehearses: bool = False
     """Whether the ranks use the message that is left to them once one of them has left; a proposal
-    too."""
+    like the step."""
     given_up: bool = False
     """Whether this rank has given up the step, and sends only what others may be waiting for."""
     failure: Exception | None = None

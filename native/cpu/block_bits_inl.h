@@ -204,13 +204,15 @@ void quantize_blocks(const CodeArgs& args, const BlockPlan& plan, const T* x, ui
   }
 }
 
-// Adds all ranks' codes of a block, with s taken off: as many as fill its columns.
+// Adds all ranks' codes of a block, with s taken off: as many as fill its columns. Zeros where it
+// has no bits.
 template <class Code>
 GQSGD_INLINE void sum_block(const Received& received, const BlockPlan::Place& place,
                             int32_t columns, const Code& code, uint32_t* __restrict sums) {
-  const uint32_t bias = static_cast<uint32_t>(code.levels * received.ranks);
+  const int64_t ranks = place.width ? received.ranks : 0;
+  const uint32_t bias = static_cast<uint32_t>(code.levels * ranks);
   for (int64_t i = 0; i < int64_t{kRows} * columns; ++i) sums[i] = 0u - bias;
-  for (int64_t rank = 0; rank < received.ranks; ++rank) {
+  for (int64_t rank = 0; rank < ranks; ++rank) {
     const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
     add_block(in + place.start, columns, place.width, sums);
   }
@@ -225,9 +227,9 @@ void sum_blocks(const CodeArgs& args, const BlockPlan& plan, const Received& rec
                [&](int64_t b, const Layout::Tile& tile, Real norm, bool streamed) {
                  const int32_t columns = columns_of(tile.size);
                  const BlockPlan::Place place = plan.place(b, columns);
-                 alignas(kLine) uint32_t sums[kTile] = {};
+                 alignas(kLine) uint32_t sums[kTile];
                  const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
-                 if (place.width) sum_block(received, place, columns, code, sums);
+                 sum_block(received, place, columns, code, sums);
                  const Real ratio = static_cast<Real>(code.ratio(scale));
                  const uint32_t* __restrict from = sums;
                  store_run(out + tile.begin, tile.size, streamed, [=](int64_t j) {
@@ -280,9 +282,7 @@ void dequantize_blocks(const CodeArgs& args, const BlockPlan& plan,
                  const BlockPlan::Place place = plan.place(b, columns);
                  alignas(kLine) uint32_t sums[kTile];
                  const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
-                 const uint32_t bias = static_cast<uint32_t>(place.width ? code.levels : 0);
-                 for (int64_t i = 0; i < int64_t{kRows} * columns; ++i) sums[i] = 0u - bias;
-                 if (place.width) add_block(words + place.start, columns, place.width, sums);
+                 sum_block({words, 1, 0}, place, columns, code, sums);
                  const Real ratio = static_cast<Real>(code.ratio(scale));
                  const Real share = place.width ? bit_cast<Real>(shares[b - first_block]) : Real(0);
                  const uint32_t* __restrict from = sums;
