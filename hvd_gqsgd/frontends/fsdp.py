@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hvd_gqsgd.codecs import check_device
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.engine.agreement import Ahead, check, refuse
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
@@ -110,9 +109,9 @@ def _options(
     """Those of the user; an error is told to the ranks of the groups, which wait for them."""
     try:
         options = front_end.options(given)
-        if isinstance(options.bits, DynamicBits):
+        if options.dynamic is not None:
             raise ValueError(
-                f"bits must be an int or BlockBits(...) for {front_end.name}, as a rank knows the "
+                f"bits must not be DynamicBits(...) for {front_end.name}, as a rank knows the "
                 f"mean of its own shard alone, got {options.bits}, which follows the whole norm"
             )
         return options
