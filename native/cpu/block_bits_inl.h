@@ -35,8 +35,9 @@ GQSGD_INLINE void pack_columns(const uint32_t* __restrict lanes, int32_t columns
   }
 }
 
-template <int kWidth>
-GQSGD_INLINE void add_columns(const uint32_t* __restrict words, int32_t columns,
+// The first message sets the sums, and takes `bias` off.
+template <int kWidth, bool kFirst>
+GQSGD_INLINE void add_columns(const uint32_t* __restrict words, int32_t columns, uint32_t bias,
                               uint32_t* __restrict sums) {
   for (int32_t j = 0; j < columns; j += kVector) {
     Lanes word, sum;
@@ -49,8 +50,12 @@ GQSGD_INLINE void add_columns(const uint32_t* __restrict words, int32_t columns,
         load_lanes(words + (i * kWidth / 32 + 1) * columns + j, word);
         if (shift + kWidth > 32) lane |= word << (32 - shift);
       }
-      load_lanes(sums + i * columns + j, sum);
-      sum += lane & ((1u << kWidth) - 1);
+      if (kFirst) {
+        sum = (lane & ((1u << kWidth) - 1)) - bias;
+      } else {
+        load_lanes(sums + i * columns + j, sum);
+        sum += lane & ((1u << kWidth) - 1);
+      }
       memcpy(sums + i * columns + j, &sum, sizeof(sum));
     }
   }
@@ -82,31 +87,58 @@ GQSGD_INLINE void with_width(int32_t width, F f) {
 #undef GQSGD_WIDTH
 }
 
-template <int kWidth>
-GQSGD_INLINE void pack_pairs(const uint32_t* __restrict lanes, int32_t pairs, int32_t levels,
-                             uint64_t* __restrict words) {
-  const uint64_t top = top_bias(levels, kWidth);
-  for (int32_t j = 0; j < pairs; ++j) {
-    uint64_t word = 0;
-#pragma GCC unroll 32
-    for (int i = 0; i < 64 / kWidth; ++i) {
-      word |= uint64_t{lanes[i * pairs + j]} << (i * kWidth);
-    }
-    words[j] = word - top;
+// 64-bit words of added codes that are packed at once.
+constexpr int kPairs = 4;
+using Pairs = uint64_t __attribute__((vector_size(kPairs * sizeof(uint64_t))));
+using PairLanes = uint32_t __attribute__((vector_size(kPairs * sizeof(uint32_t))));
+
+// f(j, how many) for words from 0 on: `kPairs` at once, the last of them again where that takes it.
+template <class F>
+GQSGD_INLINE void for_pairs(int32_t pairs, F f) {
+  if (pairs < kPairs) {
+    for (int32_t j = 0; j < pairs; ++j) f(j, std::integral_constant<int, 1>{});
+    return;
+  }
+  for (int32_t j = 0; j < pairs; j += kPairs) {
+    f(j + kPairs <= pairs ? j : pairs - kPairs, std::integral_constant<int, kPairs>{});
   }
 }
 
 template <int kWidth>
+GQSGD_INLINE void pack_pairs(const uint32_t* __restrict lanes, int32_t pairs, int32_t levels,
+                             uint64_t* __restrict words) {
+  const uint64_t top = top_bias(levels, kWidth);
+  for_pairs(pairs, [&](int32_t j, auto count) {
+    constexpr size_t kCount = decltype(count)::value;
+    Pairs word = {};
+#pragma GCC unroll 32
+    for (int i = 0; i < 64 / kWidth; ++i) {
+      PairLanes lane = {};
+      memcpy(&lane, lanes + i * pairs + j, kCount * sizeof(uint32_t));
+      word |= __builtin_convertvector(lane, Pairs) << (i * kWidth);
+    }
+    word -= top;
+    memcpy(words + j, &word, kCount * sizeof(uint64_t));
+  });
+}
+
+// The lanes of a sum with `bias` in each, which is taken off.
+template <int kWidth>
 GQSGD_INLINE void unpack_pairs(const uint64_t* __restrict words, int32_t pairs, int32_t bias,
                                uint32_t* __restrict sums) {
   const uint64_t top = top_bias(bias, kWidth);
-  constexpr uint32_t kMask = (1u << kWidth) - 1;
+  for_pairs(pairs, [&](int32_t j, auto count) {
+    constexpr size_t kCount = decltype(count)::value;
+    Pairs word = {};
+    memcpy(&word, words + j, kCount * sizeof(uint64_t));
+    word += top;
 #pragma GCC unroll 32
-  for (int i = 0; i < 64 / kWidth; ++i) {
-    for (int32_t j = 0; j < pairs; ++j) {
-      sums[i * pairs + j] += static_cast<uint32_t>((words[j] + top) >> (i * kWidth)) & kMask;
+    for (int i = 0; i < 64 / kWidth; ++i) {
+      PairLanes lane = __builtin_convertvector(word >> (i * kWidth), PairLanes);
+      lane = (lane & ((1u << kWidth) - 1)) - static_cast<uint32_t>(bias);
+      memcpy(sums + i * pairs + j, &lane, kCount * sizeof(uint32_t));
     }
-  }
+  });
 }
 
 // Lanes of a block, those included that no element has.
@@ -138,36 +170,49 @@ void pack_block(const uint32_t* lanes, int32_t columns, const Code& code, int32_
   }
 }
 
-// Adds the lanes of one message, with `bias` in all of them; the sums are in the order of the
-// elements.
-void add_block(const uint32_t* words, int32_t columns, int32_t width, int32_t summands,
-               int32_t bias, uint32_t* sums) {
-  if (is_added(summands)) {
-    const int32_t pairs = pairs_of(columns, width);
-    return with_width(width, [&](auto w) {
-      unpack_pairs<decltype(w)::value>(reinterpret_cast<const uint64_t*>(words), pairs, bias, sums);
-    });
-  }
+// Adds the lanes of one message; the sums are in the order of the elements. The first message sets
+// them, and takes `bias` off.
+template <bool kFirst>
+GQSGD_INLINE void add_block(const uint32_t* words, int32_t columns, int32_t width, uint32_t bias,
+                            uint32_t* sums) {
   if (columns % kVector == 0) {
-    return with_width(width,
-                      [&](auto w) { add_columns<decltype(w)::value>(words, columns, sums); });
+    return with_width(width, [&](auto w) {
+      add_columns<decltype(w)::value, kFirst>(words, columns, bias, sums);
+    });
   }
   for (int32_t i = 0; i < kRows; ++i) {
     for (int32_t j = 0; j < columns; ++j) {
-      sums[i * columns + j] += unpacked_lane(words, columns, i, j, width);
+      const uint32_t lane = unpacked_lane(words, columns, i, j, width);
+      uint32_t& sum = sums[i * columns + j];
+      sum = kFirst ? lane - bias : sum + lane;
     }
   }
 }
 
+// The words of blocks of all numbers of columns, at all widths, whose codes are added.
+struct AddedWords {
+  int16_t words[kMostColumns + 1][17];
+
+  explicit AddedWords(const WidthRule& rule) {
+    for (int32_t columns = 0; columns <= kMostColumns; ++columns) {
+      for (int32_t width = 0; width <= 16; ++width) {
+        const int32_t wide = width < 2 ? 0 : widened(width, rule);
+        words[columns][width] =
+            static_cast<int16_t>(wide ? block_words(columns, wide, rule.summands) : 0);
+      }
+    }
+  }
+};
+
 // The words of all blocks at an offset.
 GQSGD_INLINE int64_t words_at(int32_t offset, const int32_t* __restrict weights,
-                              const uint8_t* __restrict columns, int64_t blocks, WidthRule rule) {
+                              const uint8_t* __restrict columns, int64_t blocks, WidthRule rule,
+                              const AddedWords& added) {
   constexpr int64_t kRun = 4096;  // sums of so many fit 32 bits
   int64_t total = 0;
   if (is_added(rule.summands)) {
     for (int64_t b = 0; b < blocks; ++b) {
-      total +=
-          block_words(columns[b], widened(width_at(weights[b], offset, rule), rule), rule.summands);
+      total += added.words[columns[b]][width_at(weights[b], offset, rule)];
     }
     return total;
   }
@@ -193,11 +238,12 @@ void block_widths(const Norm* __restrict norms, const uint8_t* __restrict column
     largest = weight > largest ? weight : largest;
   }
   if (largest == kNoWeight) largest = smallest;
+  const AddedWords added(rule);
   const int32_t offset = best_offset(smallest, largest, rule, end - begin, [&](int32_t at) {
-    return words_at(at, widths, columns, blocks, rule);
+    return words_at(at, widths, columns, blocks, rule, added);
   });
   // What is left goes to the blocks that are the next to become wider, as far as it goes.
-  int64_t left = end - begin - words_at(offset, widths, columns, blocks, rule), at = begin;
+  int64_t left = end - begin - words_at(offset, widths, columns, blocks, rule, added), at = begin;
   for (int64_t b = 0; b < blocks; ++b) {
     const int32_t width = widened(width_at(widths[b], offset, rule), rule);
     const int32_t next = widened(width_at(widths[b], offset + 1, rule), rule);
@@ -269,14 +315,21 @@ template <class Code>
 GQSGD_INLINE void sum_block(const BlockPlan& plan, const Received& received,
                             const BlockPlan::Place& place, int32_t columns, const Code& code,
                             uint32_t* __restrict sums) {
-  const int64_t messages = place.width ? received.ranks : 0;
-  const int32_t bias = code.levels * plan.contributors;
-  const uint32_t biases = static_cast<uint32_t>(bias * messages);
-  const int64_t count = lanes_of(columns, place.width, plan.summands);
-  for (int64_t i = 0; i < count; ++i) sums[i] = 0u - biases;
-  for (int64_t message = 0; message < messages; ++message) {
-    const auto* in = static_cast<const uint32_t*>(received.words) + message * received.stride;
-    add_block(in + place.start, columns, place.width, plan.summands, bias, sums);
+  const auto* in = static_cast<const uint32_t*>(received.words) + place.start;
+  const int32_t width = place.width;
+  if (width == 0) {
+    memset(sums, 0, sizeof(*sums) * kRows * static_cast<size_t>(columns));
+  } else if (is_added(plan.summands)) {
+    with_width(width, [&](auto w) {
+      unpack_pairs<decltype(w)::value>(reinterpret_cast<const uint64_t*>(in),
+                                       pairs_of(columns, width), code.levels * plan.contributors,
+                                       sums);
+    });
+  } else {
+    add_block<true>(in, columns, width, static_cast<uint32_t>(code.levels * received.ranks), sums);
+    for (int64_t rank = 1; rank < received.ranks; ++rank) {
+      add_block<false>(in + rank * received.stride, columns, width, 0, sums);
+    }
   }
 }
 
