@@ -8,17 +8,21 @@ namespace gqsgd {
 namespace {
 
 // Columns that are packed at once.
-constexpr int kVector = 8;
-using Lanes = uint32_t __attribute__((vector_size(kVector * sizeof(uint32_t))));
+template <int kVector>
+struct Vector {
+  using Lanes = uint32_t __attribute__((vector_size(kVector * sizeof(uint32_t))));
+};
 
 // By reference: without AVX, how such a vector is returned is not the same everywhere.
+template <class Lanes>
 GQSGD_INLINE void load_lanes(const uint32_t* from, Lanes& lanes) {
   memcpy(&lanes, from, sizeof(lanes));
 }
 
-template <int kWidth>
+template <int kWidth, int kVector>
 GQSGD_INLINE void pack_columns(const uint32_t* __restrict lanes, int32_t columns,
                                uint32_t* __restrict words) {
+  using Lanes = typename Vector<kVector>::Lanes;
   for (int32_t j = 0; j < columns; j += kVector) {
     Lanes word = {};
 #pragma GCC unroll 32
@@ -36,9 +40,10 @@ GQSGD_INLINE void pack_columns(const uint32_t* __restrict lanes, int32_t columns
 }
 
 // The first message sets the sums, and takes `bias` off.
-template <int kWidth, bool kFirst>
+template <int kWidth, int kVector, bool kFirst>
 GQSGD_INLINE void add_columns(const uint32_t* __restrict words, int32_t columns, uint32_t bias,
                               uint32_t* __restrict sums) {
+  using Lanes = typename Vector<kVector>::Lanes;
   for (int32_t j = 0; j < columns; j += kVector) {
     Lanes word, sum;
     load_lanes(words + j, word);
@@ -159,9 +164,13 @@ void pack_block(const uint32_t* lanes, int32_t columns, const Code& code, int32_
       pack_pairs<decltype(w)::value>(lanes, pairs, code.levels, reinterpret_cast<uint64_t*>(words));
     });
   }
-  if (columns % kVector == 0) {
+  if (columns % 8 == 0) {
     return with_width(width,
-                      [&](auto w) { pack_columns<decltype(w)::value>(lanes, columns, words); });
+                      [&](auto w) { pack_columns<decltype(w)::value, 8>(lanes, columns, words); });
+  }
+  if (columns % 4 == 0) {
+    return with_width(width,
+                      [&](auto w) { pack_columns<decltype(w)::value, 4>(lanes, columns, words); });
   }
   for (int32_t k = 0; k < width; ++k) {
     for (int32_t j = 0; j < columns; ++j) {
@@ -175,9 +184,14 @@ void pack_block(const uint32_t* lanes, int32_t columns, const Code& code, int32_
 template <bool kFirst>
 GQSGD_INLINE void add_block(const uint32_t* words, int32_t columns, int32_t width, uint32_t bias,
                             uint32_t* sums) {
-  if (columns % kVector == 0) {
+  if (columns % 8 == 0) {
     return with_width(width, [&](auto w) {
-      add_columns<decltype(w)::value, kFirst>(words, columns, bias, sums);
+      add_columns<decltype(w)::value, 8, kFirst>(words, columns, bias, sums);
+    });
+  }
+  if (columns % 4 == 0) {
+    return with_width(width, [&](auto w) {
+      add_columns<decltype(w)::value, 4, kFirst>(words, columns, bias, sums);
     });
   }
   for (int32_t i = 0; i < kRows; ++i) {
