@@ -311,7 +311,7 @@ def test_bench_step(tmp_path: Path) -> None:
 
 
 def test_bench_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What the README promises: at most 1.5 times the gradients more than plain Horovod."""
+    """The peak is at most 1.5 times the gradients above that of plain Horovod."""
     result = result_of("memory", "--arms", "GlobalQSGD 8 bits")
     monkeypatch.setattr(memory, "measure", lambda *given: result)
     memory.main([])

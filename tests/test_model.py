@@ -11,6 +11,7 @@ import pytest
 
 from hvd_gqsgd.bench import predict
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
+from hvd_gqsgd.bench.link_plot import POWER_SGD, power_sgd_seconds
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.tools import cost_model as model
 from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
@@ -138,6 +139,19 @@ def test_narrow_lanes() -> None:
         model.exchange_seconds(eight, predict.gradients_of("dlrm"), 200, LINK)
 
 
+def test_power_sgd() -> None:
+    """A matrix costs its factors of rank 4, a vector all of its bytes."""
+    machine = Machine(alpha=0, beta=1e9, gamma=1e30)
+
+    def sent(*shape: int) -> float:
+        seconds = power_sgd_seconds([shape], 2, machine, 1.0) - 1.0
+        return (seconds - POWER_SGD * math.prod(shape)) * machine.beta
+
+    assert sent(1000) == pytest.approx(4 * 1000)
+    assert sent(1000, 500) == pytest.approx(4 * 4 * 1500)
+    assert sent(8, 8) == pytest.approx(4 * 64)  # its factors are no smaller
+
+
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It prints a table, JSON, and a figure."""
     predict.main(["--preset", "1gbe", "--ranks", "4"])
@@ -148,7 +162,9 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     predict.main(["--machine", str(machine), "--json", "--plot", str(figure)])
     assert json.loads(capsys.readouterr().out)["steps"]["fp32"]["times_faster"] == 1
     assert figure.read_bytes()[:4] == b"\x89PNG"
-    predict.main(["--machine", str(machine), "--ranks", "4"])
+    figure.unlink()
+    predict.main(["--machine", str(machine), "--ranks", "4", "--plot-links", str(figure)])
+    assert figure.read_bytes()[:4] == b"\x89PNG"
     assert "resnet50 on 4 ranks" in capsys.readouterr().out
     for wrong in (["--ranks", "0"], ["--compute", "-1"]):
         with pytest.raises(SystemExit):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
+from hvd_gqsgd.bench.link_plot import plot_links
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools.cost_model import (
     BLOCKS_4,
@@ -67,13 +68,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too, as PNG")
+    parser.add_argument(
+        "--plot-links", type=Path, metavar="FILE",
+        help="write a figure of the step over the speed of the link, with PowerSGD, as PNG",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.ranks < 1 or not 0 <= options.compute < math.inf:
         parser.error(
             "--ranks must be at least 1, and --compute a number of at least 0, got "
             f"{options.ranks} and {options.compute:g}"
         )
-    if options.measured is not None and options.plot is not None:
+    if options.measured is not None and (options.plot or options.plot_links):
         parser.error("--plot draws predictions for many ranks; leave it or --measured out")
     chosen = PRESETS[options.preset]
     try:
@@ -88,6 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = predict(gradients_of(options.model), options.ranks, chosen, options.compute / 1e3)
     if options.plot is not None:
         _plot(gradients_of(options.model), options.compute / 1e3, chosen, options.plot)
+    if options.plot_links is not None:
+        compute = options.compute / 1e3
+        plot_links(options.model, options.ranks, compute, chosen, options.plot_links)
     if options.json:
         print(json.dumps(result))
         return
