@@ -21,12 +21,13 @@ from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDSt
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 
+import hvd_gqsgd
 from hvd_gqsgd import GlobalQSGD, ddp_hook
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("the same as under mpirun", allow_module_level=True)
 
-TABLE = Path(__file__).parents[2] / "hvd_gqsgd" / "docs" / "FRONTENDS.md"
+TABLE = Path(hvd_gqsgd.__file__).parent / "docs" / "FRONTENDS.md"
 
 
 def power_sgd(group: Any = None) -> PowerSGDState:
