@@ -1,4 +1,4 @@
-"""Gradients summed as small integers inside Allreduce: for Horovod, MPI, and PyTorch's DDP.
+"""Quantized gradient averaging for Horovod, MPI, and PyTorch's DDP and FSDP2.
 
 >>> import horovod.torch as hvd
 >>> from hvd_gqsgd import GlobalQSGD
@@ -76,4 +76,4 @@ def _version() -> str:
     try:
         return metadata.version(__name__)
     except metadata.PackageNotFoundError:
-        return "0+unknown"  # not installed, as on PYTHONPATH alone
+        return "0+unknown"  # not installed, as with PYTHONPATH alone

@@ -1,4 +1,4 @@
-"""Checks that options share. An error names the option, what it got and what it accepts."""
+"""Checks of options. Errors name the option, the value and the accepted values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["check_choice", "check_int", "check_number", "unknown_option"]
 
 
 def check_int(name: str, value: object, low: int, high: int, also: str = "") -> None:
-    """That ``value`` is an int from ``low`` to ``high``; ``also`` names another thing to take.
+    """Checks that ``value`` is an int from ``low`` to ``high``; ``also`` names an alternative.
 
     Raises:
         TypeError: it is not an int; a bool is not one.
@@ -23,7 +23,7 @@ def check_int(name: str, value: object, low: int, high: int, also: str = "") -> 
 
 
 def check_number(name: str, value: object, what: str) -> float:
-    """``value`` as a float, so that 25 and 25.0 are the same; ``what`` describes it.
+    """Returns ``value`` as a float, so that 25 and 25.0 are equal; ``what`` describes the option.
 
     Raises:
         TypeError: it is neither an int nor a float; a bool is neither.
@@ -34,7 +34,7 @@ def check_number(name: str, value: object, what: str) -> float:
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """That ``value`` is one of some strings.
+    """Checks that ``value`` is one of ``choices``.
 
     Raises:
         TypeError: it is not a string.
@@ -47,7 +47,7 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def unknown_option(of: str, name: str, known: Iterable[str]) -> str:
-    """The message for an option that there is not, with one of a similar name."""
+    """Returns the message for an unknown option, with a suggestion of a similar name."""
     names = list(known)
     close = difflib.get_close_matches(name, names, n=1)
     return (

@@ -1,23 +1,20 @@
-"""What can go wrong between ranks."""
+"""Errors of an exchange that all ranks raise."""
 
 from __future__ import annotations
 
 __all__ = ["GAVE_UP", "REFUSED", "AgreementError"]
 
 GAVE_UP = (
-    "a rank has given up this step, as after an exception that it caught, so its gradients are "
-    "missing; the step is lost for all ranks, and the next one can go on"
+    "a rank abandoned this step, for example after it caught an exception, so its gradients are "
+    "missing; the step is lost on all ranks, and training can continue with the next step"
 )
 
-REFUSED = (
-    "a rank could not take part in this exchange; that rank has an error of its own that says why"
-)
+REFUSED = "a rank could not take part in this exchange; see the error that this rank raised"
 
 
 class AgreementError(RuntimeError):
-    """The ranks did not ask for the same thing, so there is no right answer to give.
+    """The ranks disagree on an exchange, so no correct result exists.
 
-    Raised on every rank that takes part, from the reduced values that all of them see: other
-    options or other tensors on another rank, another order of tensors, or a reduction that is not
-    linear. No gradient is returned.
+    Raised on every participating rank if options, tensors or the order of tensors differ between
+    ranks, or if the reduction is not linear. No gradient is returned.
     """

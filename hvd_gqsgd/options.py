@@ -1,4 +1,4 @@
-"""The options: types, checks, error messages, and which of them a front end takes."""
+"""The options: types, checks, error messages, and the options of each front end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class OptionsButBits(TypedDict, total=False):
-    """The options as keywords, for a function that names ``bits`` itself."""
+    """The options but ``bits`` as keywords, for a function with its own ``bits``."""
 
     dither: Dither
     exchange: Exchange
@@ -56,7 +56,7 @@ class OptionKeywords(OptionsButBits, total=False):
 class Options:
     """The options of a compressor.
 
-    All ranks must use the same ones. They compare them, so that a difference is an error.
+    All ranks must use the same options. A difference is an error on all ranks.
 
     Args:
         bits: lane width on the wire, from 2 to 16 bits per element; 4 or 8 for exponential
@@ -88,7 +88,7 @@ class Options:
 
     Raises:
         TypeError: an option has the wrong type.
-        ValueError: an option is out of range, or does not go with another one.
+        ValueError: an option is out of range, or incompatible with another option.
     """
 
     bits: int | DynamicBits | BlockBits = 8
@@ -150,30 +150,30 @@ class Options:
 
     @property
     def dynamic(self) -> DynamicBits | None:
-        """The choice of each step's width, or of its budget; None: it is the same in all steps."""
+        """The schedule of widths or budgets; None if they are the same in all steps."""
         if isinstance(self.bits, BlockBits):
             return self.bits.dynamic
         return self.bits if isinstance(self.bits, DynamicBits) else None
 
     @property
     def least_bits(self) -> int:
-        """The narrowest lanes, or the least budget, that ranks may agree on for a step."""
+        """The narrowest lanes, or the smallest budget, of a step."""
         return self._lane_bits if self.dynamic is None else self.dynamic.min_bits
 
     @property
     def most_bits(self) -> int:
-        """The widest lanes, or the largest budget, that ranks may agree on for a step."""
+        """The widest lanes, or the largest budget, of a step."""
         return self._lane_bits if self.dynamic is None else self.dynamic.max_bits
 
     @property
     def _lane_bits(self) -> int:
-        """The mean width that is aimed at, as a whole number."""
+        """The target of the mean width, as a whole number."""
         if isinstance(self.bits, DynamicBits):
             return int(self.bits.budget)
         return self.bits.lane_bits if isinstance(self.bits, BlockBits) else self.bits
 
     def exchange_for(self, world_size: int) -> Exchange:
-        """The one asked for, or ``"allreduce"`` or ``"two_phase"`` where it is ``"auto"``.
+        """Returns the exchange for a world size, with ``"auto"`` resolved.
 
         Exponential codes cannot be added. Linear ones of one width are, unless the lanes leave less
         than 31 levels a side to the ranks, and more without a sum to hold. Those of a width per
@@ -187,7 +187,7 @@ class Options:
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
 
     def describe(self, world_size: int) -> str:
-        """The exchange and its levels per side for a world size, in words."""
+        """Describes the exchange and its levels per side for a world size."""
         exchange = self.exchange_for(world_size)
         summands = world_size if exchange == "allreduce" else 1
         bits = self.bits
@@ -200,15 +200,15 @@ class Options:
 
     @property
     def bucket_bytes(self) -> int:
-        """Gradient bytes after which a bucket is sent off."""
+        """Gradient bytes at which a bucket is full."""
         return int(self.bucket_mb * 2**20)
 
     def digest(self) -> int:
-        """31 bits that differ, but for one chance in 2^31, when any option does."""
+        """Returns 31 bits that differ between different options, with probability 1 - 2^-31."""
         return digest(("options", WIRE_VERSION, *dataclasses.astuple(self)))
 
     def keywords(self, without: Container[str] = ()) -> str:
-        """All options but some as keyword arguments, in words."""
+        """Returns the text of the options as keyword arguments, without some of them."""
         names = (name for name in OPTIONS if name not in without)
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -223,16 +223,16 @@ OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 
 @dataclass(frozen=True)
 class FrontEnd:
-    """A function or class that takes ``**options``, and the options that it has no use for."""
+    """A function or class with ``**options``, and the options that have no effect there."""
 
     name: str
-    """The name that errors begin with."""
+    """The name at the beginning of error messages."""
     own: tuple[str, ...] = ()
-    """The function's other keywords, which an error may suggest for an unknown one."""
+    """Other keywords of the function, which an error may suggest for an unknown keyword."""
     without: Mapping[str, str] = field(default_factory=dict)
-    """Names that have no effect here, each with the reason and the remedy."""
+    """Names without an effect here, each with the reason and the remedy."""
     exchanges: tuple[Exchange, ...] = ()
-    """Those that it has beside those of all front ends."""
+    """Exchanges of this front end in addition to those of all front ends."""
 
     def options(self, given: Mapping[str, Any]) -> Options:
         """Returns the options of a call.
@@ -259,7 +259,7 @@ class FrontEnd:
         return options
 
     def documented(self, function: Function) -> Function:
-        """Decorates a function: its signature lists the options in place of ``**options``."""
+        """Replaces ``**options`` in the signature of a function by the options."""
         signature = inspect.signature(function)
         shown = list(signature.parameters.values())[:-1]
         shown += [

@@ -1,4 +1,4 @@
-"""All ranks of an exchange in one process, to study its error for any world size."""
+"""Simulates all ranks of an exchange in one process, to study its error for any world size."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ def simulate(
 def simulate(
     gradients: Tensor | np.ndarray[Any, Any], *, step: int = 0, **options: Unpack[OptionKeywords]
 ) -> Tensor | np.ndarray[Any, Any]:
-    """Returns the mean that ranks would decode, if each had one row of ``gradients``.
+    """Returns the mean that ranks would decode, with one row of ``gradients`` per rank.
 
-    All ranks run in this process. They use the pipeline and the codec of the real exchange, so the
-    result has the same bits: those that Horovod ranks get for the first unnamed tensor of step
-    ``step``. With ``exchange="one_phase"`` it is that of the shards of all ranks, one behind the
-    other, as they are under FSDP.
+    All ranks run in this process, with the pipeline and the codec of the real exchange. The result
+    has the bits that Horovod ranks get for the first unnamed tensor of step ``step``. With
+    ``exchange="one_phase"``, the result is the concatenation of the shards of all ranks, as under
+    FSDP.
 
     Args:
         gradients: a tensor or an array of shape (world size, elements); float16, bfloat16, float32
             or float64.
-        step: the number of the step, from 0 on. The dither depends on it.
-        options: see :class:`hvd_gqsgd.options.Options`. Those of a training can be passed as they
-            are: ``min_numel`` and ``bucket_mb`` are checked, and do not change the mean of a
+        step: number of the step, starting at 0. The dither depends on the step.
+        options: see :class:`hvd_gqsgd.options.Options`. The options of a training can be passed
+            unchanged: ``min_numel`` and ``bucket_mb`` are checked, and do not affect the mean of a
             tensor.
 
     Returns:
-        The decoded mean, of shape (elements,) and the dtype of ``gradients``. It is a NumPy array
-        if ``gradients`` is one.
+        The decoded mean, of shape (elements,) and the dtype of ``gradients``; a NumPy array if
+        ``gradients`` is a NumPy array.
 
     Raises:
         TypeError: ``gradients`` or an option has the wrong type, or an option is unknown.
-        NotImplementedError: ``gradients`` is on a device for which there are no kernels.
+        NotImplementedError: ``gradients`` is on a device without kernels in this build.
         ValueError: ``gradients`` has the wrong shape, an option or ``step`` is out of range, or the
             lanes are too narrow for the world size.
 
@@ -90,11 +90,11 @@ def simulate(
 
 
 class SimulatedRanks:
-    """The ranks of a training in one process, for one step after the other.
+    """All ranks of a training in one process, step by step.
 
     Args:
         size: number of ranks.
-        options: the same on all of them.
+        options: the options of all ranks.
         step: number of the first step.
     """
 
@@ -115,11 +115,11 @@ class SimulatedRanks:
         gradients: Sequence[Sequence[tuple[str, Tensor]]],
         shards: Sequence[Tensor] | None = None,
     ) -> list[Tensor]:
-        """Returns the means that rank 0 decodes in a step, as do all others but in one phase.
+        """Returns the means that rank 0 decodes in a step; in one phase, shards differ by rank.
 
         Args:
-            gradients: names and contiguous gradients of each rank. The order decides on buckets;
-                gradients without a name are identified by it.
+            gradients: names and contiguous gradients of each rank. Their order determines buckets,
+                and identifies gradients without a name.
             shards: memory for each rank's part of the only gradient, for ``exchange="one_phase"``.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Bytes and tensors of this rank, before and after compression."""
+"""Counts of bytes and tensors of a rank, before and after compression."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ __all__ = ["Reason", "Stats"]
 _log = logging.getLogger("hvd_gqsgd")
 
 Reason = Literal["small", "sparse", "type", "alone", "other"]
-"""Why a tensor was not compressed."""
+"""The reason that a tensor was not compressed."""
 
 MANY = 100
-"""A warning says so if none of so many tensors was compressed."""
+"""Number of tensors after which rank 0 warns if none was compressed."""
 
 
 @dataclass
 class Stats:
-    """Counts of one rank, since the compressor was made or the counts were reset.
+    """Counts of one rank since the compressor was created or the counts were reset.
 
     ``print(stats)`` shows a summary.
 
-    Bytes on the wire are those handed to an Allreduce. A ring of n ranks sends 2(n-1)/n times as
-    many from each rank. An Alltoall of as many bytes takes half of that, and so does an Allgather
-    that brings as many together: their bytes count half. Bytes of compressed tensors include norms,
-    headers, padding and probes.
+    Bytes on the wire are the bytes handed to an Allreduce. In a ring of n ranks, each rank sends
+    2(n-1)/n times as many bytes. An Alltoall of the same number of bytes sends half of that, and so
+    does an Allgather with a result of this size: their bytes count half. Bytes of compressed
+    tensors include norms, headers, padding and probes.
 
-    Under FSDP the bytes are those handed to a reduce-scatter, which is half of an Allreduce: there
-    an Alltoall counts in full, and an Allreduce twice.
+    Under FSDP, bytes on the wire are the bytes handed to a reduce-scatter, which is half of an
+    Allreduce: an Alltoall counts in full, and an Allreduce twice.
     """
 
     steps: int = 0
@@ -38,14 +38,14 @@ class Stats:
     tensors: int = 0
     """Tensors handed to the compressor; under DDP, buckets; under FSDP, modules."""
     tensors_bypassed: int = 0
-    """Tensors that were not compressed: small, sparse, of integers, of a rank that is alone, or
+    """Tensors that were not compressed: small, sparse, of an integer type, of a single rank, or
     needed by autograd."""
     tensors_small: int = 0
-    """Of these, those with less elements than ``min_numel``."""
+    """Uncompressed tensors with fewer elements than ``min_numel``."""
     tensors_sparse: int = 0
-    """Of these, sparse ones."""
+    """Uncompressed tensors that are sparse."""
     tensors_alone: int = 0
-    """Of these, those of a rank that is alone: nothing is exchanged, and nothing is rounded."""
+    """Uncompressed tensors of a single rank, which neither exchanges nor rounds."""
     compressed_bytes_before: int = 0
     """Gradient bytes of compressed tensors."""
     compressed_bytes_on_wire: int = 0
@@ -55,9 +55,9 @@ class Stats:
     elements: int = 0
     """Elements of compressed tensors."""
     slots_filled: int = 0
-    """Operation slots under Horovod that no collective used; see ``engine/operation_slots.py``."""
+    """Horovod operation slots that no collective used; see ``engine/operation_slots.py``."""
     bits: int = 0
-    """Lane width of the last step; with ``BlockBits`` the budget, rounded up."""
+    """Lane width of the last step; with ``BlockBits``, the budget rounded up."""
 
     _warned = False
     _REASONS: ClassVar[dict[str, str]] = {
@@ -89,7 +89,7 @@ class Stats:
 
     @property
     def mean_bits(self) -> float:
-        """Bits on the wire per element of the compressed tensors, with all that goes with it."""
+        """Bits on the wire per element of the compressed tensors, overhead included."""
         return _ratio(8 * self.compressed_bytes_on_wire, self.elements)
 
     @property
@@ -99,7 +99,7 @@ class Stats:
 
     @property
     def why_nothing(self) -> str:
-        """Why no tensor was compressed, in words; empty if one was, or if there were none."""
+        """The reason that no tensor was compressed; empty if one was, or if there were none."""
         if self.elements or not self.tensors_bypassed:
             return ""
         counts = {
@@ -110,9 +110,9 @@ class Stats:
         return f"no tensor was compressed of {self.tensors_bypassed:,}: {', '.join(reasons)}"
 
     def bypass(self, why: Reason, nbytes: int, rank: Callable[[], int]) -> None:
-        """Counts a tensor that is not compressed; rank 0 warns once, if so far none of many was.
+        """Counts an uncompressed tensor; rank 0 warns once if none of the first many is compressed.
 
-        ``rank`` is called for that warning alone.
+        ``rank`` is called only for this warning.
         """
         self.tensors_bypassed += 1
         self.bypassed_bytes += nbytes
@@ -124,8 +124,11 @@ class Stats:
             _log.warning("%s", self.why_nothing)
 
     def reset(self) -> None:
-        """Sets all counts of this object to zero; ``GlobalQSGD.reset_stats`` does so for those of a
-        compressor, of which ``stats`` returns a copy."""
+        """Sets all counts of this object to zero.
+
+        ``GlobalQSGD.stats`` returns a copy: reset the counts of a compressor by
+        ``GlobalQSGD.reset_stats``.
+        """
         for each in fields(self):
             setattr(self, each.name, each.default)
 

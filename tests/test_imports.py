@@ -126,7 +126,7 @@ def test_names() -> None:
 def test_without_horovod_and_mpi4py() -> None:
     compress, allreduce = printed(WITHOUT).splitlines()
     assert compress == "GlobalQSGD.compress needs Horovod"
-    assert allreduce == "comm is None, which stands for Horovod, which is missing"
+    assert allreduce == "comm is None, which selects Horovod, but Horovod is not installed"
 
 
 # --- native libraries that are missing, or cannot be loaded --------------------------------------

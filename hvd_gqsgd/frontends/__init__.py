@@ -1,1 +1,1 @@
-"""What hands tensors in: Horovod, DDP, and calls of ``allreduce``."""
+"""Front ends: Horovod, DDP, FSDP2 and ``allreduce``."""

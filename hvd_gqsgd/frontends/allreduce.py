@@ -1,4 +1,4 @@
-"""``allreduce``: one tensor, over MPI, a process group of PyTorch, or Horovod."""
+"""Averages or sums one tensor over MPI, a process group of PyTorch, or Horovod."""
 
 from __future__ import annotations
 
@@ -49,11 +49,12 @@ def allreduce(
     """Returns the mean or the sum of ``x`` over the ranks of ``comm``, exchanged as small integers.
 
     This is a collective: all ranks call it in the same order, with tensors of the same shape and
-    dtype and with the same options. It blocks until the result is there; on a GPU, until the
-    exchange is enqueued on the current stream. All ranks get the same bits.
+    dtype and with the same options. The call blocks until the result is available; on a GPU, until
+    the exchange is enqueued on the current stream. All ranks get the same bits.
 
-    Tensors on GPUs go over NCCL if this package was built with it, with one GPU per rank. They are
-    staged in host memory if it was not, or if ``comm`` is a process group of another backend.
+    Tensors on GPUs are exchanged over NCCL if this package was built with NCCL, with one GPU per
+    rank. Otherwise, or if ``comm`` is a process group of another backend, tensors are staged
+    through host memory.
 
     Args:
         x: a tensor on the CPU or a GPU, or a NumPy array; float16, bfloat16, float32 or float64,
@@ -62,13 +63,14 @@ def allreduce(
             all ranks of Horovod.
         op: ``"mean"`` or ``"sum"``, or a reduction of any library: ``MPI.SUM``,
             ``torch.distributed.ReduceOp.SUM`` or ``AVG``, ``hvd.Sum`` or ``hvd.Average``.
-        out: the tensor or array to write the result to, of the shape and dtype of ``x``. It may be
-            ``x`` itself. None allocates it; its memory is reused once nothing refers to it.
-        step: the number of the step, from 0 on. The dither depends on it. None takes one more than
-            the last call with these options on this communicator, which remembers the last 16 sets
-            of options.
-        options: see :class:`hvd_gqsgd.options.Options`. All but ``min_numel`` and ``bucket_mb``,
-            which have no effect on a single tensor.
+        out: the tensor or array to write the result to, of the shape and dtype of ``x``; ``x``
+            itself is accepted. None allocates the result, in memory that is reused once nothing
+            refers to the result.
+        step: number of the step, starting at 0. The dither depends on the step. None continues
+            from the last call with these options on this communicator; steps of the last 16 sets
+            of options are kept.
+        options: see :class:`hvd_gqsgd.options.Options`. ``min_numel`` and ``bucket_mb`` are not
+            accepted, as they have no effect on a single tensor.
 
     Returns:
         ``out``, or a new tensor or array like ``x``.
@@ -77,9 +79,9 @@ def allreduce(
         TypeError: ``x``, ``comm``, ``op`` or an option has the wrong type, or an option is unknown.
         ValueError: an option or ``step`` is out of range, ``op`` is not linear, ``out`` does not
             match ``x``, or the lanes are too narrow for the world size.
-        NotImplementedError: ``x`` is on a device for which there are no kernels.
-        AgreementError: on all ranks, if they disagree on shapes, dtypes, ``op`` or options; on all
-            other ranks, if one raises any of the errors above, except those about ``comm``.
+        NotImplementedError: ``x`` is on a device without kernels in this build.
+        AgreementError: on all ranks, if ranks disagree on shapes, dtypes, ``op`` or options; on all
+            other ranks, if one rank raises any of the errors above, except errors about ``comm``.
         ImportError: ``comm`` is None, and Horovod is not installed.
         Exception: as raised by MPI, PyTorch or Horovod if the exchange fails.
 

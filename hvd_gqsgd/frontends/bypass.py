@@ -1,4 +1,4 @@
-"""Tensors that go as they are: why, and how large they are."""
+"""Tensors that are exchanged uncompressed: the reason, and their size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["nbytes_of", "why_bypassed"]
 
 
 def why_bypassed(tensor: Tensor, min_numel: int) -> Reason | None:
-    """The reason that lies in the tensor itself; None if it can be compressed."""
+    """Returns the reason not to compress a tensor; None if the tensor can be compressed."""
     if tensor.layout != torch.strided:
         return "sparse"
     if not is_compressible(tensor.dtype):
@@ -21,7 +21,7 @@ def why_bypassed(tensor: Tensor, min_numel: int) -> Reason | None:
 
 
 def nbytes_of(tensor: Tensor) -> int:
-    """Bytes of the elements, with the indices of a sparse tensor."""
+    """Returns the bytes of all elements, including the indices of a sparse tensor."""
     if tensor.layout == torch.strided:
         return tensor.nbytes
     if tensor.layout == torch.sparse_coo:

@@ -1,7 +1,6 @@
 """Methods of a class that has a default instance.
 
-Horovod's own compressors are classes with static methods, and ``compression=GlobalQSGD`` is what
-its users would write.
+Horovod's own compressors are classes with static methods, so users pass ``compression=GlobalQSGD``.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ R = TypeVar("R")
 
 
 class ClassOrInstanceMethod(Generic[P, R]):
-    """A method that, called on the class, works on what the class's ``_default()`` returns."""
+    """A method that is bound to the result of ``_default()`` when called on the class."""
 
     def __init__(self, method: Callable[Concatenate[Any, P], R]) -> None:
         self._method = method

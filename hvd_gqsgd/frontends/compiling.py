@@ -16,7 +16,7 @@ R = TypeVar("R")
 
 
 def opaque(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorates a function that Dynamo is to call and not to trace, as ``torch.compiler.disable``.
+    """Excludes a function from tracing by Dynamo, as ``torch.compiler.disable`` does.
 
     That imports Dynamo, which takes a second: here it waits until someone else has done so.
     """

@@ -45,36 +45,36 @@ OF_COMPRESSOR = dataclasses.replace(FRONT_END, name="GlobalQSGD.ddp_state()")
 
 
 class DDPState:
-    """The state of ``ddp_hook`` for one model: what it keeps from bucket to bucket.
+    """The state of ``ddp_hook`` for one model.
 
     ::
 
         model = DistributedDataParallel(model)
         model.register_comm_hook(DDPState(bits=8), ddp_hook)
 
-    DDP's buckets take the place of tensors: ``min_numel`` is compared with a whole bucket, and
-    DDP's ``bucket_cap_mb`` takes the place of ``bucket_mb``. ``GQSGDState`` is the same class.
+    DDP's buckets replace tensors: ``min_numel`` is compared with the size of a whole bucket, and
+    DDP's ``bucket_cap_mb`` replaces ``bucket_mb``. ``GQSGDState`` is the same class.
 
-    All ranks of the process group must make their states together, as a state opens connections
-    of its own: one for each kind of message. They have the timeout of the process group. Without a
-    default group, as where Lightning makes its strategy, the connections are opened for the first
-    bucket, on the default group that there is by then.
+    All ranks of the process group must create their states together: a state opens its own
+    connections, one for each kind of message. Connections have the timeout of the process group.
+    Without a default group, as when Lightning creates its strategy, the first bucket opens the
+    connections, on the default group of that time.
 
-    A copy, as by ``copy.deepcopy`` or ``pickle``, has options, counts and steps of its own, and no
-    connections: it opens them, on the default group, for its first bucket.
+    A copy, as by ``copy.deepcopy`` or ``pickle``, has its own options, counts and steps. Its first
+    bucket opens its connections, on the default group.
 
     Args:
-        process_group: the one that the model uses; None for the default group.
-        options: see :class:`hvd_gqsgd.options.Options`. All but ``bucket_mb``.
+        process_group: the process group of the model; None for the default group.
+        options: see :class:`hvd_gqsgd.options.Options`. ``bucket_mb`` is not accepted.
 
     Raises:
         TypeError: an option is unknown, has no effect here, or has the wrong type, or
             ``process_group`` is no process group.
         ValueError: an option is out of range, the lanes are too narrow for the world size, or this
             process is not in the process group.
-        AgreementError: on all ranks, if their options differ; on all other ranks, if one raises an
+        AgreementError: on all ranks, if options differ; on all other ranks, if one rank raises an
             error about its options.
-        RuntimeError: NCCL could not be started.
+        RuntimeError: NCCL could not be initialized.
     """
 
     @FRONT_END.documented
@@ -136,7 +136,7 @@ class DDPState:
 
     @property
     def world_size(self) -> int | None:
-        """How many ranks there are; None before the connections are opened."""
+        """Number of ranks; None before the connections are opened."""
         return self._exchange.size if self._exchange is not None else None
 
     def average(self, buffer: Tensor, first: bool) -> Future[Tensor]:
@@ -149,7 +149,7 @@ class DDPState:
             ValueError: it is on another GPU than was the current one when this was made.
         """
         if self._closed:
-            raise RuntimeError("the state of ddp_hook was closed: make another one")
+            raise RuntimeError("the state of ddp_hook was closed: create another one")
         exchange = self._connected()
         self._stats.tensors += 1
         return exchange.average(buffer, first)
@@ -186,9 +186,9 @@ class DDPState:
             self._stats.reset()
 
     def close(self) -> None:
-        """Leaves the connections to the next state, for programs that make many models.
+        """Releases the connections to the next state, for programs that create many models.
 
-        All ranks must call it, with no backward pass under way. The state cannot be used any more.
+        All ranks must call this, with no backward pass in progress. The state is unusable then.
         """
         if self._exchange is not None and not self._closed:
             self._exchange.close()
@@ -239,17 +239,17 @@ def ddp_hook(
     state: DDPState,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> Future[Tensor]:
-    """Averages a bucket of gradients over the ranks, exchanged as small integers.
+    """Averages a bucket of gradients over all ranks, exchanged as small integers.
 
     A communication hook for ``DistributedDataParallel.register_comm_hook``::
 
         model.register_comm_hook(DDPState(bits=8), ddp_hook)
 
-    It returns at once: the exchange overlaps with the backward pass.
+    The hook is non-blocking: the exchange overlaps with the backward pass.
 
     Args:
         state: a :class:`DDPState`, or the result of ``GlobalQSGD.ddp_state``.
-        bucket: from DDP; or a gradient and its parameter, from DDP under compiled autograd.
+        bucket: the bucket that DDP passes; under compiled autograd, a gradient and its parameter.
 
     Returns:
         A future of the bucket's buffer, which then holds the mean. ``backward()`` raises an error

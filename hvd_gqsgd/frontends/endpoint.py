@@ -1,4 +1,4 @@
-"""Endpoints of communicators, as ``allreduce`` uses them."""
+"""Endpoints of the communicators of ``allreduce``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_PIPELINES = 16
 
 
 class Endpoint:
-    """This process's end of a communicator, and the state of its pipelines from call to call."""
+    """The endpoint of this process in a communicator, with pipelines that persist between calls."""
 
     def __init__(self, transport: Transport, nccl: bool = True) -> None:
         self.transport = transport
@@ -40,7 +40,7 @@ class Endpoint:
 
     @staticmethod
     def of(comm: MPI.Comm | dist.ProcessGroup | None) -> Endpoint:
-        """The endpoint of a communicator; None stands for Horovod.
+        """Returns the endpoint of a communicator; None stands for Horovod.
 
         Raises:
             TypeError: it is not a communicator.
@@ -60,7 +60,7 @@ class Endpoint:
         )
 
     def pipeline(self, options: Options, device: torch.device) -> Pipeline:
-        """The pipeline for these options. All ranks forget the same ones."""
+        """Returns the pipeline for these options. All ranks evict the same pipelines."""
         key = (options, device)
         pipeline = self._pipelines.pop(key, None)
         if pipeline is None:
@@ -75,7 +75,7 @@ class Endpoint:
         return pipeline
 
     def refuse(self) -> None:
-        """Tells the other ranks, which may be waiting, that this one does not take part."""
+        """Notifies the other ranks, which may be waiting, that this rank does not take part."""
         self._names.renew(self.transport.session)
         name = f"{self._names.prefix(0)}.0.header"
         self._names.failures += 1
@@ -86,7 +86,9 @@ def _of_horovod() -> Endpoint:
     try:
         from hvd_gqsgd.transports.horovod import HorovodTransport
     except ImportError as error:
-        raise ImportError("comm is None, which stands for Horovod, which is missing") from error
+        raise ImportError(
+            "comm is None, which selects Horovod, but Horovod is not installed"
+        ) from error
     return of_horovod("endpoint", lambda: Endpoint(HorovodTransport()))
 
 

@@ -1,8 +1,8 @@
-"""The Horovod ``Compressor``: ``compress``, ``decompress``, and nothing else of weight.
+"""The Horovod ``Compressor``, with ``compress`` and ``decompress``.
 
 ``compress`` hands Horovod a probe in place of the gradient and starts the exchange of the gradient
-itself; ``decompress`` reads from the reduced probe what Horovod was asked to do, waits for the
-exchange and makes the gradient.
+itself. ``decompress`` reads the requested reduction from the reduced probe, waits for the exchange
+and decodes the gradient.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ PATIENCE = 30.0
 
 
 class _Context(NamedTuple):
-    """What ``decompress`` needs to know of a tensor."""
+    """The context of a tensor, which ``decompress`` needs."""
 
     ticket: Ticket
     like: Tensor | None
@@ -79,7 +79,7 @@ class _Context(NamedTuple):
 
 
 class GlobalQSGD(Compressor):
-    """Horovod compressor that sums gradients as quantized integers inside Allreduce.
+    """Horovod compressor that exchanges gradients as quantized integers.
 
     Use the class itself for the defaults, or an instance::
 
@@ -94,14 +94,14 @@ class GlobalQSGD(Compressor):
         bits: lane width on the wire in bits per element, ``DynamicBits(...)`` or
             ``BlockBits(...)``.
         named_parameters: ``model.named_parameters()``. With names, the order of gradients may
-            differ between ranks. Without names, gradients are identified by their order, and ranks
-            with another order are an error.
+            differ between ranks. Without names, the order identifies gradients, and a different
+            order on another rank is an error.
         process_set: the Horovod process set given to ``hvd.DistributedOptimizer``; None for all
             ranks.
-        patience: seconds that ``decompress`` waits where not all ranks have handed in the tensor.
-            Either they have left by ``hvd.join()``, and the rest arrives as soon as the slowest
-            backward pass has ended; or they are in another process set, and it never does, which
-            is an ``AgreementError`` after this time. Give more where ranks may be that far apart.
+        patience: seconds that ``decompress`` waits for ranks that have not submitted the tensor,
+            before it raises ``AgreementError``. Ranks that are in another process set never submit
+            it. If some ranks have left by ``hvd.join()``, the others submit it by the end of the
+            slowest backward pass: pass a larger value if ranks may be further apart.
         options: see :class:`hvd_gqsgd.options.Options`, also for ``bits``.
 
     Raises:
@@ -166,19 +166,20 @@ class GlobalQSGD(Compressor):
     @ClassOrInstanceMethod
     @opaque
     def compress(self, tensor: Tensor) -> tuple[Tensor, _Context | None]:
-        """Starts the exchange of a gradient and returns at once.
+        """Starts the exchange of a gradient, without blocking.
 
         Args:
-            tensor: of any shape and layout. It must stay as it is until ``decompress``; it is never
-                written to. Integer, complex and sparse tensors, those smaller than ``min_numel``,
-                and those that autograd must differentiate through are not compressed.
+            tensor: a tensor of any shape and layout. It must not be modified until ``decompress``,
+                and is never written to. Integer, complex and sparse tensors, tensors smaller than
+                ``min_numel``, and tensors that autograd must differentiate through are not
+                compressed.
 
         Returns:
-            What Horovod is to allreduce instead of it, and the context for ``decompress``.
+            The tensor that Horovod is to allreduce instead, and the context for ``decompress``.
 
         Raises:
             ValueError: ``bits`` is too small for the number of ranks.
-            NotImplementedError: the tensor is on a device for which there are no kernels.
+            NotImplementedError: the tensor is on a device without kernels in this build.
         """
         self._stats.tensors += 1
         if not self._compresses(tensor):
@@ -203,27 +204,27 @@ class GlobalQSGD(Compressor):
     @ClassOrInstanceMethod
     @opaque
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
-        """Waits for the exchange of a gradient and returns what Horovod was asked for.
+        """Waits for the exchange of a gradient and returns the result of the requested reduction.
 
         Args:
-            tensor: what Horovod made of the first value that ``compress`` returned.
-            ctx: the second one. With None, ``tensor`` is returned.
+            tensor: the first value that ``compress`` returned, reduced by Horovod.
+            ctx: the second value that ``compress`` returned. With None, ``tensor`` is returned.
 
         Returns:
-            A tensor of the shape, dtype and device of the gradient, in memory that is used for
-            another one only after nothing refers to it any more.
+            A tensor of the shape, dtype and device of the gradient. Its memory is reused only once
+            nothing refers to the tensor.
 
         Raises:
-            AgreementError: the reduction is not linear (Min, Max, Product, Adasum), is over other
-                ranks than ``process_set``, or the ranks disagree on the options or the order of
-                tensors. It is raised on all ranks.
-            RuntimeError: the context was used before, or is another compressor's.
+            AgreementError: on all ranks, if the reduction is not linear (Min, Max, Product, Adasum)
+                or is over other ranks than ``process_set``, or if ranks disagree on the options or
+                the order of tensors.
+            RuntimeError: the context was used before, or belongs to another compressor.
             HorovodInternalError: Horovod could not complete the exchange.
         """
         if ctx is None:
             return tensor
         if self._pipeline is None:
-            raise RuntimeError("the context is another compressor's: decompress it with that one")
+            raise RuntimeError("the context belongs to another compressor: call its decompress")
         reading, all_ranks = Reading.of(tensor), everyone(ctx.world_size)
         contribution: Contribution | None = all_ranks
         complete = reading.complete(all_ranks)
@@ -248,15 +249,15 @@ class GlobalQSGD(Compressor):
 
             model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), ddp_hook)
 
-        It is a :class:`hvd_gqsgd.frontends.ddp.DDPState`, which says what it expects of the ranks.
-        ``stats`` counts what the hook does.
+        See :class:`hvd_gqsgd.frontends.ddp.DDPState` for the requirements on ranks. ``stats`` of
+        this compressor includes the counts of the hook.
 
         Args:
             process_group: the one that the model uses; None for the default group.
 
         Raises:
             TypeError: ``bucket_mb``, ``named_parameters``, ``process_set`` or ``patience`` was
-                given, which have no effect under DDP.
+                given, none of which has an effect under DDP.
             Exception: as raised by ``DDPState``.
         """
         state = DDPState.of_compressor(process_group, self._given, self._stats, self._steps)
@@ -271,7 +272,7 @@ class GlobalQSGD(Compressor):
 
             model = GlobalQSGD(bits=8).fsdp(fully_shard(model))
 
-        See :func:`hvd_gqsgd.frontends.fsdp.attach`. ``stats`` counts what that does.
+        See :func:`hvd_gqsgd.frontends.fsdp.attach`. ``stats`` includes the counts of FSDP.
         """
         attach(model, self._given, self._stats, self._steps, replicate_group)
         return model
@@ -290,24 +291,24 @@ class GlobalQSGD(Compressor):
     def state_dict(self) -> dict[str, Any]:
         """Returns the number of the next step and the schedule of ``DynamicBits``.
 
-        Both are plain numbers. The state is that of the training, whichever front end is used:
-        Horovod, DDP by ``ddp_state()``, or FSDP by ``fsdp()``. All ranks have the same; it is
-        enough to save that of one. A resumed training has the bits of an uninterrupted one; under
-        DDP only with ``find_unused_parameters=True``, as DDP otherwise reorders its buckets after
-        the first step.
+        Both are plain numbers. All front ends of the compressor share the state: Horovod, DDP by
+        ``ddp_state()``, and FSDP by ``fsdp()``. The state is the same on all ranks, so saving it on
+        one rank is enough. A resumed training has the bits of an uninterrupted one; under DDP this
+        requires ``find_unused_parameters=True``, as DDP otherwise reorders its buckets after the
+        first step.
         """
         return self._steps.state_dict()
 
     @ClassOrInstanceMethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes over a result of ``state_dict``; the next step continues from it.
+        """Restores a result of ``state_dict``; the next step continues from this state.
 
-        Call it before or after ``ddp_state()``. A rank that does not call it, as a worker that
-        joins later, takes over the state of the others.
+        Call it before or after ``ddp_state()``. A rank that does not call this, such as a
+        worker that joins later, adopts the state of the others.
 
         Raises:
-            TypeError: it is not a dict, or a value is not an int.
-            ValueError: it is the state of something else.
+            TypeError: the state is not a dict, or a value is not an int.
+            ValueError: the state belongs to another kind of object.
             RuntimeError: gradients are in flight.
         """
         if self._pipeline is not None:

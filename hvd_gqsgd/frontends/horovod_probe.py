@@ -1,8 +1,8 @@
-"""The little tensor that Horovod reduces in place of the gradient.
+"""The probe: a small tensor that Horovod reduces in place of the gradient.
 
-A compressor is not told the name of the tensor, the reduction, its pre- and postscale, or the
-process set. All of that acts on the probe, which Horovod takes for the gradient. So what comes back
-tells what the user asked for, and whether all ranks asked for the same. Slots, in float64:
+A compressor receives neither the name of the tensor, the reduction, the scale factors, nor the
+process set. Horovod applies all of these to the probe, as to a gradient. The reduced probe reveals
+the requested reduction, and whether all ranks requested the same. Slots, in float64:
 
     0       1
     1, 2    two numbers of the rank
@@ -57,7 +57,7 @@ def _template(rank: int, identity: int) -> Tensor:
 
 
 class Reading(NamedTuple):
-    """A probe that came back."""
+    """A reduced probe."""
 
     slots: tuple[float, ...]
 
@@ -68,24 +68,24 @@ class Reading(NamedTuple):
 
     @functools.lru_cache(maxsize=2**15)  # noqa: B019 (numbers alone, the same step after step)
     def complete(self, everyone: Contribution) -> bool:
-        """Whether all ranks asked for the same, and for something that can be had."""
+        """Whether all ranks requested the same, supported reduction."""
         return self.matches(everyone) and self.same_tensor()
 
     def matches(self, contribution: Contribution) -> bool:
-        """Whether it was reduced linearly over just these contributors."""
+        """Whether the probe was reduced linearly over exactly these contributors."""
         one, rank, weight = self.slots[:3]
         return _close(rank * contribution.count, one * contribution.ranks) and _close(
             weight * contribution.count, one * contribution.weights
         )
 
     def same_tensor(self) -> bool:
-        """Whether all contributors meant the same tensor; for linear reductions."""
+        """Whether all contributors submitted the same tensor; for linear reductions."""
         one, _, _, a, aa, b, bb = self.slots
         return _close(one * aa, a * a) and _close(one * bb, b * b)
 
     @functools.lru_cache(maxsize=2**15)  # noqa: B019
     def scale(self, contributors: int, world_size: int) -> float:
-        """What to multiply the sum over the contributors by, to get what the user asked for.
+        """Factor from the sum over the contributors to the requested result.
 
         The mean and the sum are by far the most common, and get exactly 1/world_size and 1.
         """
@@ -99,7 +99,7 @@ class Reading(NamedTuple):
 def disagreement(
     reading: Reading, contribution: Contribution | None, everyone: Contribution
 ) -> str | None:
-    """Returns the reason if there is no right answer, or else None; the same on all ranks."""
+    """Returns the reason that no correct result exists, or None; the same on all ranks."""
     if contribution != everyone and reading.matches(everyone):
         return GAVE_UP  # all have sent a probe, and not all a payload
     if contribution is None or not reading.matches(contribution):
@@ -109,7 +109,7 @@ def disagreement(
             "or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
         )
     if not reading.same_tensor():
-        return f"the ranks compress tensors of other shapes or types, or in another order; {ORDER}"
+        return f"the ranks compress tensors of different shapes, types or order; {ORDER}"
     return None
 
 

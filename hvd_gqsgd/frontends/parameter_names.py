@@ -1,4 +1,4 @@
-"""Which parameter a gradient belongs to."""
+"""Names of the parameters that gradients belong to."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reduction of an ``allreduce``, in the words of MPI, PyTorch or Horovod."""
+"""The reduction of an ``allreduce``, as an object of MPI, PyTorch or Horovod."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def reduction(op: object) -> Reduction:
     """Returns ``"mean"`` or ``"sum"`` for a reduction of any library.
 
     Raises:
-        TypeError: ``op`` is no reduction.
-        ValueError: it is another one.
+        TypeError: ``op`` is not a reduction.
+        ValueError: ``op`` is neither a mean nor a sum.
     """
     if isinstance(op, str):
         if op in get_args(Reduction):
@@ -49,7 +49,7 @@ def reduction(op: object) -> Reduction:
 def _libraries() -> Iterator[tuple[str, type, Any, dict[str, Reduction]]]:
     """The name, the type and the home of a library's reductions, and those that are linear.
 
-    Nothing is imported: who has a reduction of a library has imported it.
+    Nothing is imported: a caller with a reduction of a library has imported that library.
     """
     yield "ReduceOp", dist.ReduceOp, dist.ReduceOp, {"SUM": "sum", "AVG": "mean"}
     if (mpi := sys.modules.get("mpi4py.MPI")) is not None:
@@ -59,7 +59,7 @@ def _libraries() -> Iterator[tuple[str, type, Any, dict[str, Reduction]]]:
 
 
 def _name(op: object, prefix: str, kind: type, home: Any) -> str:
-    """As the library has it, if it does: some have no ``repr`` that a user would know."""
+    """Returns the name of a reduction in its library; some have no readable ``repr``."""
     named = ((name, value) for name, value in vars(home).items() if name[0].isupper())
     name = next((name for name, value in named if isinstance(value, kind) and op == value), None)
     return repr(op) if name is None else f"{prefix}.{name}"

@@ -15,9 +15,9 @@ __all__ = ["build_info"]
 
 
 def build_info() -> dict[str, Any]:
-    """Versions, the native parts of this build, and the code paths in use.
+    """Returns versions, the native parts of this build, and the code paths in use.
 
-    Works without the native parts too, and then tells why they are not there.
+    The function works without the native parts, and reports the reason that they are missing.
 
     Returns:
         A dictionary with

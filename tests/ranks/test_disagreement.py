@@ -77,7 +77,7 @@ def test_a_rank_that_gave_up_a_step_spoils_none(rank, size, options, numels):
     if rank == size - 1:
         del context, waiting
     else:
-        with pytest.raises(AgreementError, match="given up this step"):
+        with pytest.raises(AgreementError, match="abandoned this step"):
             compressor.decompress(reduced[0], waiting[0][1])
     everyone = gradients(size, 9000)
     mean = hvd.allreduce(everyone[rank], name="the next one", compression=compressor)
