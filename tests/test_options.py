@@ -277,7 +277,9 @@ def test_named_parameters_that_are_used_up() -> None:
     named = nn.Linear(3, 2).named_parameters()
     GlobalQSGD(named_parameters=named)
     for nothing in (named, [], nn.ReLU().named_parameters()):
-        with pytest.raises(ValueError, match=r"yield nothing: give it model.*, or leave it out"):
+        with pytest.raises(
+            ValueError, match=r"yield nothing: pass a new .*, or leave the argument out"
+        ):
             GlobalQSGD(named_parameters=nothing)
 
 

@@ -84,7 +84,7 @@ def measure(
 
     n = hvd.size()
     if n < 2:
-        raise RuntimeError("a link needs two ranks, and Horovod has one")
+        raise RuntimeError("calibration needs at least 2 ranks, got 1")
     large = round(megabytes * 2**18) // 4096 * 4096
     small = large // 4
     words = {size: torch.zeros(size, dtype=torch.int32) for size in (1, small, large)}

@@ -27,14 +27,14 @@ def check_plain(name: str, tensor: Tensor) -> None:
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise TypeError(
             f"{name} must be a plain tensor, got one within torch.func (vmap, grad, jvp, ...), "
-            "where tensors stand for others: call this outside of it"
+            "whose tensors have no data: call this outside of the transform"
         )
     kind = type(tensor)
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        remedy = ": give its to_local()" if hasattr(tensor, "to_local") else ""
+        remedy = ": pass its to_local()" if hasattr(tensor, "to_local") else ""
         raise TypeError(
             f"{name} must be a plain tensor, got a {kind.__module__}.{kind.__qualname__}, "
-            f"which stands for others{remedy}"
+            f"which wraps other tensors{remedy}"
         )
 
 
@@ -63,8 +63,8 @@ def check_unmasked(name: str, array: np.ndarray[Any, Any]) -> None:
     """
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
-            f"{name} must not be a masked array, as ranks may mask other elements: give its "
-            "filled(0), and add up the masks to have a mean"
+            f"{name} must not be a masked array, as ranks may mask different elements: pass its "
+            "filled(0), and sum the masks to compute a mean"
         )
 
 

@@ -139,12 +139,12 @@ class AgreementProtocol(ABC):
         # The number of the next step travels in 32 bits too.
         sent = (step, step + 1, *agreed.schedule)
         if min(sent) < 0 or max(sent) >= 2**31:
-            raise AgreementError(f"{bucket.name}: a rank sent numbers that no rank has: {agreed}")
+            raise AgreementError(f"{bucket.name}: a rank sent invalid numbers: {agreed}")
         # The largest of all ranks' is no less than this one's, which is enough for all of them.
         if not proposal.bits <= bits <= max(proposal.bits, self._options.most_bits):
             raise AgreementError(
-                f"{bucket.name}: a rank asked for lanes of {bits} bits; the options say from "
-                f"{self._options.least_bits} to {self._options.most_bits}"
+                f"{bucket.name}: a rank requested lanes of {bits} bits; the options allow "
+                f"{self._options.least_bits} to {self._options.most_bits} bits"
             )
         self._exchange.codec(bits)
         terms.step, terms.bits, terms.all_here = step, bits, agreed.all_here

@@ -241,8 +241,8 @@ class Pipeline:
             raise failure
         if ticket not in self._record.tickets:
             raise RuntimeError(
-                f"{ticket.bucket.name} is not in flight here: it was decoded before, given up "
-                "after an error, or is another compressor's"
+                f"{ticket.bucket.name} is not in flight here: it was decoded before, abandoned "
+                "after an error, or belongs to another compressor"
             )
         return None
 
@@ -250,7 +250,7 @@ class Pipeline:
         """``scale`` times the sum over the ranks. Once a ticket, and after ``wait``."""
         bucket, item = ticket.bucket, ticket.item
         if ticket not in self._record.tickets:
-            raise RuntimeError(f"a tensor of {bucket.name} was decoded or given up before")
+            raise RuntimeError(f"a tensor of {bucket.name} was decoded or abandoned before")
         flight = self._flights[bucket]
         with on(bucket.stream):
             out = flight.decode(item, scale, self._pool)

@@ -147,11 +147,11 @@ def _check(x: Tensor, out: Tensor | None) -> None:
     if any(n > 1 and stride == 0 for n, stride in zip(out.shape, out.stride(), strict=True)):
         raise ValueError(
             f"out must have memory for each element, got strides {out.stride()} for the shape "
-            f"{tuple(out.shape)}, as expand() makes them: give its clone()"
+            f"{tuple(out.shape)}, as expand() makes them: pass its clone()"
         )
     if out.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
-            "out must not be a tensor of torch.inference_mode() outside of it: give its clone()"
+            "out must not be a tensor of torch.inference_mode() outside of it: pass its clone()"
         )
 
 

@@ -18,7 +18,8 @@ R = TypeVar("R")
 def opaque(function: Callable[P, R]) -> Callable[P, R]:
     """Excludes a function from tracing by Dynamo, as ``torch.compiler.disable`` does.
 
-    That imports Dynamo, which takes a second: here it waits until someone else has done so.
+    ``torch.compiler.disable`` imports Dynamo, which takes a second: this function defers the import
+    until other code has imported Dynamo.
     """
     disabled: list[Callable[P, R]] = []
 

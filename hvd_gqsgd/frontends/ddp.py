@@ -256,7 +256,7 @@ def ddp_hook(
         of the exchange on all ranks, as a ``RuntimeError`` that quotes it.
     """
     if not isinstance(state, DDPState):
-        remedy = "; give its ddp_state()" if hasattr(state, "ddp_state") else ""
+        remedy = "; pass its ddp_state()" if hasattr(state, "ddp_state") else ""
         raise TypeError(
             "the state of ddp_hook must be a GQSGDState (DDPState), as GQSGDState(bits=8), got "
             f"{state!r}{remedy}"

@@ -139,9 +139,9 @@ class GlobalQSGD(Compressor):
             named = self._given["named_parameters"] = list(named_parameters)
             if not named:
                 raise ValueError(
-                    "GlobalQSGD() got named_parameters that yield nothing: give it "
-                    "model.named_parameters() anew, as an iterator that was used before does not "
-                    "start again, or leave it out"
+                    "GlobalQSGD() got named_parameters that yield nothing: pass a new "
+                    "model.named_parameters(), as an iterator cannot be used twice, or leave the "
+                    "argument out"
                 )
             self._names = ParameterNames(named)
         if process_set is not None:

@@ -1,4 +1,4 @@
-"""Adapters for training libraries. Each is imported by its own name, and imports its library.
+"""Adapters for training libraries. Import each by its own name; it imports its library.
 
-They know the public names of this package alone, and can be copied from here to be changed.
+Adapters use only public names of this package, so they can be copied and modified.
 """

@@ -14,8 +14,7 @@ __all__ = ["attach"]
 def attach(model: nn.Module, compressor: GlobalQSGD) -> None:
     """Registers the hook on a wrapped model, which may be compiled too. All ranks must call this.
 
-    A single process has nothing to exchange: there, libraries leave the model as it is, and so does
-    this.
+    In a single process, libraries do not wrap the model, and the function has no effect.
 
     Raises:
         TypeError: on several ranks, the model is not wrapped in DistributedDataParallel.

@@ -12,7 +12,7 @@ from hvd_gqsgd.integrations.ddp import attach
 __all__ = ["GQSGDStrategy"]
 
 KEY = "hvd_gqsgd"
-"""Where checkpoints have the state of the compressor."""
+"""Key of the compressor's state in checkpoints."""
 
 
 class GQSGDStrategy(DDPStrategy):
@@ -21,7 +21,7 @@ class GQSGDStrategy(DDPStrategy):
     Lightning's checkpoints contain the state of the compressor.
 
     Args:
-        compressor: whose ``stats()`` count; None: one with the defaults.
+        compressor: the compressor, whose ``stats()`` has the counts; None: the defaults.
         ddp: arguments of ``DDPStrategy``.
     """
 

@@ -19,9 +19,9 @@ class GQSGDCallback(TrainerCallback, ExportableState):
     The trainer's checkpoints contain the state of the compressor.
 
     Args:
-        trainer: which this callback is added to, after it was made: callbacks are not told of the
-            model that DDP wraps.
-        compressor: whose ``stats()`` count.
+        trainer: the trainer that this callback is added to. Callbacks do not receive the model
+            that DDP wraps, so the trainer must exist first.
+        compressor: the compressor, whose ``stats()`` has the counts.
     """
 
     def __init__(self, trainer: Trainer, compressor: GlobalQSGD) -> None:
@@ -29,7 +29,7 @@ class GQSGDCallback(TrainerCallback, ExportableState):
         self.compressor = compressor
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Registers the hook, and goes on from a checkpoint if there is one."""
+        """Registers the hook, and resumes from a checkpoint if there is one."""
         if state.global_step:
             saved = state.stateful_callbacks.get(type(self).__name__)
             if saved is not None:
@@ -37,5 +37,5 @@ class GQSGDCallback(TrainerCallback, ExportableState):
         attach(self.trainer.model_wrapped, self.compressor)
 
     def state(self) -> dict[str, Any]:
-        """Returns what a checkpoint is to contain."""
+        """Returns the content for a checkpoint."""
         return {"args": {}, "attributes": {"compressor_state": self.compressor.state_dict()}}

@@ -65,4 +65,4 @@ def _import(module: str, command: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        sys.exit(f"hvd-gqsgd {command}: {error}; hvd-gqsgd doctor tells more")
+        sys.exit(f"hvd-gqsgd {command}: {error}; run hvd-gqsgd doctor for details")

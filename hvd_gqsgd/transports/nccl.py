@@ -70,7 +70,7 @@ class NcclGroup:
         if error is not None:
             raise error
         if not bool(unique_id.any()):
-            raise RuntimeError("rank 0 could not start NCCL; its own error says why")
+            raise RuntimeError("NCCL could not be initialized on rank 0; see the error of rank 0")
         return unique_id
 
 

@@ -143,7 +143,7 @@ def _connect(group: dist.ProcessGroup, name: str) -> Channel:
     store = dist.distributed_c10d._get_process_group_store(group)
     if store is None:
         raise ValueError(
-            "the process group has no store to find the other ranks by, as one over MPI; take one "
+            "the process group has no store for a rendezvous, as over MPI; use a process group "
             "over Gloo or NCCL, or hvd_gqsgd.allreduce on an mpi4py communicator"
         )
     prefixed = dist.PrefixStore(name, store)  # type: ignore[attr-defined]

@@ -42,7 +42,7 @@ def within(transform):
 
 # What rank 0 does with a tensor of 5000 ones, the error, and its text.
 TENSORS = {
-    "DTensor": (distributed, TypeError, r"plain tensor, got a .*DTensor.*: give its to_local\(\)"),
+    "DTensor": (distributed, TypeError, r"plain tensor, got a .*DTensor.*: pass its to_local\(\)"),
     "vmap": (within(torch.func.vmap), TypeError, r"within torch\.func .*: call this outside"),
     "grad": (within(torch.func.grad), TypeError, r"within torch\.func .*: call this outside"),
     "meta": (lambda x, comm: allreduce(x.to("meta"), comm), NotImplementedError, "x is on meta"),
@@ -60,7 +60,7 @@ TENSORS = {
     ),
     "expanded": (
         lambda x, comm: allreduce(x, comm, out=torch.ones(1).expand(5000)),
-        ValueError, r"out must have memory for each element.*give its clone\(\)",
+        ValueError, r"out must have memory for each element.*pass its clone\(\)",
     ),
     "sparse out": (
         lambda x, comm: allreduce(x, comm, out=x.to_sparse()), TypeError, "out must be dense",
