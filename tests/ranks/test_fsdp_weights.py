@@ -58,17 +58,11 @@ def rounded(name, weight, size, *, bits=8, block_size=1024, seed=0, step=0):
     length = -(-len(weight) // size)
     padded = weight.new_zeros((length * size, *weight.shape[1:]))
     padded[: len(weight)] = weight
-    s, shards = reference.levels(bits, 1), []
+    shards = []
     for rank, x in enumerate(padded.view(size, -1)):
-        numel, values = x.numel(), numpy_of(x)
-        norms = reference.norms(values, block_size)
-        xi = reference.dither(
-            numel, block_size, seed=seed, step=step,
-            tensor_id=digest((name, 0, numel, str(x.dtype))),
-            rank=rank, world_size=size, correlated=False,
-        )  # fmt: skip
-        codes = reference.codes(values, norms, block_size, s, xi, bits)
-        shards.append(reference.decode(codes, norms, block_size, s, 1.0, values.dtype))
+        number = digest((name, 0, x.numel(), str(x.dtype)))
+        at = {"bits": bits, "block_size": block_size, "seed": seed, "step": step}
+        shards.append(reference.rounded(numpy_of(x), **at, tensor_id=number, rank=rank))
     flat = torch.from_numpy(np.concatenate(shards)).view(weight.dtype)
     return flat.view(padded.shape)[: len(weight)]
 
