@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -245,24 +245,27 @@ class BlockSegments(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def block_segments(
     tensors: tuple[tuple[int, int], ...],
-    words_for: Callable[[int], int],
+    words_for: Callable[[Sequence[int], int], int],
     norm_dtype: torch.dtype,
     ranks: int,
+    summands: int = 1,
 ) -> BlockSegments:
     """The division among ``ranks`` ranks, in runs of blocks that differ by one block at most.
 
     Args:
         tensors: elements, and elements of a block, of each tensor.
-        words_for: the words for so many columns of 32 elements.
+        words_for: the 32-bit words for blocks of so many columns of 32 elements each, given the
+            summands too.
         norm_dtype: of the norms, which words are padded to.
         ranks: the number of ranks.
+        summands: codes whose sum a lane must hold.
     """
-    columns = [0, *itertools.accumulate(_columns(tensors))]
-    total, unit = len(columns) - 1, norm_dtype.itemsize // 4
+    columns = list(_columns(tensors))
+    total, unit = len(columns), norm_dtype.itemsize // 4
     blocks = [total * rank // ranks for rank in range(ranks + 1)]
     words, means = [0], [0]
     for first, last in itertools.pairwise(blocks):
-        units = -(-words_for(columns[last] - columns[first]) // unit)
+        units = -(-words_for(columns[first:last], summands) // unit)
         words.append(words[-1] + units * unit)
         means.append(means[-1] + FLAG + last - first + units)
     of_rank: list[list[Run]] = [[] for _ in range(ranks)]

@@ -61,15 +61,16 @@ class Options:
     Args:
         bits: lane width on the wire, from 2 to 16 bits per element; 4 or 8 for exponential
             dithering. ``DynamicBits(...)`` chooses the width of each step, as in DQ-SGD;
-            ``BlockBits(...)`` that of each block, by its global norm, in two phases.
+            ``BlockBits(...)`` that of each block, by its global norm, and
+            ``BlockBits(DynamicBits(...))`` both.
         dither: ``"linear"`` has evenly spaced levels. ``"exponential"`` has levels each twice the
             one below, so that small elements keep their relative precision.
         exchange: ``"allreduce"`` sums codes as integers in an ordinary Allreduce, with
             ``(2**bits - 1) // (2 * world_size)`` levels per side. ``"two_phase"`` is an Alltoall of
             codes, a mean on the rank that owns a segment, and an Allgather of means; it has
             ``2**(bits - 1) - 1`` levels per side for any world size. ``"auto"`` takes two phases
-            for exponential dithering, and where an Allreduce would have fewer than 31 levels
-            and two phases have more.
+            for exponential dithering and ``BlockBits``, and where an Allreduce would have fewer
+            than 31 levels and two phases have more.
             ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds nothing
             twice: it is that of ``GlobalQSGD.fsdp``, and ``simulate`` has it.
             ``"gather"`` is that of the weights of ``GlobalQSGD.fsdp``, and adds nothing up.
@@ -120,10 +121,10 @@ class Options:
                 "exchange='reduce_scatter' goes with dither='exponential' and norm='max', got "
                 f"dither={self.dither!r} and norm={self.norm!r}"
             )
-        if self.exchange == "one_phase" and isinstance(self.bits, DynamicBits):
+        if self.exchange == "one_phase" and self.dynamic is not None:
             raise ValueError(
-                "bits must be an int or BlockBits(...) for exchange='one_phase', as a rank knows "
-                f"the mean of its own shard alone, got {self.bits}, which follows the whole norm"
+                "bits must not be DynamicBits(...) for exchange='one_phase', as a rank knows the "
+                f"mean of its own shard alone, got {self.bits}, which follows the whole norm"
             )
         if self.block_size is not None:
             check_int("block_size", self.block_size, 1, 2**31 - 1, "None (one norm per tensor)")
@@ -141,11 +142,6 @@ class Options:
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
 
     def _check_block_bits(self, bits: BlockBits) -> None:
-        if self.exchange not in ("auto", "two_phase", "one_phase"):
-            raise ValueError(
-                "exchange must be 'two_phase' or 'auto' for bits=BlockBits(...), whose codes are "
-                f"not added in their lanes, got {self.exchange!r}"
-            )
         if self.block_size not in (BLOCK_SIZE, bits.block_size):
             raise ValueError(
                 "block_size must be left out for bits=BlockBits(...), got "
@@ -154,14 +150,21 @@ class Options:
         object.__setattr__(self, "block_size", bits.block_size)
 
     @property
+    def dynamic(self) -> DynamicBits | None:
+        """The choice of each step's width, or of its budget; None: it is the same in all steps."""
+        if isinstance(self.bits, BlockBits):
+            return self.bits.dynamic
+        return self.bits if isinstance(self.bits, DynamicBits) else None
+
+    @property
     def least_bits(self) -> int:
-        """The narrowest lanes that ranks may agree on for a step."""
-        return self.bits.min_bits if isinstance(self.bits, DynamicBits) else self._lane_bits
+        """The narrowest lanes, or the least budget, that ranks may agree on for a step."""
+        return self._lane_bits if self.dynamic is None else self.dynamic.min_bits
 
     @property
     def most_bits(self) -> int:
-        """The widest lanes that ranks may agree on for a step."""
-        return self.bits.max_bits if isinstance(self.bits, DynamicBits) else self._lane_bits
+        """The widest lanes, or the largest budget, that ranks may agree on for a step."""
+        return self._lane_bits if self.dynamic is None else self.dynamic.max_bits
 
     @property
     def _lane_bits(self) -> int:
@@ -173,9 +176,9 @@ class Options:
     def exchange_for(self, world_size: int) -> Exchange:
         """The one asked for, or ``"allreduce"`` or ``"two_phase"`` where it is ``"auto"``.
 
-        Exponential codes cannot be added, and codes of a width per block are not. Linear ones of
-        one width are, unless the lanes leave less than 31 levels a side to the ranks, and more
-        without a sum to hold.
+        Exponential codes cannot be added. Linear ones of one width are, unless the lanes leave less
+        than 31 levels a side to the ranks, and more without a sum to hold. Those of a width per
+        block have more levels for the same bytes in two phases, and take these.
         """
         if self.exchange != "auto":
             return self.exchange
@@ -192,7 +195,7 @@ class Options:
         if isinstance(bits, DynamicBits):
             widths = Schedule(bits).usable(summands)
         else:
-            widths = [bits.min_bits, bits.max_bits] if isinstance(bits, BlockBits) else [bits]
+            widths = [*bits.rule(summands)[1:3]] if isinstance(bits, BlockBits) else [bits]
         levels = sorted({_levels(width, summands) for width in (widths[0], widths[-1])})
         return f"{exchange} on {world_size} ranks, levels per side: {' to '.join(map(str, levels))}"
 

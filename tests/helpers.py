@@ -275,3 +275,11 @@ def chi_square_z(counts: Array) -> float:
     counts = counts.ravel()
     expected = counts.mean()
     return chi_square_normal(((counts - expected) ** 2).sum() / expected, counts.size - 1)
+
+
+def spread(rng: np.random.Generator, shape: tuple[int, int], dtype: Any = torch.float32) -> Tensor:
+    """Heavy-tailed numbers, of quite different magnitudes in runs of 256, some of them zero."""
+    numel = shape[1]
+    factors = np.exp2(rng.integers(-9, 6, numel // 256 + 1)) * (rng.random(numel // 256 + 1) > 0.1)
+    of_element = torch.from_numpy(factors.repeat(256)[:numel])
+    return (gradient_like(rng, shape, torch.float64) * of_element).to(dtype)

@@ -133,7 +133,7 @@ MUTANTS = [
     Mutant("scale of n + 1 ranks", "hvd_gqsgd/simulation.py", "share = 1 / len(self._ranks)",
            "share = 1 / (len(self._ranks) + 1)", (LEVEL, UNBIASED)),
     Mutant("contributors that have left are counted", "hvd_gqsgd/exchanges/allreduce.py",
-           "self.contribution.count, scale\n", "3, scale\n", (JOIN,)),
+           "count = self.contribution.count\n", "count = 3\n", (JOIN,)),
     Mutant("L2: the largest sum instead of all", "hvd_gqsgd/exchanges/base.py",
            "yield Sum(\"squares\", squares)", "yield Max(\"squares\", squares)",
            (EXPECTED,)),

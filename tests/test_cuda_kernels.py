@@ -228,8 +228,10 @@ def test_widths_per_block(gpu: Gpu, dtype: torch.dtype) -> None:
             ]  # fmt: skip
             plan, words, means, out = (buffer.view for buffer in buffers)
             n, given = norms.to(device), x.to(device)
-            lib.block_widths(n, columns.to(device), *cut, *bits.rule, plan)
-            lib.quantize_blocks([given], n, plan, words, *cut, block, *place[:2], [7], 1, 2, True)
+            lib.block_widths(n, columns.to(device), *cut, *bits.rule(), plan)
+            lib.quantize_blocks(
+                [given], n, plan, words, *cut, block, 1, *place[:2], [7], 1, 2, True
+            )
             lib.requantize_blocks(
                 received.to(device), n, plan, means, [numel], [0], runs, *cut, 1, block,
                 *place[:2], [7],
@@ -257,16 +259,51 @@ def test_widths_per_block_in_one_phase(gpu: Gpu, dtype: torch.dtype) -> None:
         ops.block_max_each(list(several(rng, 4, (2, numel), dtype)), block, norms)
         plan = torch.empty(2 * len(norms) + 1, dtype=torch.int32)
         columns = layout.columns_of_blocks(tensors, norms.device)
-        ops.block_widths(norms, columns, *cut, *bits.rule, plan)
+        ops.block_widths(norms, columns, *cut, *bits.rule(), plan)
         received = torch.from_numpy(
             rng.integers(-(2**31), 2**31, (3, cut[1][2] - cut[1][1])).astype(np.int32)
         )
         out, found = torch.full((numel,), 77, dtype=dtype), Buffer(gpu, numel, dtype, 1)
-        place = segments.blocks[1], *cut, 1, block, 0.5
+        place = segments.blocks[1], *cut, 1, block, 1, 1, 0.5
         ops.sum_blocks(received, norms, plan, out, *place)
         given = [x.to(gpu.device) for x in (received, norms, plan)]
         gpu.ops.sum_blocks(*given, found.view, *place)
         found.assert_same(out, (block, numel))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_widths_per_block_that_are_added(gpu: Gpu, dtype: torch.dtype) -> None:
+    """Widths, words that ranks may add, and any sum of these, back."""
+    rng, norm_dtype = np.random.default_rng(2), layout.norm_dtype(dtype)
+    for i, (block, numel) in enumerate([(256, 5003), (96, 1500), (1024, 2060), (32, 3), (256, 0)]):
+        n = 2 + 2 * i
+        bits = BlockBits(6 + i, power=0.5 * i, max_bits=16, block_size=block)
+        x = several(rng, i, (1, numel), dtype)[0]
+        tensors, place = ((numel, block),), list(random_place(rng, 1, n, True).values())
+        segments = layout.block_segments(tensors, bits.words_for, norm_dtype, 1, n)
+        cut = segments.blocks, segments.words
+        norms = torch.empty(segments.blocks[-1], dtype=norm_dtype)
+        ops.block_max(x, block, norms)
+        columns = layout.columns_of_blocks(tensors, x.device)
+        sums = torch.from_numpy(rng.integers(-(2**31), 2**31, (1, cut[1][-1])).astype(np.int32))
+        results: list[list[Buffer]] = []
+        for lib, device in ((ops, "cpu"), gpu):
+            at = Gpu(lib, device)
+            plan = Buffer(at, 2 * len(norms) + 1, torch.int32)
+            words = Buffer(at, cut[1][-1] // 2, torch.int64)
+            out = Buffer(at, numel, dtype, 1)
+            n_, given = norms.to(device), x.to(device)
+            lib.block_widths(n_, columns.to(device), *cut, *bits.rule(n), plan.view)
+            lib.quantize_blocks(
+                [given], n_, plan.view, words.view.view(torch.int32), *cut, block, n, *place[:2],
+                [7], 1, n, True,
+            )  # fmt: skip
+            lib.sum_blocks(
+                sums.to(device), n_, plan.view, out.view, 0, *cut, 0, block, n, n - 1, 0.5
+            )
+            results.append([plan, words, out])
+        for found, expected in zip(results[1], results[0], strict=True):
+            found.assert_same(expected.view, (block, numel))
 
 
 @pytest.mark.parametrize("bits", [4, 8])

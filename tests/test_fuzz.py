@@ -200,6 +200,8 @@ LIED_TO = [
     {"bits": DynamicBits(6)},
     {"bits": DynamicBits(6, total_steps=10), "exchange": "two_phase"},
     {"bits": BlockBits(4, block_size=64)},
+    {"bits": BlockBits(6, block_size=64), "exchange": "allreduce"},
+    {"bits": BlockBits(DynamicBits(5), block_size=64)},
 ]
 
 

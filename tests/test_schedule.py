@@ -113,12 +113,13 @@ def test_a_rise_is_not_saved_for() -> None:
     assert spent[41:141].mean() > max(spent[:40].mean(), spent[-100:].mean()) + 1
 
 
-def test_twice_the_norm_is_a_bit_more() -> None:
-    """s = k |g|: norms of 2 and 1/2 in turn give widths 2 bits apart."""
+@pytest.mark.parametrize("power", [1, 0.5, 0])
+def test_twice_the_norm_is_a_bit_more(power: float) -> None:
+    """s = k |g|^p: norms of 2 and 1/2 in turn give widths 2 p bits apart."""
     norms = [(-1.0) ** t for t in range(1000)]
-    spent = costs(drive(Schedule(DynamicBits(budget=8)), norms))[200:]
+    spent = costs(drive(Schedule(DynamicBits(budget=8, power=power)), norms))[200:]
     after_high, after_low = spent[1::2], spent[0::2]  # even steps are high
-    assert after_high.mean() - after_low.mean() == pytest.approx(2, abs=0.1)
+    assert after_high.mean() - after_low.mean() == pytest.approx(2 * power, abs=0.1)
 
 
 def test_a_larger_norm_is_one_for_some_dozens_of_steps() -> None:
@@ -281,6 +282,7 @@ def test_defaults() -> None:
         "contraction": None,
         "min_bits": 2,
         "max_bits": 16,
+        "power": 1.0,
     }
 
 
@@ -331,6 +333,7 @@ BUDGET = "budget must be from min_bits=2 to max_bits=16, got "
         ({"total_steps": 0}, "total_steps must be from 1 to 2147483647 or None (unknown), got 0"),
         ({"form": "linear"}, "form must be one of ('nonconvex', 'convex'), got 'linear'"),
         ({"form": "convex"}, "total_steps must be an int for form='convex', got None"),
+        ({"power": 2.1}, "power must be from 0 to 2, got 2.1"),
         ({"contraction": 0}, "contraction must be above 0 and at most 1, got 0"),
         ({"contraction": 1.001}, "contraction must be above 0 and at most 1, got 1.001"),
         ({"contraction": math.nan}, "contraction must be above 0 and at most 1, got nan"),

@@ -99,16 +99,17 @@ _library.define(
 )
 _library.define(
     "block_widths(Tensor norms, Tensor columns, int[] blocks, int[] words, int power, int least, "
-    "int most, Tensor(a!) plan) -> ()"
+    "int most, int summands, Tensor(a!) plan) -> ()"
 )
 _library.define(
     "quantize_blocks(Tensor[] xs, Tensor norms, Tensor plan, Tensor(a!) words, int[] blocks, "
-    "int[] word_starts, int block_size, int seed, int step, int[] tensor_ids, int rank, "
-    "int world_size, bool correlated) -> ()"
+    "int[] word_starts, int block_size, int summands, int seed, int step, int[] tensor_ids, "
+    "int rank, int world_size, bool correlated) -> ()"
 )
 _library.define(
     "sum_blocks(Tensor received, Tensor norms, Tensor plan, Tensor(a!) out, int first, "
-    "int[] blocks, int[] word_starts, int rank, int block_size, float scale) -> ()"
+    "int[] blocks, int[] word_starts, int rank, int block_size, int summands, int contributors, "
+    "float scale) -> ()"
 )
 _library.define(
     "requantize_blocks(Tensor received, Tensor norms, Tensor plan, Tensor(a!) means, int[] numels, "
@@ -241,24 +242,26 @@ scale)``: ``dequantize_means`` of runs of tiles, as in ``requantize_each``, to `
 """
 
 block_widths = _ops.block_widths.default
-"""``block_widths(norms, columns, blocks, words, power, least, most, plan)``: the widths of the
-blocks of a bucket, from their global norms; ``native/core/block_bits.h`` has the rule.
+"""``block_widths(norms, columns, blocks, words, power, least, most, summands, plan)``: the widths
+of the blocks of a bucket, from their global norms; ``native/core/block_bits.h`` has the rule.
 
 Blocks ``blocks[r]`` to ``blocks[r + 1]`` share the words ``words[r]`` to ``words[r + 1]`` of a
 message. ``columns`` (``uint8``) has the columns of each block, ``power`` is in units of 1/256.
-``plan`` (``int32``) gets the width of each block, the first word of each, and the end.
+``plan`` (``int32``) gets the width of each block, the first word of each, and the end. Codes of
+which ``summands`` are added have words of 64 bits, counted as two, here and below.
 """
 
 quantize_blocks = _ops.quantize_blocks.default
-"""``quantize_blocks(xs, norms, plan, words, blocks, word_starts, block_size, seed, step,
+"""``quantize_blocks(xs, norms, plan, words, blocks, word_starts, block_size, summands, seed, step,
 tensor_ids, rank, world_size, correlated)``: ``quantize_each`` at the widths of a plan, of which
 ``blocks`` and ``word_starts``, here and below, are the segments.
 """
 
 sum_blocks = _ops.sum_blocks.default
-"""``sum_blocks(received, norms, plan, out, first, blocks, word_starts, rank, block_size, scale)``:
-``sum_codes`` at the widths of a plan, for a tensor of the segment ``rank`` whose blocks begin at
-``first``; ``received`` has the words of that segment.
+"""``sum_blocks(received, norms, plan, out, first, blocks, word_starts, rank, block_size, summands,
+contributors, scale)``: ``sum_codes`` at the widths of a plan, for a tensor of the segment ``rank``
+whose blocks begin at ``first``; ``received`` has the words of that segment. With ``summands`` above
+1 it is one row, the sum of the words of ``contributors`` ranks.
 """
 
 requantize_blocks = _ops.requantize_blocks.default

@@ -10,6 +10,7 @@ from torch import Tensor
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.exchanges.contribution import MARKS
 from hvd_gqsgd.options import Options
 
 __all__ = ["block_norms", "bytes_of_codes", "levels_of_elements"]
@@ -31,22 +32,29 @@ def block_norms(rows: Tensor, options: Options) -> Tensor:
     return largest
 
 
-def levels_of_elements(norms: Tensor, numel: int, bits: BlockBits, ranks: int) -> Tensor:
+def levels_of_elements(
+    norms: Tensor, numel: int, bits: BlockBits, ranks: int, summands: int
+) -> Tensor:
     """The levels per side of each element of a tensor, given the global ``norms`` of its blocks;
     1 for the elements of blocks without a width: float64, of shape (d,)."""
     tensors = ((numel, bits.block_size),)
-    segments = layout.block_segments(tensors, bits.words_for, norms.dtype, ranks)
+    owners = ranks if summands == 1 else 1
+    segments = layout.block_segments(tensors, bits.words_for, norms.dtype, owners, summands)
     plan = torch.empty(2 * len(norms) + 1, dtype=torch.int32)
     columns = layout.columns_of_blocks(tensors, norms.device)
-    ops.block_widths(norms, columns, segments.blocks, segments.words, *bits.rule, plan)
-    levels = (2.0 ** (plan[: len(norms)].double() - 1) - 1).clamp(min=1)
+    ops.block_widths(norms, columns, segments.blocks, segments.words, *bits.rule(summands), plan)
+    levels = ((2 ** plan[: len(norms)].double() - 1) / (2 * summands)).floor().clamp(min=1)
     return levels.repeat_interleave(bits.block_size)[:numel]
 
 
 def bytes_of_codes(
-    numels: Sequence[int], bits: BlockBits, norm_dtype: torch.dtype, ranks: int
+    numels: Sequence[int], bits: BlockBits, norm_dtype: torch.dtype, ranks: int, two_phase: bool
 ) -> int:
-    """Bytes of the codes and the means of a bucket, as ``Stats`` counts them."""
+    """Bytes of the codes and the means of a bucket, or of marks and codes, as ``Stats`` counts
+    them."""
     tensors = tuple((numel, bits.block_size) for numel in numels)
+    if not two_phase:
+        summed = layout.block_segments(tensors, bits.words_for, norm_dtype, 1, ranks)
+        return 8 * MARKS + 4 * summed.words[-1]
     segments = layout.block_segments(tensors, bits.words_for, norm_dtype, ranks)
     return 4 * segments.words[-1] // 2 + norm_dtype.itemsize * segments.means[-1] // 2

@@ -182,15 +182,20 @@ def _levels(options: Options, ranks: int) -> int:
     """s; 0 for exponential dithering."""
     if options.dither == "exponential":
         return 0
-    in_lane = ranks if options.exchange_for(ranks) == "allreduce" else 1
-    return levels_for(options.most_bits, in_lane)
+    return levels_for(options.most_bits, _summands(options, ranks))
+
+
+def _summands(options: Options, ranks: int) -> int:
+    """Codes whose sum a lane must hold."""
+    return ranks if options.exchange_for(ranks) == "allreduce" else 1
 
 
 def _levels_of(rows: Tensor, options: Options) -> Tensor | int | None:
     """s, of each element where blocks differ; None for exponential dithering."""
     n, bits = len(rows), options.bits
     if isinstance(bits, BlockBits):
-        return levels_of_elements(block_norms(rows, options), rows.shape[1], bits, n)
+        norms, summands = block_norms(rows, options), _summands(options, n)
+        return levels_of_elements(norms, rows.shape[1], bits, n, summands)
     return _levels(options, n) or None
 
 

@@ -25,7 +25,7 @@ def wire_bytes(
     if isinstance(bits, BlockBits):
         blocks = sum(-(-numel // bits.block_size) for numel in numels)
         norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
-        codes = bytes_of_codes(numels, bits, norm_dtype, ranks)
+        codes = bytes_of_codes(numels, bits, norm_dtype, ranks, two_phase)
         return norm * (16 + blocks) + (8 * blocks if l2 else 0) + codes
     word = 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)

@@ -37,14 +37,13 @@ before they are compared, so that equal states give equal widths even if libm di
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
-from hvd_gqsgd.codecs.block_bits import BlockBits, check_budget
 
-__all__ = ["WIDTHS", "DynamicBits", "FixedBits", "Schedule", "make_schedule", "wire_bits"]
+__all__ = ["WIDTHS", "DynamicBits", "Schedule", "wire_bits"]
 
 MIN_BITS, MAX_BITS = 2, 16
 WORD_MAX = 2**31 - 1
@@ -76,12 +75,14 @@ def wire_bits(width: int) -> float:
     return float(width) if 32 % width == 0 else 64 / (64 // width)
 
 
-# 11 takes as much as 12, and 13 to 15 as much as 16: only the widest for its cost is worth using.
-WIDTHS = tuple(
-    width
-    for width in range(MIN_BITS, MAX_BITS + 1)
-    if width == MAX_BITS or wire_bits(width) < wire_bits(width + 1)
-)
+def _worth_using(cost: Callable[[int], float]) -> tuple[int, ...]:
+    """The widest of the widths that cost the same."""
+    widths = range(MIN_BITS, MAX_BITS + 1)
+    return tuple(w for w in widths if w == MAX_BITS or cost(w) < cost(w + 1))
+
+
+# 11 takes as much as 12, and 13 to 15 as much as 16.
+WIDTHS = _worth_using(wire_bits)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class DynamicBits:
     """The narrowest lanes, 2 to 16 bits."""
     max_bits: int = 16
     """The widest lanes, 2 to 16 bits."""
+    power: float = 1.0
+    """Levels are proportional to this power of the gradient's norm, from 0 to 2; 1 in the paper."""
 
     def __new__(cls, *args: Any, **given: Any) -> DynamicBits:
         """Names the option that an unknown one may stand for."""
@@ -121,7 +124,15 @@ class DynamicBits:
         span = f"min_bits={self.min_bits} to max_bits={self.max_bits}"
         if not any(self.min_bits <= width <= self.max_bits for width in WIDTHS):
             raise ValueError(f"{span} must have a width of {WIDTHS} in it")
-        budget = check_budget(self.budget)
+        if hasattr(self.budget, "budget"):
+            raise TypeError(
+                f"budget must be a number of bits, got {self.budget!r}: for widths per step and "
+                "per block pass BlockBits(DynamicBits(...))"
+            )
+        budget = check_number("budget", self.budget, "a number of bits")
+        power = check_number("power", self.power, "a number")
+        if not 0 <= power <= 2:
+            raise ValueError(f"power must be from 0 to 2, got {self.power!r}")
         if not self.min_bits <= budget <= self.max_bits:
             raise ValueError(f"budget must be from {span}, got {self.budget!r}")
         if self.total_steps is not None:
@@ -130,6 +141,7 @@ class DynamicBits:
         if self.form == "convex" and self.total_steps is None:
             raise ValueError("total_steps must be an int for form='convex', got None")
         object.__setattr__(self, "budget", budget)
+        object.__setattr__(self, "power", power)
         if self.form == "convex" or self.contraction is not None:
             object.__setattr__(self, "contraction", self._checked_contraction())
 
@@ -147,61 +159,25 @@ class DynamicBits:
         return contraction
 
 
-class FixedBits:
-    """The same width always: a ``Schedule`` that learns nothing."""
-
-    learns = False
-
-    def __init__(self, bits: int) -> None:
-        self._bits = bits
-
-    def width(self, ranks: int) -> int:
-        """The width; whether it is enough for the ranks is the codec's to say."""
-        return self._bits
-
-    def update(self, width: int, squared_norm: float) -> None:
-        """Does nothing."""
-
-    def state(self) -> list[int]:
-        """Nothing."""
-        return []
-
-    def adopt(self, words: Sequence[int]) -> None:
-        """Does nothing."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Checks that there is nothing to load.
-
-        Raises:
-            TypeError: ``state`` is not a dict.
-            ValueError: it is the state of another schedule.
-        """
-        if not isinstance(state, dict):
-            raise TypeError(f"the state of a fixed width must be a dict, got {state!r}")
-        if state:
-            raise ValueError(
-                "the state of a fixed width must be empty, and this is one of DynamicBits: give "
-                f"bits as when the state was saved; got {state!r}"
-            )
-
-
 class Schedule:
     """Chooses the width of each step: ``width``, the step, then ``update``.
 
     Ranks that have made the same updates choose the same widths. The state is five words: steps
     taken, bits saved, or owed if negative, and log2|g| of the last step, of late, and on average.
+
+    Args:
+        dynamic: the budget and the rule.
+        cost: bits an element that a width takes on the wire.
     """
 
     learns = True
     STATE_WORDS = 5
     _KEYS = ("steps", "saved", "last", "recent", "mean")
 
-    def __init__(self, dynamic: DynamicBits) -> None:
+    def __init__(self, dynamic: DynamicBits, cost: Callable[[int], float] = wire_bits) -> None:
         self.dynamic = dynamic
+        self._cost = cost
+        self._widths = _worth_using(cost)
         self._words = [0] * self.STATE_WORDS
 
     @property
@@ -210,7 +186,7 @@ class Schedule:
         return self._words[0]
 
     def width(self, ranks: int) -> int:
-        """The width for the coming step, one of ``WIDTHS``. Changes nothing.
+        """The width for the coming step, one of those worth using. Changes nothing.
 
         Args:
             ranks: how many codes a lane must hold the sum of.
@@ -220,7 +196,7 @@ class Schedule:
             ValueError: it is not positive, or ``max_bits`` is too narrow for that many.
         """
         widths = self.usable(ranks)
-        costs = [wire_bits(width) for width in widths]
+        costs = [self._cost(width) for width in widths]
         bits = self._wanted(costs[0], costs[-1])
         index = max(i for i, cost in enumerate(costs) if cost <= bits)
         if index + 1 < len(costs):
@@ -239,7 +215,7 @@ class Schedule:
             ValueError: it is not from 2 to 16.
         """
         steps, saved, last, recent, mean = self._words
-        earned = round((self.dynamic.budget - wire_bits(width)) * BITS_UNIT)
+        earned = round((self.dynamic.budget - self._cost(width)) * BITS_UNIT)
         saved = (saved or ORIGIN) + earned
         known = self._steps_left() is not None
         if not known:  # else ranks that need more than the budget would run up what none can pay
@@ -297,13 +273,13 @@ class Schedule:
         self.adopt([state[key] for key in self._KEYS])
 
     def usable(self, ranks: int) -> list[int]:
-        """Those of ``WIDTHS`` within the options that leave each rank a level a side."""
+        """Those worth using, within the options, that leave each rank a level a side."""
         check_int("ranks", ranks, 1, WORD_MAX)
         needed = (2 * ranks).bit_length()  # 2^w - 1 >= 2 * ranks
         low, high = max(self.dynamic.min_bits, needed), self.dynamic.max_bits
-        widths = [width for width in WIDTHS if low <= width <= high]
+        widths = [width for width in self._widths if low <= width <= high]
         if not widths:
-            wide = [width for width in WIDTHS if width >= needed]
+            wide = [width for width in self._widths if width >= needed]
             remedy = f"max_bits must be at least {wide[0]}" if wide else f"{needed} bits are needed"
             raise ValueError(
                 f"max_bits={high} is too narrow for {ranks} ranks: a lane must hold the sum of "
@@ -338,6 +314,7 @@ class Schedule:
                 r = math.sqrt(self.steps / (self.steps + left))
                 trend = min((1 - r) * (2 + r) / (r * (1 + r)), TREND_MAX)
             excess = (last - recent - trend * (recent - mean)) / NORM_UNIT
+            excess *= self.dynamic.power
         if left is not None and self.dynamic.contraction is not None:
             # a^(left/2), over its geometric mean from here to the end
             excess += left / 4 * math.log2(self.dynamic.contraction)
@@ -353,10 +330,3 @@ def _average(average: int, jump: int, norm: int, steps: int) -> int:
 def _word(value: int) -> int:
     """The nearest word that is known."""
     return min(max(value, 1), WORD_MAX)
-
-
-def make_schedule(bits: int | DynamicBits | BlockBits) -> FixedBits | Schedule:
-    """What chooses the widths that an option ``bits`` stands for."""
-    if isinstance(bits, DynamicBits):
-        return Schedule(bits)
-    return FixedBits(bits.lane_bits if isinstance(bits, BlockBits) else bits)

@@ -10,38 +10,30 @@ is about B M_k^2 / 4^w_k, so of all widths with one sum those with power 1 make 
 error is then the same in all blocks. A smaller power keeps more of the precision of small
 gradients, which optimizers that divide by the size of a gradient, as Adam does, depend on.
 
+In an Allreduce the lanes of a block hold the sum of the ranks' codes, so that s = floor((2^w - 1) /
+(2n)), and they do not straddle the words that are added.
+
 Widths follow from the reduced norms alone, in integers (``native/core/block_bits.h``), so all ranks
 have the same ones, and no dither decides on a width: codes stay unbiased.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvd_gqsgd.checks import check_int, check_number
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 
-__all__ = ["BlockBits", "check_budget"]
+__all__ = ["BlockBits"]
 
 COLUMN = 32
 """Elements whose codes fill whole words at any width: ``kRows`` of ``native/core/block_bits.h``."""
 MOST_BLOCK = 1024
 POWER_UNIT = 256
 BUDGET_UNIT = 1024
-
-
-def check_budget(budget: object) -> float:
-    """``budget`` as a float.
-
-    Raises:
-        TypeError: it is not a number, as where widths per block and per step are asked for at once.
-    """
-    if hasattr(budget, "budget"):
-        raise TypeError(
-            f"budget must be a number of bits, got {budget!r}: widths follow either blocks or "
-            "steps, so pass bits=BlockBits(...) or bits=DynamicBits(...)"
-        )
-    return check_number("budget", budget, "a number of bits")
 
 
 @dataclass(frozen=True)
@@ -53,8 +45,9 @@ class BlockBits:
         ValueError: an option is out of range.
     """
 
-    budget: float = 4.0
-    """Mean bits per element that the codes take on the wire; norms come on top."""
+    budget: float | DynamicBits = 4.0
+    """Mean bits per element that the codes take on the wire; norms come on top.
+    ``DynamicBits(...)`` chooses a whole number of bits for each step."""
     power: float = 0.5
     """Levels are proportional to this power of the block's norm, from 0 to 2."""
     min_bits: int = 2
@@ -67,8 +60,12 @@ class BlockBits:
     def __post_init__(self) -> None:
         check_int("min_bits", self.min_bits, 2, 16)
         check_int("max_bits", self.max_bits, 2, 16)
-        budget = check_budget(self.budget)
-        if not self.min_bits <= budget <= self.max_bits:
+        budget = self.budget
+        if not isinstance(budget, DynamicBits):
+            budget = check_number("budget", budget, "a number of bits or DynamicBits(...)")
+            object.__setattr__(self, "budget", budget)
+        mean = budget.budget if isinstance(budget, DynamicBits) else budget
+        if not self.min_bits <= mean <= self.max_bits:
             raise ValueError(
                 f"budget must be from min_bits={self.min_bits} to max_bits={self.max_bits}, got "
                 f"{self.budget!r}"
@@ -82,19 +79,52 @@ class BlockBits:
                 f"block_size must be a multiple of {COLUMN} for widths per block, got "
                 f"{self.block_size}"
             )
-        object.__setattr__(self, "budget", budget)
         object.__setattr__(self, "power", power)
+        _ = self.dynamic  # raises where no width is left to it
+
+    @property
+    def dynamic(self) -> DynamicBits | None:
+        """The choice of each step's budget, among the widths that blocks may have; or None."""
+        if not isinstance(self.budget, DynamicBits):
+            return None
+        least = max(self.budget.min_bits, self.min_bits)
+        most = min(self.budget.max_bits, self.max_bits)
+        return dataclasses.replace(self.budget, min_bits=least, max_bits=most)
+
+    @property
+    def mean_bits(self) -> float:
+        """The budget, over all steps."""
+        return self.budget.budget if isinstance(self.budget, DynamicBits) else self.budget
 
     @property
     def lane_bits(self) -> int:
         """The budget as a whole number of bits, rounded up, which ranks agree on."""
-        return math.ceil(self.budget)
+        return math.ceil(self.mean_bits)
 
-    @property
-    def rule(self) -> tuple[int, int, int]:
-        """Power, least and largest width, in the order of the native operators."""
-        return round(self.power * POWER_UNIT), self.min_bits, self.max_bits
+    def at(self, bits: int) -> BlockBits:
+        """The rule for a step whose budget the ranks have settled as ``bits``."""
+        if not isinstance(self.budget, DynamicBits):
+            return self
+        return dataclasses.replace(self, budget=float(bits))
 
-    def words_for(self, columns: int) -> int:
-        """32-bit words for blocks of so many columns in all; enough for the least width."""
-        return round(self.budget * BUDGET_UNIT) * columns // BUDGET_UNIT
+    def rule(self, summands: int = 1) -> tuple[int, int, int, int]:
+        """Power, least and largest width, and summands, in the order of the native operators."""
+        least = self._least(summands)
+        return round(self.power * POWER_UNIT), least, self.max_bits, summands
+
+    def _least(self, summands: int) -> int:
+        """The least width whose lanes hold the sum of so many codes."""
+        return max(self.min_bits, (2 * summands).bit_length() if summands > 1 else 0)
+
+    def words_for(self, columns: Sequence[int], summands: int = 1) -> int:
+        """32-bit words for blocks of so many columns each: those of the budget, or of the least
+        width where that takes more.
+
+        Codes that are added take lanes of 64-bit words, and so an even number.
+        """
+        words = round(self.mean_bits * BUDGET_UNIT) * sum(columns) // BUDGET_UNIT
+        if summands == 1:
+            return words
+        lanes = 64 // self._least(summands)
+        pairs = sum(-(-COLUMN * count // lanes) for count in columns)
+        return 2 * max(-(-words // 2), pairs)

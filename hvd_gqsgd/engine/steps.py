@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits, FixedBits, Schedule, make_schedule
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.codecs.schedules import FixedBits, make_schedule
 from hvd_gqsgd.engine.agreement import Agreement
 
 __all__ = ["StepRecord", "Steps"]

@@ -6,7 +6,8 @@ import functools
 import logging
 from collections.abc import Callable
 
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule, wire_bits
+from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.codecs.schedules import budget_of, least_bits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.alone import AloneExchange
 from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
@@ -45,21 +46,26 @@ def make_exchange(setup: Setup) -> Exchange:
         return AloneExchange(setup)
     size, kind = transport.size, options.exchange_for(transport.size)
     make = EXCHANGES[kind]
-    if kind == "allreduce" and transport.nccl is not None:
+    one_width = not isinstance(options.bits, BlockBits)
+    if kind == "allreduce" and transport.nccl is not None and one_width:
         make = NcclExchange
-    elif kind == "allreduce" and options.norm == "max" and transport.mpi_handle is not None:
+    elif (
+        kind == "allreduce"
+        and one_width
+        and options.norm == "max"
+        and transport.mpi_handle is not None
+    ):
         make = MpiExchange
     exchange = make(setup)
     if transport.rank == 0:
         _say_once(logging.INFO, f"{kind} among {size} ranks: {options}")
-        if isinstance(options.bits, DynamicBits):
-            least = wire_bits(Schedule(options.bits).usable(exchange.summands)[0])
-            if least > options.bits.budget:
-                _say_once(
-                    logging.WARNING,
-                    f"a budget of {options.bits.budget:g} bits cannot be held: the sum over {size} "
-                    f"ranks takes lanes of {least:g} bits at the least",
-                )
+        budget, least = budget_of(options.bits), least_bits(options.bits, exchange.summands)
+        if least > budget:
+            _say_once(
+                logging.WARNING,
+                f"a budget of {budget:g} bits cannot be held: the sum over {size} ranks takes "
+                f"lanes of {least:g} bits at the least",
+            )
     return exchange
 
 

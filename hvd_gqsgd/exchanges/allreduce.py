@@ -12,18 +12,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Sum
 from hvd_gqsgd.exchanges.contribution import MARKS, Contribution, everyone, mark, read_marks
-from hvd_gqsgd.layout import Layout
+from hvd_gqsgd.exchanges.widths import Widths, widths_of
 
 __all__ = ["AllreduceExchange"]
 
 
 class AllreduceExchange(CodedExchange):
-    """Max of norms, then Sum of codes; for codes that can be added."""
+    """Max of norms, then Sum of codes; for linear codes, of widths per block too."""
 
     code_messages = ("codes",)
 
@@ -42,20 +41,23 @@ class AllreduceExchange(CodedExchange):
         norms = yield from self._norms(bucket, terms)
         return (yield from self._sum(bucket, terms, norms, "codes"))
 
-    def _message(self, bucket: Bucket, bits: int) -> Tensor:
+    def _widths(self, bucket: Bucket, bits: int) -> Widths:
         layout = bucket.layout(self.options.block_size, bits)
-        return self._take(self._marks + layout.num_words, layout.word_dtype, bucket.device)
+        return widths_of(
+            self.options, self.codec(bits), layout, self._take, bucket.device, summands=self.size
+        )
+
+    def _message(self, bucket: Bucket, widths: Widths) -> Tensor:
+        return self._take(self._marks + widths.num_words, widths.word_dtype, bucket.device)
 
     def _sum(self, bucket: Bucket, terms: Terms, norms: Tensor, name: str) -> Running:
         """Sums the codes of a bucket, in a last message of this name."""
-        layout = bucket.layout(self.options.block_size, terms.bits)
-        message = self._message(bucket, terms.bits)
+        widths = self._widths(bucket, terms.bits)
+        message = self._message(bucket, widths)
         message[: self._marks] = 0
         with terms.attempt():
             if terms.takes_part:
-                self.codec(terms.bits).encode(
-                    bucket.tensors, norms, message[self._marks :], terms.step, bucket.identities
-                )
+                widths.encode(bucket, norms, message[self._marks :], terms.step)
                 if self._marks:
                     mark(message, self.rank)
         summed = yield Sum(name, message)
@@ -66,21 +68,16 @@ class AllreduceExchange(CodedExchange):
                 f"{bucket.name}: got the codes of {contribution.count} ranks, and there are "
                 f"{self.size}: a rank sent an invalid message"
             )
-        codec = self.codec(terms.bits)
-        return _Summed(contribution, codec, layout, norms, summed[self._marks :])
+        return _Summed(contribution, widths, norms, summed[self._marks :])
 
 
 @dataclass(frozen=True)
 class _Summed:
     contribution: Contribution
-    codec: Codec
-    layout: Layout
+    widths: Widths
     norms: Tensor
     words: Tensor
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
-        words = [self.layout.words[item.place].start for item in items]
-        norms = [self.layout.norms[item.place].start for item in items]
-        self.codec.decode(
-            self.words, self.norms, outs, words, norms, self.contribution.count, scale
-        )
+        count = self.contribution.count
+        self.widths.decode_sum(self.words, self.norms, items, outs, count, scale)

@@ -72,7 +72,7 @@ class RemainingSum(AllreduceExchange):
 
         Means that do not fit in, as those of 16 bits, take the Allgather.
         """
-        message = self._message(bucket, self._width)
+        message = self._message(bucket, self._widths(bucket, self._width))
         means = message[: message.numel() // 2 * 2].view(widths.means_dtype)
         if widths.means[-1] > means.numel():
             return (yield Allgather("means", own, widths.means_of_ranks))

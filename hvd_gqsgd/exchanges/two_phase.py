@@ -54,7 +54,7 @@ class TwoPhaseExchange(CodedExchange):
             return (yield from self._remaining.sum(bucket, terms, norms))
         layout = bucket.layout(self.options.block_size, terms.bits)
         widths = widths_of(self.options, self.codec(terms.bits), layout, self._take, bucket.device)
-        words = self._take(sum(widths.words), widths.word_dtype, bucket.device)
+        words = self._take(widths.num_words, widths.word_dtype, bucket.device)
         with terms.attempt():
             if terms.takes_part:
                 widths.encode(bucket, norms, words, terms.step)

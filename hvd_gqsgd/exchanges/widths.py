@@ -1,7 +1,8 @@
-"""The messages of a two-phase exchange: codes of one width, or of a width for each block."""
+"""The messages of codes: of one width, or of a width for each block."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,12 +23,20 @@ __all__ = ["BlockWidths", "OneWidth", "Widths", "widths_of"]
 class Widths(ABC):
     """The layout of a bucket's messages, the same on all ranks, and the way to and from them."""
 
-    words: Sequence[int]
-    """Words sent to each rank."""
+    num_words: int
+    """Words of all codes."""
     word_dtype: torch.dtype
-    means: Sequence[int]
-    """Offset of the flag and the means of each rank, and at last their end."""
     means_dtype: torch.dtype
+
+    @property
+    @abstractmethod
+    def words(self) -> Sequence[int]:
+        """Words sent to each rank, in two phases or in one."""
+
+    @property
+    @abstractmethod
+    def means(self) -> Sequence[int]:
+        """Offset of the flag and the means of each rank, and at last their end."""
 
     @property
     def means_of_ranks(self) -> list[int]:
@@ -37,6 +46,14 @@ class Widths(ABC):
     @abstractmethod
     def encode(self, bucket: Bucket, norms: Tensor, words: Tensor, step: int) -> None:
         """Writes the codes of all tensors to ``words``, given the global ``norms``."""
+
+    @abstractmethod
+    def decode_sum(
+        self, words: Tensor, norms: Tensor, items: Sequence[Item], outs: Sequence[Tensor],
+        contributors: int, scale: float,
+    ) -> None:  # fmt: skip
+        """Writes ``scale`` times the sum over ``contributors`` ranks to ``outs``, for some tensors,
+        given the sum of their words."""
 
     @abstractmethod
     def average(
@@ -69,16 +86,38 @@ class Widths(ABC):
 class OneWidth(Widths):
     """Codes of the width of a codec."""
 
-    def __init__(self, codec: Codec, layout: layout.Layout) -> None:
+    def __init__(self, codec: Codec, place: layout.Layout) -> None:
         self._codec = codec
-        self._layout = layout
-        self._segments = layout.segments(codec.world_size)
-        self.words, self.word_dtype = self._segments.words, layout.word_dtype
-        self.means, self.means_dtype = self._segments.means, layout.means_dtype
+        self._layout = place
+        self.num_words, self.word_dtype = place.num_words, place.word_dtype
+        self.means_dtype = place.means_dtype
+
+    @functools.cached_property
+    def _segments(self) -> layout.Segments:
+        return self._layout.segments(self._codec.world_size)
+
+    @property
+    def words(self) -> Sequence[int]:
+        """See :class:`Widths`."""
+        return self._segments.words
+
+    @property
+    def means(self) -> Sequence[int]:
+        """See :class:`Widths`."""
+        return self._segments.means
 
     def encode(self, bucket: Bucket, norms: Tensor, words: Tensor, step: int) -> None:
         """See :class:`Widths`."""
         self._codec.encode(bucket.tensors, norms, words, step, bucket.identities)
+
+    def decode_sum(
+        self, words: Tensor, norms: Tensor, items: Sequence[Item], outs: Sequence[Tensor],
+        contributors: int, scale: float,
+    ) -> None:  # fmt: skip
+        """See :class:`Widths`."""
+        word_starts = [self._layout.words[item.place].start for item in items]
+        norm_starts = [self._layout.norms[item.place].start for item in items]
+        self._codec.decode(words, norms, outs, word_starts, norm_starts, contributors, scale)
 
     def average(
         self, bucket: Bucket, norms: Tensor, received: Tensor, own: Tensor, step: int
@@ -118,33 +157,55 @@ class BlockWidths(Widths):
     Args:
         bits: the budget and the rule.
         codec: of this rank, for its dither.
-        layout: of the bucket.
+        place: layout of the bucket.
         plan: memory for the widths, of ``2 * blocks + 1`` elements.
+        summands: codes whose sum a lane must hold. Those that are added have a budget in common;
+            else each rank's segment has one of its own.
     """
 
-    word_dtype = torch.int32
-
-    def __init__(self, bits: BlockBits, codec: Codec, place: layout.Layout, plan: Tensor) -> None:
-        self._bits, self._codec, self._layout, self._plan = bits, codec, place, plan
+    def __init__(
+        self, bits: BlockBits, codec: Codec, place: layout.Layout, plan: Tensor, summands: int
+    ) -> None:
+        self._codec, self._layout, self._plan = codec, place, plan
+        self._rule, self._block, self._summands = bits.rule(summands), bits.block_size, summands
+        added = summands > 1
         self._segments = layout.block_segments(
-            place.tensors, bits.words_for, place.norm_dtype, codec.world_size
-        )
-        edges = self._segments.words
-        self.words = [end - begin for begin, end in itertools.pairwise(edges)]
-        self.means, self.means_dtype = self._segments.means, place.norm_dtype
+            place.tensors, bits.words_for, place.norm_dtype, 1 if added else codec.world_size,
+            summands,
+        )  # fmt: skip
+        self.word_dtype = torch.int64 if added else torch.int32
+        self.num_words = self._segments.words[-1] * 4 // self.word_dtype.itemsize
+        self.means_dtype = place.norm_dtype
+
+    @property
+    def words(self) -> Sequence[int]:
+        """See :class:`Widths`."""
+        return [end - begin for begin, end in itertools.pairwise(self._segments.words)]
+
+    @property
+    def means(self) -> Sequence[int]:
+        """See :class:`Widths`."""
+        return self._segments.means
 
     def encode(self, bucket: Bucket, norms: Tensor, words: Tensor, step: int) -> None:
         """See :class:`Widths`."""
         segments, codec = self._segments, self._codec
         columns = layout.columns_of_blocks(self._layout.tensors, bucket.device)
-        ops.block_widths(
-            norms, columns, segments.blocks, segments.words, *self._bits.rule, self._plan
-        )
+        ops.block_widths(norms, columns, segments.blocks, segments.words, *self._rule, self._plan)
         ops.quantize_blocks(
-            bucket.tensors, norms, self._plan, words, segments.blocks, segments.words,
-            self._bits.block_size, codec.seed, step, bucket.identities, codec.rank,
-            codec.world_size, codec.correlated,
+            bucket.tensors, norms, self._plan, words.view(torch.int32), segments.blocks,
+            segments.words, self._block, self._summands, codec.seed, step, bucket.identities,
+            codec.rank, codec.world_size, codec.correlated,
         )  # fmt: skip
+
+    def decode_sum(
+        self, words: Tensor, norms: Tensor, items: Sequence[Item], outs: Sequence[Tensor],
+        contributors: int, scale: float,
+    ) -> None:  # fmt: skip
+        """See :class:`Widths`."""
+        row = words.view(torch.int32)[None]
+        for item, out in zip(items, outs, strict=True):
+            self._sum(row, norms, item.place, out, scale, 0, contributors)
 
     def average(
         self, bucket: Bucket, norms: Tensor, received: Tensor, own: Tensor, step: int
@@ -155,7 +216,7 @@ class BlockWidths(Widths):
             received.view(codec.world_size, self.words[codec.rank]), norms, self._plan, own,
             [item.numel for item in bucket.items], [place.start for place in self._layout.norms],
             [number for run in segments.of_rank[codec.rank] for number in run],
-            segments.blocks, segments.words, codec.rank, self._bits.block_size,
+            segments.blocks, segments.words, codec.rank, self._block,
             codec.seed, step, bucket.identities,
         )  # fmt: skip
 
@@ -174,24 +235,40 @@ class BlockWidths(Widths):
         ]
         ops.dequantize_blocks(
             means, norms, self._plan, outs, starts, runs, segments.blocks, segments.words,
-            self._bits.block_size, scale,
+            self._block, scale,
         )  # fmt: skip
 
     def sum(self, received: Tensor, norms: Tensor, place: int, out: Tensor, scale: float) -> None:
         """See :class:`Widths`."""
+        self._sum(received, norms, place, out, scale, self._codec.rank, 1)
+
+    def _sum(
+        self, rows: Tensor, norms: Tensor, place: int, out: Tensor, scale: float, segment: int,
+        contributors: int,
+    ) -> None:  # fmt: skip
         segments = self._segments
         ops.sum_blocks(
-            received, norms, self._plan, out, self._layout.norms[place].start, segments.blocks,
-            segments.words, self._codec.rank, self._bits.block_size, scale,
+            rows, norms, self._plan, out, self._layout.norms[place].start, segments.blocks,
+            segments.words, segment, self._block, self._summands, contributors, scale,
         )  # fmt: skip
 
 
 def widths_of(
-    options: Options, codec: Codec, layout: layout.Layout,
+    options: Options, codec: Codec, place: layout.Layout,
     take: Callable[[int, torch.dtype, torch.device], Tensor], device: torch.device,
+    summands: int = 1,
 ) -> Widths:  # fmt: skip
-    """The widths that the options ask for, with memory from ``take``."""
+    """The widths that the options ask for, with memory from ``take``.
+
+    Args:
+        options: the same on all ranks.
+        codec: of the width that the ranks have settled for the step.
+        place: layout of the bucket.
+        take: gives memory.
+        device: of the bucket.
+        summands: codes whose sum a lane must hold.
+    """
     if not isinstance(options.bits, BlockBits):
-        return OneWidth(codec, layout)
-    plan = take(2 * layout.num_norms + 1, torch.int32, device)
-    return BlockWidths(options.bits, codec, layout, plan)
+        return OneWidth(codec, place)
+    plan = take(2 * place.num_norms + 1, torch.int32, device)
+    return BlockWidths(options.bits.at(codec.bits), codec, place, plan, summands)

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.frontends.compiling import opaque
@@ -132,9 +131,9 @@ def attach(
 def _options(front_end: FrontEnd, given: Mapping[str, Any]) -> Options:
     """Those of gradients."""
     options = front_end.options(given)
-    if isinstance(options.bits, DynamicBits):
+    if options.dynamic is not None:
         raise ValueError(
-            f"bits must be an int or BlockBits(...) for {front_end.name}, as a rank knows the "
+            f"bits must not be DynamicBits(...) for {front_end.name}, as a rank knows the "
             f"mean of its own shard alone, got {options.bits}, which follows the whole norm"
         )
     return options

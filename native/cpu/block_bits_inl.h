@@ -82,7 +82,51 @@ GQSGD_INLINE void with_width(int32_t width, F f) {
 #undef GQSGD_WIDTH
 }
 
-void pack_block(const uint32_t* lanes, int32_t columns, int32_t width, uint32_t* words) {
+template <int kWidth>
+GQSGD_INLINE void pack_pairs(const uint32_t* __restrict lanes, int32_t pairs, int32_t levels,
+                             uint64_t* __restrict words) {
+  const uint64_t top = top_bias(levels, kWidth);
+  for (int32_t j = 0; j < pairs; ++j) {
+    uint64_t word = 0;
+#pragma GCC unroll 32
+    for (int i = 0; i < 64 / kWidth; ++i) {
+      word |= uint64_t{lanes[i * pairs + j]} << (i * kWidth);
+    }
+    words[j] = word - top;
+  }
+}
+
+template <int kWidth>
+GQSGD_INLINE void unpack_pairs(const uint64_t* __restrict words, int32_t pairs, int32_t bias,
+                               uint32_t* __restrict sums) {
+  const uint64_t top = top_bias(bias, kWidth);
+  constexpr uint32_t kMask = (1u << kWidth) - 1;
+#pragma GCC unroll 32
+  for (int i = 0; i < 64 / kWidth; ++i) {
+    for (int32_t j = 0; j < pairs; ++j) {
+      sums[i * pairs + j] += static_cast<uint32_t>((words[j] + top) >> (i * kWidth)) & kMask;
+    }
+  }
+}
+
+// Lanes of a block, those included that no element has.
+GQSGD_INLINE int64_t lanes_of(int32_t columns, int32_t width, int32_t summands) {
+  if (!is_added(summands) || width == 0) return int64_t{kRows} * columns;
+  return int64_t{pairs_of(columns, width)} * lanes_of_pair(width);
+}
+// The most of them.
+constexpr int64_t kMostLanes = kTile + 32;
+
+template <class Code>
+void pack_block(const uint32_t* lanes, int32_t columns, const Code& code, int32_t summands,
+                uint32_t* words) {
+  const int32_t width = code.bits;
+  if (is_added(summands)) {
+    const int32_t pairs = pairs_of(columns, width);
+    return with_width(width, [&](auto w) {
+      pack_pairs<decltype(w)::value>(lanes, pairs, code.levels, reinterpret_cast<uint64_t*>(words));
+    });
+  }
   if (columns % kVector == 0) {
     return with_width(width,
                       [&](auto w) { pack_columns<decltype(w)::value>(lanes, columns, words); });
@@ -94,8 +138,16 @@ void pack_block(const uint32_t* lanes, int32_t columns, int32_t width, uint32_t*
   }
 }
 
-// Adds the lanes of one rank; the sums are in the order of the elements.
-void add_block(const uint32_t* words, int32_t columns, int32_t width, uint32_t* sums) {
+// Adds the lanes of one message, with `bias` in all of them; the sums are in the order of the
+// elements.
+void add_block(const uint32_t* words, int32_t columns, int32_t width, int32_t summands,
+               int32_t bias, uint32_t* sums) {
+  if (is_added(summands)) {
+    const int32_t pairs = pairs_of(columns, width);
+    return with_width(width, [&](auto w) {
+      unpack_pairs<decltype(w)::value>(reinterpret_cast<const uint64_t*>(words), pairs, bias, sums);
+    });
+  }
   if (columns % kVector == 0) {
     return with_width(width,
                       [&](auto w) { add_columns<decltype(w)::value>(words, columns, sums); });
@@ -112,6 +164,13 @@ GQSGD_INLINE int64_t words_at(int32_t offset, const int32_t* __restrict weights,
                               const uint8_t* __restrict columns, int64_t blocks, WidthRule rule) {
   constexpr int64_t kRun = 4096;  // sums of so many fit 32 bits
   int64_t total = 0;
+  if (is_added(rule.summands)) {
+    for (int64_t b = 0; b < blocks; ++b) {
+      total +=
+          block_words(columns[b], widened(width_at(weights[b], offset, rule), rule), rule.summands);
+    }
+    return total;
+  }
   for (int64_t first = 0; first < blocks; first += kRun) {
     const int64_t last = first + kRun < blocks ? first + kRun : blocks;
     int32_t sum = 0;
@@ -140,21 +199,20 @@ void block_widths(const Norm* __restrict norms, const uint8_t* __restrict column
   // What is left goes to the blocks that are the next to become wider, as far as it goes.
   int64_t left = end - begin - words_at(offset, widths, columns, blocks, rule), at = begin;
   for (int64_t b = 0; b < blocks; ++b) {
-    int32_t width = width_at(widths[b], offset, rule);
-    if (width_at(widths[b], offset + 1, rule) > width) {
-      left -= columns[b];
-      width += left >= 0;
-    }
-    widths[b] = width;
+    const int32_t width = widened(width_at(widths[b], offset, rule), rule);
+    const int32_t next = widened(width_at(widths[b], offset + 1, rule), rule);
+    const int32_t words = block_words(columns[b], width, rule.summands);
+    left -= block_words(columns[b], next, rule.summands) - words;
+    widths[b] = left >= 0 ? next : width;
     starts[b] = static_cast<int32_t>(at);
-    at += int64_t{width} * columns[b];
+    at += block_words(columns[b], widths[b], rule.summands);
   }
 }
 
-// Lanes in the order of the elements, those behind the last one with the code 0.
+// Lanes in the order of the elements, of which those behind the last one have the code 0.
 template <class T, class Code, class Grid>
-GQSGD_INLINE void encode_block(const T* __restrict x, int64_t size, int32_t columns,
-                               const Code& code, Grid grid, uint64_t keyed, uint32_t offset,
+GQSGD_INLINE void encode_block(const T* __restrict x, int64_t size, int64_t count, const Code& code,
+                               Grid grid, uint64_t keyed, uint32_t offset,
                                uint32_t* __restrict lanes) {
   constexpr int kRun = 2 * kPair;
   int64_t first = 0;
@@ -175,7 +233,7 @@ GQSGD_INLINE void encode_block(const T* __restrict x, int64_t size, int32_t colu
     const uint32_t drawn = dither_bits(keyed, static_cast<uint32_t>(first)) + offset;
     lanes[first] = static_cast<uint32_t>(code.encode(load(x[first]), grid, drawn) + code.levels);
   }
-  for (; first < int64_t{kRows} * columns; ++first) lanes[first] = code.levels;
+  for (; first < count; ++first) lanes[first] = code.levels;
 }
 
 GQSGD_INLINE void clear_words(uint32_t* words, int64_t count) {
@@ -193,28 +251,32 @@ void quantize_blocks(const CodeArgs& args, const BlockPlan& plan, const T* x, ui
     const BlockPlan::Place place = plan.place(b, columns);
     uint32_t* out = words + place.start;
     if (place.width) {
-      alignas(kLine) uint32_t lanes[kTile];
+      alignas(kLine) uint32_t lanes[kMostLanes];
       const auto norm = static_cast<const typename Traits<T>::Norm*>(args.norms)[b];
-      const LinearCode<Real> code = block_code<Real>(place.width);
-      encode_block(x + tile.begin, tile.size, columns, code, code.grid(bit_cast<Real>(norm)),
-                   tile_key(key, static_cast<uint64_t>(b)), offset, lanes);
-      pack_block(lanes, columns, place.width, out);
+      const LinearCode<Real> code = block_code<Real>(place.width, plan.summands);
+      encode_block(x + tile.begin, tile.size, lanes_of(columns, place.width, plan.summands), code,
+                   code.grid(bit_cast<Real>(norm)), tile_key(key, static_cast<uint64_t>(b)), offset,
+                   lanes);
+      pack_block(lanes, columns, code, plan.summands, out);
     }
-    if (place.unused) clear_words(out + int64_t{place.width} * columns, place.unused);
+    if (place.unused) clear_words(out + place.words, place.unused);
   }
 }
 
-// Adds all ranks' codes of a block, with s taken off: as many as fill its columns. Zeros where it
-// has no bits.
+// Adds the codes of a block in all messages, with s taken off: as many as fill its lanes. Zeros
+// where it has no bits.
 template <class Code>
-GQSGD_INLINE void sum_block(const Received& received, const BlockPlan::Place& place,
-                            int32_t columns, const Code& code, uint32_t* __restrict sums) {
-  const int64_t ranks = place.width ? received.ranks : 0;
-  const uint32_t bias = static_cast<uint32_t>(code.levels * ranks);
-  for (int64_t i = 0; i < int64_t{kRows} * columns; ++i) sums[i] = 0u - bias;
-  for (int64_t rank = 0; rank < ranks; ++rank) {
-    const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
-    add_block(in + place.start, columns, place.width, sums);
+GQSGD_INLINE void sum_block(const BlockPlan& plan, const Received& received,
+                            const BlockPlan::Place& place, int32_t columns, const Code& code,
+                            uint32_t* __restrict sums) {
+  const int64_t messages = place.width ? received.ranks : 0;
+  const int32_t bias = code.levels * plan.contributors;
+  const uint32_t biases = static_cast<uint32_t>(bias * messages);
+  const int64_t count = lanes_of(columns, place.width, plan.summands);
+  for (int64_t i = 0; i < count; ++i) sums[i] = 0u - biases;
+  for (int64_t message = 0; message < messages; ++message) {
+    const auto* in = static_cast<const uint32_t*>(received.words) + message * received.stride;
+    add_block(in + place.start, columns, place.width, plan.summands, bias, sums);
   }
 }
 
@@ -227,9 +289,9 @@ void sum_blocks(const CodeArgs& args, const BlockPlan& plan, const Received& rec
                [&](int64_t b, const Layout::Tile& tile, Real norm, bool streamed) {
                  const int32_t columns = columns_of(tile.size);
                  const BlockPlan::Place place = plan.place(b, columns);
-                 alignas(kLine) uint32_t sums[kTile];
-                 const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
-                 sum_block(received, place, columns, code, sums);
+                 alignas(kLine) uint32_t sums[kMostLanes];
+                 const LinearCode<Real> code = block_code<Real>(place.width, plan.summands);
+                 sum_block(plan, received, place, columns, code, sums);
                  const Real ratio = static_cast<Real>(code.ratio(scale));
                  const uint32_t* __restrict from = sums;
                  store_run(out + tile.begin, tile.size, streamed, [=](int64_t j) {
@@ -254,19 +316,20 @@ void requantize_blocks(const CodeArgs& args, const BlockPlan& plan, const Receiv
       const LinearCode<Real> code = block_code<Real>(place.width);
       const Real ratio = static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks)));
       alignas(kLine) uint32_t sums[kTile];
-      sum_block(received, place, columns, code, sums);
+      sum_block(plan, received, place, columns, code, sums);
       alignas(kLine) Real mean[kTile];
       for (int64_t i = 0; i < tile.size; ++i) {
         mean[i] = static_cast<Real>(static_cast<int32_t>(sums[i])) * ratio;
         const Norm bits = magnitude(mean[i]);
         largest = bits > largest ? bits : largest;
       }
-      encode_block(mean, tile.size, columns, code, code.grid(bit_cast<Real>(largest)),
-                   tile_key(key, static_cast<uint64_t>(b)), 0, sums);
-      pack_block(sums, columns, place.width, out);
+      encode_block(mean, tile.size, int64_t{kRows} * columns, code,
+                   code.grid(bit_cast<Real>(largest)), tile_key(key, static_cast<uint64_t>(b)), 0,
+                   sums);
+      pack_block(sums, columns, code, 1, out);
     }
     shares[b - first_block] = largest;
-    if (place.unused) clear_words(out + int64_t{place.width} * columns, place.unused);
+    if (place.unused) clear_words(out + place.words, place.unused);
   }
 }
 
@@ -281,8 +344,8 @@ void dequantize_blocks(const CodeArgs& args, const BlockPlan& plan,
                  const int32_t columns = columns_of(tile.size);
                  const BlockPlan::Place place = plan.place(b, columns);
                  alignas(kLine) uint32_t sums[kTile];
-                 const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
-                 sum_block({words, 1, 0}, place, columns, code, sums);
+                 const LinearCode<Real> code = block_code<Real>(place.width);
+                 sum_block(plan, {words, 1, 0}, place, columns, code, sums);
                  const Real ratio = static_cast<Real>(code.ratio(scale));
                  const Real share = place.width ? bit_cast<Real>(shares[b - first_block]) : Real(0);
                  const uint32_t* __restrict from = sums;

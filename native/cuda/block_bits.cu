@@ -76,34 +76,36 @@ __global__ void block_widths_kernel(const Norm* norms, const uint8_t* columns, i
   smallest = over_threads(smallest, Smaller{});
   largest = over_threads(largest, Larger{});
   if (largest == kNoWeight) largest = smallest;
+  const auto width_of = [&](int64_t b, int32_t offset) {
+    return widened(width_at(widths[b], offset, rule), rule);
+  };
+  const auto words_of = [&](int64_t b, int32_t width) {
+    return block_words(columns[b], width, rule.summands);
+  };
   const auto words_at = [&](int32_t offset) {
     int64_t sum = 0;
-    for (int64_t b = first; b < last; ++b) sum += columns[b] * width_at(widths[b], offset, rule);
+    for (int64_t b = first; b < last; ++b) sum += words_of(b, width_of(b, offset));
     return over_threads(sum, Added{});
   };
   const int32_t offset = best_offset(smallest, largest, rule, end - begin, words_at);
-  const auto is_next = [&](int64_t b) {
-    return width_at(widths[b], offset + 1, rule) > width_at(widths[b], offset, rule);
-  };
   // What is left goes to the blocks that are the next to become wider, as far as it goes.
+  const auto asks_for = [&](int64_t b) {
+    return words_of(b, width_of(b, offset + 1)) - words_of(b, width_of(b, offset));
+  };
   int64_t wanted = 0;
-  for (int64_t b = first; b < last; ++b) wanted += is_next(b) ? columns[b] : 0;
+  for (int64_t b = first; b < last; ++b) wanted += asks_for(b);
   const int64_t spare = end - begin - words_at(offset);
   int64_t left = spare - before_thread(wanted);
   int64_t taken = 0;
   for (int64_t b = first; b < last; ++b) {
-    int32_t width = width_at(widths[b], offset, rule);
-    if (is_next(b)) {
-      left -= columns[b];
-      width += left >= 0;
-    }
-    widths[b] = width;
-    taken += int64_t{width} * columns[b];
+    left -= asks_for(b);
+    widths[b] = width_of(b, left >= 0 ? offset + 1 : offset);
+    taken += words_of(b, widths[b]);
   }
   int64_t at = begin + before_thread(taken);
   for (int64_t b = first; b < last; ++b) {
     starts[b] = static_cast<int32_t>(at);
-    at += int64_t{widths[b]} * columns[b];
+    at += words_of(b, widths[b]);
   }
 }
 
@@ -115,14 +117,30 @@ __device__ __forceinline__ uint32_t lane_of(const Code& code, Real x, Grid<Real>
   return static_cast<uint32_t>(code.encode(x, grid, drawn) + code.levels);
 }
 
+template <class Code>
 __device__ __forceinline__ void write_words(const uint32_t* lanes, int32_t columns,
-                                            const BlockPlan::Place& place, uint32_t* out) {
-  const int32_t count = place.width * columns;
-  for (int32_t word = static_cast<int32_t>(threadIdx.x); word < count; word += blockDim.x) {
-    out[word] = packed_word(lanes, columns, word / columns, word % columns, place.width);
+                                            const BlockPlan& plan, const BlockPlan::Place& place,
+                                            const Code& code, uint32_t* out) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  if (is_added(plan.summands) && place.width) {
+    const int32_t pairs = pairs_of(columns, place.width);
+    for (int32_t j = thread; j < pairs; j += blockDim.x) {
+      reinterpret_cast<uint64_t*>(out)[j] = packed_pair(lanes, pairs, j, place.width, code.levels);
+    }
+  } else {
+    for (int32_t word = thread; word < place.width * columns; word += blockDim.x) {
+      out[word] = packed_word(lanes, columns, word / columns, word % columns, place.width);
+    }
   }
-  for (int64_t i = threadIdx.x; i < place.unused; i += blockDim.x) out[count + i] = 0;
+  for (int64_t i = threadIdx.x; i < place.unused; i += blockDim.x) out[place.words + i] = 0;
 }
+
+// Lanes of a block, those included that no element has.
+__device__ __forceinline__ int lanes_of(int32_t columns, int32_t width, int32_t summands) {
+  if (!is_added(summands) || width == 0) return kRows * columns;
+  return pairs_of(columns, width) * lanes_of_pair(width);
+}
+constexpr int kMostLanes = static_cast<int>(kTile) + 32;
 
 template <class T>
 __global__ void quantize_blocks_kernel(Layout layout, BlockPlan plan,
@@ -130,36 +148,45 @@ __global__ void quantize_blocks_kernel(Layout layout, BlockPlan plan,
                                        uint64_t key, uint32_t offset, uint32_t* words,
                                        int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
-  __shared__ uint32_t lanes[kTile];
+  __shared__ uint32_t lanes[kMostLanes];
   for (int64_t b = begin + blockIdx.x; b < end; b += gridDim.x) {
     const Layout::Tile tile = layout.tile(b);
     const int32_t columns = columns_of(tile.size);
     const BlockPlan::Place place = plan.place(b, columns);
+    const LinearCode<Real> code = block_code<Real>(place.width, plan.summands);
     if (place.width) {
-      const LinearCode<Real> code = block_code<Real>(place.width);
       const Grid<Real> grid = code.grid(bit_cast<Real>(norms[b]));
       const uint64_t keyed = tile_key(key, static_cast<uint64_t>(b));
-      for (int i = static_cast<int>(threadIdx.x); i < kRows * columns; i += blockDim.x) {
+      const int count = lanes_of(columns, place.width, plan.summands);
+      for (int i = static_cast<int>(threadIdx.x); i < count; i += blockDim.x) {
         lanes[i] = i < tile.size ? lane_of(code, static_cast<Real>(load(x[tile.begin + i])), grid,
                                            keyed, i, offset)
                                  : static_cast<uint32_t>(code.levels);
       }
     }
     __syncthreads();
-    write_words(lanes, columns, place, words + place.start);
+    write_words(lanes, columns, plan, place, code, words + place.start);
     __syncthreads();
   }
 }
 
-// The sum over the ranks of their codes of an element, with s taken off.
+// The sum over all messages of the codes of an element, with s taken off.
 template <class Code>
-__device__ __forceinline__ int32_t sum_of_element(const Received& received,
+__device__ __forceinline__ int32_t sum_of_element(const BlockPlan& plan, const Received& received,
                                                   const BlockPlan::Place& place, int32_t columns,
                                                   const Code& code, int i) {
-  uint32_t sum = 0u - static_cast<uint32_t>(code.levels * received.ranks);
-  for (int64_t rank = 0; rank < received.ranks; ++rank) {
-    const auto* in = static_cast<const uint32_t*>(received.words) + rank * received.stride;
-    sum += unpacked_lane(in + place.start, columns, i / columns, i % columns, place.width);
+  const int32_t bias = code.levels * plan.contributors;
+  uint32_t sum = 0u - static_cast<uint32_t>(bias * received.ranks);
+  for (int64_t message = 0; message < received.ranks; ++message) {
+    const auto* in = static_cast<const uint32_t*>(received.words) + message * received.stride;
+    in += place.start;
+    if (is_added(plan.summands)) {
+      const int32_t pairs = pairs_of(columns, place.width);
+      const auto* words = reinterpret_cast<const uint64_t*>(in);
+      sum += unpacked_pair(words[i % pairs], i / pairs, place.width, bias);
+    } else {
+      sum += unpacked_lane(in, columns, i / columns, i % columns, place.width);
+    }
   }
   return static_cast<int32_t>(sum);
 }
@@ -174,10 +201,10 @@ __global__ void sum_blocks_kernel(Layout layout, BlockPlan plan,
     const int32_t columns = columns_of(tile.size);
     const BlockPlan::Place place = plan.place(b, columns);
     const auto norm = norms[b];
-    const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
+    const LinearCode<Real> code = block_code<Real>(place.width, plan.summands);
     const Real ratio = static_cast<Real>(code.ratio(scale));
     for (int i = static_cast<int>(threadIdx.x); i < tile.size; i += blockDim.x) {
-      const int32_t c = place.width ? sum_of_element(received, place, columns, code, i) : 0;
+      const int32_t c = place.width ? sum_of_element(plan, received, place, columns, code, i) : 0;
       const Real value = (static_cast<Real>(c) * ratio) * bit_cast<Real>(norm);
       store(out + tile.begin + i, is_finite_norm(norm) ? value : quiet_nan(norm));
     }
@@ -196,14 +223,14 @@ __global__ void requantize_blocks_kernel(Layout layout, BlockPlan plan, Received
     const Layout::Tile tile = layout.tile(b);
     const int32_t columns = columns_of(tile.size);
     const BlockPlan::Place place = plan.place(b, columns);
-    const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
+    const LinearCode<Real> code = block_code<Real>(place.width);
     const Real ratio = static_cast<Real>(code.ratio(1.0 / static_cast<double>(received.ranks)));
     Real mean[kEach] = {};
     Norm largest = 0;
     for (int e = 0; e < kEach && place.width; ++e) {
       const int i = e * kThreads + static_cast<int>(threadIdx.x);
       if (i >= tile.size) break;
-      mean[e] = static_cast<Real>(sum_of_element(received, place, columns, code, i)) * ratio;
+      mean[e] = static_cast<Real>(sum_of_element(plan, received, place, columns, code, i)) * ratio;
       const Norm bits = magnitude(mean[e]);
       largest = bits > largest ? bits : largest;
     }
@@ -219,7 +246,7 @@ __global__ void requantize_blocks_kernel(Layout layout, BlockPlan plan, Received
       }
     }
     __syncthreads();
-    write_words(lanes, columns, place, words + place.start);
+    write_words(lanes, columns, plan, place, code, words + place.start);
     __syncthreads();
   }
 }
@@ -236,7 +263,7 @@ __global__ void dequantize_blocks_kernel(Layout layout, BlockPlan plan,
     const int32_t columns = columns_of(tile.size);
     const BlockPlan::Place place = plan.place(b, columns);
     const auto norm = norms[b];
-    const LinearCode<Real> code = block_code<Real>(place.width ? place.width : 2);
+    const LinearCode<Real> code = block_code<Real>(place.width);
     const Real ratio = static_cast<Real>(code.ratio(scale));
     const Real share = place.width ? bit_cast<Real>(shares[b - first_block]) : Real(0);
     for (int i = static_cast<int>(threadIdx.x); i < tile.size; i += blockDim.x) {

@@ -76,9 +76,15 @@ struct BlockOps {
       const auto* bits = static_cast<const char*>(norms.const_data_ptr());
       return {dtype, numel, block, CodeKind::kLinear, 0, 0, bits + first * norms.element_size()};
     }
-    BlockPlan plan_of(int64_t first, int64_t begin, int64_t end) const {
+    BlockPlan plan_of(int64_t first, int64_t begin, int64_t end, int64_t summands = 1,
+                      int64_t contributors = 1) const {
       const auto* widths = plan.const_data_ptr<int32_t>();
-      return {widths + first, widths + segments.blocks.back() + first, begin, end};
+      return {widths + first,
+              widths + segments.blocks.back() + first,
+              begin,
+              end,
+              static_cast<int32_t>(summands),
+              static_cast<int32_t>(contributors)};
     }
     // That a run of blocks is of one segment.
     void check_run(int64_t first, int64_t begin, int64_t end, int64_t rank) const {
@@ -90,6 +96,19 @@ struct BlockOps {
     }
   };
 
+  // Codes that ranks add; their words, in the memory of so many 32-bit ones, have 64 bits.
+  static void check_summands(int64_t summands, int64_t most) {
+    TORCH_CHECK_VALUE(1 <= summands && 2 * summands < int64_t{1} << most,
+                      "summands must leave a level to lanes of ", most, " bits, got ", summands);
+  }
+  static void check_pairs(const Tensor& words, at::IntArrayRef starts, int64_t summands) {
+    if (summands == 1) return;
+    const bool even = std::all_of(starts.begin(), starts.end(), [](auto n) { return n % 2 == 0; });
+    const auto address = reinterpret_cast<uintptr_t>(words.const_data_ptr());
+    TORCH_CHECK_VALUE(even && address % sizeof(uint64_t) == 0,
+                      "words of codes that are added must begin at multiples of 8 bytes");
+  }
+
   static uint32_t* words_of(const Tensor& means, int64_t element) {
     auto* bytes = static_cast<char*>(means.data_ptr());
     return reinterpret_cast<uint32_t*>(bytes + element * means.element_size());
@@ -97,7 +116,7 @@ struct BlockOps {
 
   static void block_widths(const Tensor& norms, const Tensor& columns, at::IntArrayRef blocks,
                            at::IntArrayRef words, int64_t power, int64_t least, int64_t most,
-                           Tensor plan) {
+                           int64_t summands, Tensor plan) {
     const BlockSegments segments(blocks, words);
     const Bucket bucket(segments, norms, plan, 1);
     const int64_t all = segments.blocks.back();
@@ -106,8 +125,9 @@ struct BlockOps {
                       ", in units of 1/256, got ", power);
     TORCH_CHECK_VALUE(2 <= least && least <= most && most <= 16,
                       "widths must be from 2 to 16 bits, got ", least, " to ", most);
+    check_summands(summands, least);
     const WidthRule rule{static_cast<int32_t>(power), static_cast<int32_t>(least),
-                         static_cast<int32_t>(most)};
+                         static_cast<int32_t>(most), static_cast<int32_t>(summands)};
     auto* widths = plan.mutable_data_ptr<int32_t>();
     Device::run(norms, 0, segments.ranks(), 1,
                 [&](const auto& kernels, int64_t first, int64_t last) {
@@ -125,13 +145,15 @@ struct BlockOps {
 
   static void quantize_blocks(at::TensorList xs, const Tensor& norms, const Tensor& plan,
                               Tensor words, at::IntArrayRef blocks, at::IntArrayRef word_starts,
-                              int64_t block_size, int64_t seed, int64_t step,
+                              int64_t block_size, int64_t summands, int64_t seed, int64_t step,
                               at::IntArrayRef tensor_ids, int64_t rank, int64_t world_size,
                               bool correlated) {
     check_one_each(tensor_ids, "tensor_ids", xs.size());
     const BlockSegments segments(blocks, word_starts);
     const Bucket bucket(segments, norms, plan, block_size);
     check_buffer(words, "words", at::kInt, word_starts.back(), norms.device());
+    check_summands(summands, 16);
+    check_pairs(words, word_starts, summands);
     TORCH_CHECK_VALUE(1 <= world_size && world_size <= INT32_MAX, "world_size must be from 1 to ",
                       INT32_MAX, ", got ", world_size);
     TORCH_CHECK_VALUE(0 <= rank && rank < world_size, "rank must be from 0 to ", world_size - 1,
@@ -144,7 +166,7 @@ struct BlockOps {
                         ", got one on ", x.device());
       const Layout layout = bucket.layout(x.numel(), first);
       const CodeArgs args = bucket.args(dtype_of(x, "the tensor"), x.numel(), first);
-      const BlockPlan places = bucket.plan_of(first, 0, word_starts.back());
+      const BlockPlan places = bucket.plan_of(first, 0, word_starts.back(), summands);
       const RankDither dither =
           rank_dither(seed, step, tensor_ids[i], rank, world_size, correlated);
       auto* to = reinterpret_cast<uint32_t*>(words.mutable_data_ptr<int32_t>());
@@ -161,10 +183,17 @@ struct BlockOps {
   static void sum_blocks(const Tensor& received, const Tensor& norms, const Tensor& plan,
                          Tensor out, int64_t first, at::IntArrayRef blocks,
                          at::IntArrayRef word_starts, int64_t rank, int64_t block_size,
-                         double scale) {
+                         int64_t summands, int64_t contributors, double scale) {
     const BlockSegments segments(blocks, word_starts);
     const Bucket bucket(segments, norms, plan, block_size);
     segments.check_rank(rank);
+    check_summands(summands, 16);
+    check_pairs(received, word_starts, summands);
+    TORCH_CHECK_VALUE(summands == 1 || received.size(0) == 1,
+                      "codes that were added must be one row, got ", received.size(0));
+    TORCH_CHECK_VALUE(1 <= contributors && contributors <= summands,
+                      "contributors must be from 1 to summands, ", summands, ", got ",
+                      contributors);
     const int64_t length = word_starts[rank + 1] - word_starts[rank];
     const Received pieces = check_received(received, length, 32, norms.device());
     check_geometry(out, block_size);
@@ -173,7 +202,8 @@ struct BlockOps {
     const Layout layout = bucket.layout(out.numel(), first);
     bucket.check_run(first, 0, layout.blocks(), rank);
     const CodeArgs args = bucket.args(dtype_of(out, "the tensor"), out.numel(), first);
-    const BlockPlan places = bucket.plan_of(first, word_starts[rank], word_starts[rank + 1]);
+    const BlockPlan places =
+        bucket.plan_of(first, word_starts[rank], word_starts[rank + 1], summands, contributors);
     Device::run(out, 0, layout.blocks(), grain(block_size * pieces.ranks),
                 [&](const auto& kernels, int64_t begin, int64_t end) {
                   kernels.sum_blocks(args, places, pieces, scale, out.mutable_data_ptr(), begin,

@@ -18,7 +18,7 @@ struct Blocks {
   std::vector<int32_t> plan;
   int64_t first, last, cut;
 
-  explicit Blocks(Input& in)
+  explicit Blocks(Input& in, bool added = false)
       : args(tensor(in)),
         norm_size(args.dtype == DType::kFloat64 ? 8 : 4),
         layout{args.numel, args.block, 1},
@@ -26,14 +26,19 @@ struct Blocks {
         begin(in.number(0, 40)) {
     args.norms = norms.data.get();
     const auto least = static_cast<int32_t>(in.number(2, 16));
+    const int64_t most_summands = ((int64_t{1} << least) - 1) / 2;
+    const auto summands = static_cast<int32_t>(added ? in.number(1, most_summands) : 1);
     rule = {static_cast<int32_t>(in.number(0, kMostPower)), least,
-            static_cast<int32_t>(in.number(least, 16))};
-    int64_t all = 0;
+            static_cast<int32_t>(in.number(least, 16)), summands};
+    if (added) begin = 0;
+    int64_t all = 0, words = 0;
     for (int64_t b = 0; b < layout.blocks(); ++b) {
       columns.push_back(static_cast<uint8_t>(columns_of(layout.tile(b).size)));
       all += columns.back();
+      words += block_words(columns.back(), least, summands);
     }
-    end = begin + all * least + in.number(0, all * 15);
+    end = begin + words + in.number(0, all * 15);
+    if (added) end += end % 2;
     plan.assign(2 * columns.size() + 1, static_cast<int32_t>(end));
     if (in.flip()) {
       widths(*best(), plan.data());
@@ -66,7 +71,7 @@ struct Blocks {
                          to + blocks);
   }
   BlockPlan places(int64_t from) const {
-    return {plan.data(), plan.data() + columns.size(), from, end};
+    return {plan.data(), plan.data() + columns.size(), from, end, rule.summands, 1};
   }
   int64_t element(int64_t block) const {
     return block == layout.tiles() ? args.numel : layout.tile(block).begin;
@@ -75,7 +80,7 @@ struct Blocks {
 
 // All blocks lie in the message, one behind the other, whatever the norms are.
 void block_widths(Input& in) {
-  const Blocks c(in);
+  const Blocks c(in, in.flip());
   const auto blocks = static_cast<int64_t>(c.columns.size());
   const int64_t size = 2 * blocks * 4;
   everywhere(
@@ -89,7 +94,7 @@ void block_widths(Input& in) {
           const int32_t width = plan[b];
           require(!width || (c.rule.least <= width && width <= c.rule.most), "a wrong width");
           require(plan[blocks + b] == at, "a gap between blocks");
-          at += int64_t{width} * c.columns[b];
+          at += block_words(c.columns[b], width, c.rule.summands);
         }
         require(at <= c.end, "more words than there are");
         if (size) memcpy(out, plan.data(), static_cast<size_t>(size));
@@ -98,7 +103,7 @@ void block_widths(Input& in) {
 }
 
 void quantize_blocks(Input& in) {
-  const Blocks c(in);
+  const Blocks c(in, in.flip());
   const auto key = in.take<uint64_t>();
   const auto offset = in.take<uint32_t>();
   const Memory x = in.payload(c.args.numel * size_of(c.args.dtype));
@@ -131,9 +136,12 @@ void requantize_blocks(Input& in) {
 }
 
 void sum_blocks(Input& in) {
-  const Blocks c(in);
-  const int64_t ranks = in.number(1, 6), words = c.end - c.begin;
+  const Blocks c(in, in.flip());
+  const bool added = is_added(c.rule.summands);
+  const int64_t ranks = added ? 1 : in.number(1, 6), words = c.end - c.begin;
   const int64_t stride = words + in.number(0, 3);
+  BlockPlan places = c.places(c.begin);
+  if (added) places.contributors = static_cast<int32_t>(in.number(1, c.rule.summands));
   const auto scale = in.take<double>();
   const Memory sent = in.payload(((ranks - 1) * stride + words) * 4);
   const int64_t size = size_of(c.args.dtype);
@@ -141,8 +149,8 @@ void sum_blocks(Input& in) {
       c.first, c.cut, c.last, c.args.numel * size, c.element(c.first) * size,
       c.element(c.last) * size,
       [&](const Kernels& kernels, unsigned char* out, int64_t begin, int64_t end) {
-        kernels.sum_blocks(c.args, c.places(c.begin), {sent.data.get(), ranks, stride}, scale, out,
-                           begin, end);
+        kernels.sum_blocks(c.args, places, {sent.data.get(), ranks, stride}, scale, out, begin,
+                           end);
       },
       [&](const Memory& a, const Memory& b) { return same(c.args.dtype, a, b); });
 }

@@ -22,6 +22,7 @@ if "OMPI_COMM_WORLD_SIZE" not in os.environ:
 @pytest.mark.parametrize("numel", [1, 3, 1023, 300_001])
 @pytest.mark.parametrize("options", [
     {}, {"exchange": "two_phase"}, {"dither": "exponential"}, {"bits": BlockBits(4)},
+    {"bits": BlockBits(DynamicBits(7)), "exchange": "allreduce"},
 ], ids=str)  # fmt: skip
 def test_the_bits_of_simulate(new_state, rank, size, options, numel):
     model = Given(numel)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import assert_same_on_all_ranks, backward, bound, gradients, mlp
 
-from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd import BlockBits, GlobalQSGD
 from hvd_gqsgd.codecs.linear import levels_for
 
 
@@ -25,8 +25,9 @@ from hvd_gqsgd.codecs.linear import levels_for
         ({"exchange": "two_phase"}, 127),
         ({"exchange": "two_phase", "bits": 4}, 7),
         ({"dither": "exponential"}, 127),
+        ({"exchange": "allreduce", "bits": BlockBits(8, power=0)}, None),  # 8 bits for all blocks
     ],
-    ids=["allreduce", "two_phase", "two_phase-4", "exponential"],
+    ids=["allreduce", "two_phase", "two_phase-4", "exponential", "allreduce-blocks"],
 )
 def test_join_with_uneven_batches(rank, size, several, options, levels):
     """Average divides by all ranks, as Horovod's does, though some have left."""

@@ -15,6 +15,7 @@ OPERATORS = [
     {"dither": "exponential"}, {"dither": "exponential", "bits": 4, "block_size": None},
     {"dither": "exponential", "norm": "l2", "correlated": False, "block_size": 100},
     {"bits": BlockBits(4)}, {"bits": BlockBits(5, block_size=96), "norm": "l2"},
+    {"bits": BlockBits(8), "exchange": "allreduce"}, {"bits": BlockBits(DynamicBits(5))},
 ]  # fmt: skip
 TWO_PHASE = [
     {"exchange": "two_phase"}, {"dither": "exponential", "bits": 4},

@@ -9,6 +9,9 @@ a block has the width
 and none if M is 0 or not finite. A segment of a bucket has so many words. c is the largest multiple
 of 2^-8 at which the words of its blocks are no more than that. What is left widens, by one bit
 each, the blocks that would be wider at the next c: in their order, until one does not fit.
+
+Where n ranks add their codes the bucket is one segment, and a block of q columns takes 64-bit words
+of floor(64 / w) lanes for its 32 q elements. Widths are widened as far as no fewer lanes fit.
 """
 
 from __future__ import annotations
@@ -32,13 +35,16 @@ from reference.two_phase import REQUANTIZE_STREAM
 
 __all__ = [
     "Rule",
+    "allreduce_mean",
     "codes",
     "columns_of",
     "dither",
     "mean",
     "one_phase_mean",
+    "pack_added",
     "pack_block",
     "widths",
+    "words_of",
 ]
 
 UNIT = 256
@@ -60,7 +66,15 @@ def columns_of(numel: int, block_size: int) -> Array:
     return -(-sizes // ROWS)
 
 
-def widths(norms: Array, columns: Array, words: int, rule: Rule) -> Array:
+def words_of(columns: Array, width: Array, summands: int) -> Array:
+    """32-bit words of blocks, whose codes are added if there are more than one."""
+    if summands == 1:
+        return columns * width
+    lanes = 64 // np.maximum(width, 1)
+    return np.where(width > 0, 2 * -(-ROWS * columns // lanes), 0)
+
+
+def widths(norms: Array, columns: Array, words: int, rule: Rule, summands: int = 1) -> Array:
     """The width of each block of one segment."""
     places_of_norm = 23 if norms.dtype == np.int32 else 52
     origin = 127 if norms.dtype == np.int32 else 1023
@@ -70,23 +84,30 @@ def widths(norms: Array, columns: Array, words: int, rule: Rule) -> Array:
 
     def at(offset: int) -> Array:
         wanted = np.floor((offset + weights) / UNIT + 0.5).astype(np.int64)
-        return np.where(used, np.clip(wanted, rule.least, rule.most), 0)
+        clipped = np.clip(wanted, rule.least, rule.most)
+        if summands > 1:
+            clipped = np.minimum(64 // (64 // clipped), rule.most)
+        return np.where(used, clipped, 0)
+
+    def size(width: Array) -> Array:
+        return words_of(columns, width, summands)
 
     # From where all blocks have the least width to where all have the largest one.
     spread = 1 + int(abs(weights).max(initial=0)) + 20 * UNIT
     low, high = -spread, spread
     while high - low > 1:
         middle = (low + high) // 2
-        if (at(middle) * columns).sum() <= words:
+        if size(at(middle)).sum() <= words:
             low = middle
         else:
             high = middle
-    chosen, left = at(low), words - int((at(low) * columns).sum())
-    for block in np.flatnonzero(at(low + 1) > chosen):
-        left -= columns[block]
+    chosen, wider = at(low), at(low + 1)
+    left = words - int(size(chosen).sum())
+    for block in np.flatnonzero(wider > chosen):
+        left -= int(size(wider)[block] - size(chosen)[block])
         if left < 0:
             break
-        chosen[block] += 1
+        chosen[block] = wider[block]
     return chosen
 
 
@@ -101,6 +122,21 @@ def pack_block(lanes: Array, width: int) -> Array:
     return words.ravel().view(np.int32)
 
 
+def pack_added(lanes: Array, columns: int, width: int, s: int) -> Array:
+    """The words of a block's lanes (codes + s) that ranks add, as ``int64``: the top lane of a word
+    has the code alone."""
+    count = 64 // width
+    pairs = -(-ROWS * columns // count)
+    padded = np.full(count * pairs, s, np.int64)
+    padded[: lanes.size] = lanes
+    words = [
+        sum(int(padded[lane * pairs + j]) << lane * width for lane in range(count))
+        - (s << (count - 1) * width)
+        for j in range(pairs)
+    ]
+    return np.array(words, np.int64)
+
+
 def _segments(columns: Array, ranks: int, rule: Rule, norm_size: int) -> list[tuple[Array, int]]:
     """The blocks of each rank, and their words: whole units of the size of a norm."""
     cuts = [len(columns) * rank // ranks for rank in range(ranks + 1)]
@@ -111,12 +147,12 @@ def _segments(columns: Array, ranks: int, rule: Rule, norm_size: int) -> list[tu
     return parts
 
 
-def _encode(x: Array, norms: Array, width: Array, xi: Array) -> Array:
+def _encode(x: Array, norms: Array, width: Array, xi: Array, summands: int = 1) -> Array:
     """Codes of elements on norms and at widths of their own; 0 without a width."""
     out = np.zeros(x.size, np.int64)
     for w in np.unique(width[width > 0]):
-        at = width == w
-        out[at] = codes(x[at], norms[at], 1, (1 << (w - 1)) - 1, xi[at], int(w))
+        at, s = width == w, ((1 << w) - 1) // (2 * summands)
+        out[at] = codes(x[at], norms[at], 1, s, xi[at], int(w))
     return out
 
 
@@ -131,24 +167,29 @@ class _Averaged(NamedTuple):
 
 def _average(
     rows: Array, rule: Rule, segments: int, block_size: int, correlated: bool, norm: str,
-    **at: Any,
+    summands: int = 1, **at: Any,
 ) -> _Averaged:  # fmt: skip
     """The first phase, of blocks that so many owners have."""
     n, numel = rows.shape
     shared = shared_norms(rows, block_size, norm)
     columns = columns_of(numel, block_size)
     width_of_block = np.zeros(len(columns), np.int64)
+    if summands > 1:
+        rule = rule._replace(least=max(rule.least, int(2 * summands).bit_length()))
     for blocks, words in _segments(columns, segments, rule, shared.itemsize):
-        width_of_block[blocks] = widths(shared[blocks], columns[blocks], words, rule)
+        if summands > 1:
+            least = words_of(columns, np.full(columns.size, rule.least), summands).sum()
+            words = max(words + words % 2, int(least))
+        width_of_block[blocks] = widths(shared[blocks], columns[blocks], words, rule, summands)
     block = places(numel, block_size, 8).block
     width, maxima = width_of_block[block], floats(shared)[block]
     real = maxima.dtype.type
-    levels = np.maximum((1 << np.maximum(width - 1, 0)) - 1, 1)
+    levels = np.maximum(((1 << width) - 1) // (2 * summands), 1)
 
     total = np.zeros(numel, np.int64)
     for rank, x in enumerate(rows):
         xi = dither(numel, block_size, rank=rank, world_size=n, correlated=correlated, **at)
-        total += _encode(x, shared[block], width, xi)
+        total += _encode(x, shared[block], width, xi, summands)
     share = total.astype(real) * (1 / n / levels).astype(real)
     return _Averaged(share, shared, block, width, levels, maxima)
 
@@ -177,6 +218,17 @@ def one_phase_mean(
     """The mean of a shard, of which n ranks have one row each, on the rank that owns it."""
     at: dict[str, Any] = {"seed": seed, "step": step, "tensor_id": tensor_id}
     first = _average(rows, rule, 1, block_size, correlated, norm, **at)
+    return _in_units(first.share, first.maxima, rows.dtype)
+
+
+def allreduce_mean(
+    rows: Array, rule: Rule, *, block_size: int, correlated: bool, seed: int, step: int,
+    tensor_id: int, norm: str = "max",
+) -> Array:  # fmt: skip
+    """The mean that n ranks, with one row each, decode of a bucket of one tensor whose codes were
+    added."""
+    at: dict[str, Any] = {"seed": seed, "step": step, "tensor_id": tensor_id}
+    first = _average(rows, rule, 1, block_size, correlated, norm, summands=len(rows), **at)
     return _in_units(first.share, first.maxima, rows.dtype)
 
 
