@@ -323,6 +323,23 @@ def test_bench_memory(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         assert arm["more"] <= 1.5, name
 
 
+def test_bench_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """Operators without levels for so many ranks are left out."""
+    for ranks, summed in ((2, True), (200, False)):
+        arguments = ["--ranks", str(ranks), "--numel", "3000", "--repeats", "1", "--json"]
+        cli.main(["bench", "cpu", *arguments])
+        rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+        assert ("8 bits per block Allreduce" in rows) == summed
+        assert rows["4 bits per block"]["exchange"] == "two_phase"
+        assert rows["4 bits"]["to_4_bits"] == 1
+        assert all(row["ns_per_element"] > 0 for row in rows.values())
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "cpu", "--ranks", "1"])
+    assert "--ranks must be at least 2, got 1" in capsys.readouterr().err
+    cli.main(["bench", "cpu", "--numel", "3000", "--repeats", "1"])
+    assert "4 bits per block of 128" in capsys.readouterr().out
+
+
 def test_bench_calibrate() -> None:
     """A machine that the model takes."""
     machine = Machine(**result_of("--calibrate", "--repeats", "1", "--megabytes", "4"))

@@ -125,11 +125,30 @@ def test_frontier_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert dynamic["bits"] == pytest.approx(fixed["bits"], abs=0.4)  # three steps: 4, 6 or 8
         assert fixed["error"] > 0
         assert dynamic["error"] > 0
+        assert steps[f"{bits} bits per block"]["error"] < fixed["error"]
+        assert steps[f"{bits} bits per block and step"]["error"] > 0
 
     frontier.main(["--markdown", "--ranks", "2", "4", "--", files[0]])
     said = capsys.readouterr().out
     assert said.count("| MXFP8 |") == 2
     assert "2 ranks, 20,040 elements" in said
+
+
+def test_sizes_of_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At equal bytes: more bits have less error, whichever size; norms of 32 elements take 1.5."""
+    file = tmp_path / "gradients.pt"
+    torch.save([random(200, 1, seed=9).exp() ** 2 * random(4, 200, 300)], file)
+    frontier.main(["--block-sizes", "--json", str(file)])
+    (world,) = json.loads(capsys.readouterr().out)["worlds"]
+    rows = world["block_sizes"]
+    assert (3, 32) not in {(row["total"], row["block_size"]) for row in rows}
+    for size in frontier.BLOCK_SIZES:
+        errors = [row["error"] for row in rows if row["block_size"] == size]
+        assert errors == sorted(errors, reverse=True)
+    (small,) = [row for row in rows if (row["total"], row["block_size"]) == (4, 32)]
+    assert small["budget"] == pytest.approx(2.5, abs=0.02)
+    frontier.main(["--block-sizes", "--markdown", str(file)])
+    assert "| 4 |" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options", [{"bits": 3}, {"bits": 4}, {"bits": BlockBits(2.5)}])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import SimulatedRanks
 
-__all__ = ["main", "measure", "measure_steps"]
+__all__ = ["main", "measure", "measure_block_sizes", "measure_steps"]
 
 OURS: dict[str, dict[str, Any]] = {
     **{f"Allreduce, {bits} bits": {"bits": bits, "exchange": "allreduce"} for bits in (4, 8, 16)},
@@ -42,6 +43,10 @@ OURS: dict[str, dict[str, Any]] = {
     },
     **{f"per block, {bits} bits": {"bits": BlockBits(bits)} for bits in (2.5, 3, 4, 5)},
     **{f"per block, power 1, {bits} bits": {"bits": BlockBits(bits, 1)} for bits in (3, 4, 5)},
+    **{
+        f"per block, Allreduce, {bits} bits": {"bits": BlockBits(bits), "exchange": "allreduce"}
+        for bits in (4, 8)
+    },
     "exponential, 8 bits": {"bits": 8, "dither": "exponential"},
     "exponential, 4 bits": {"bits": 4, "dither": "exponential"},
     "authors' scheme, 8 bits": {"bits": 8, **AUTHORS},
@@ -50,6 +55,10 @@ OURS: dict[str, dict[str, Any]] = {
 
 BUDGETS = (4, 5, 6)
 """Mean bits at which widths per step are compared with one width."""
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024)
+TOTALS = (3, 4, 5, 6, 8)
+"""Bits an element, norms included, at which sizes of blocks are compared."""
 
 MOST_MB = 2048  # all tensors in one bucket
 
@@ -72,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="numbers of ranks; of recorded gradients the first ones (default: all of them, or 8)",
     )  # fmt: skip
     parser.add_argument("--node", type=int, help="ranks of a node, for qgZ (default: all)")
+    parser.add_argument(
+        "--block-sizes", action="store_true",
+        help="compare sizes of blocks for widths per block instead, at equal bytes with norms",
+    )  # fmt: skip
     parser.add_argument(
         "--train", nargs="+", metavar="TASK",
         help="train scripts, such as 'examples/language.py --steps 100', with all ranks in this "
@@ -110,11 +123,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = []
     for ranks in worlds:
         world = [[x[:ranks] for x in step] for step in steps] or [synthetic(ranks)]
+        elements = f"{ranks} ranks, {sum(x[0].numel() for x in world[0]):,} elements"
+        if options.block_sizes:
+            sizes = measure_block_sizes(world[-1])
+            results.append({"ranks": ranks, "block_sizes": sizes})
+            if not options.json:
+                _show_block_sizes(sizes, elements, options.markdown)
+            continue
         rows = measure(world, options.node or ranks)
         over_steps = measure_steps(world) if len(world) > 1 else []
         results.append({"ranks": ranks, "rows": rows, "over_steps": over_steps})
         if not options.json:
-            elements = f"{ranks} ranks, {sum(x[0].numel() for x in world[0]):,} elements"
             _show(rows, elements, options.markdown)
             if over_steps:
                 _show(over_steps, f"{elements}, all {len(world)} steps", options.markdown)
@@ -142,6 +161,16 @@ def _show(rows: Sequence[dict[str, Any]], title: str, markdown: bool) -> None:
         ["", "bits an element", "squared error to squared mean"],
         [[row["name"], f"{row['bits']:.2f}", f"{row['error']:.2e}"] for row in rows],
         title=title,
+        markdown=markdown,
+    )
+
+
+def _show_block_sizes(rows: Sequence[dict[str, Any]], title: str, markdown: bool) -> None:
+    cells = {(row["total"], row["block_size"]): f"{row['error']:.2e}" for row in rows}
+    show_table(
+        ["bits an element, with norms", *(f"blocks of {size}" for size in BLOCK_SIZES)],
+        [[str(total), *(cells.get((total, size), "") for size in BLOCK_SIZES)] for total in TOTALS],
+        title=f"{title}: squared error to squared mean",
         markdown=markdown,
     )
 
@@ -212,7 +241,8 @@ def measure(steps: Sequence[Step], node: int) -> list[dict[str, Any]]:
 
 
 def measure_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Compares widths per step (DQ-SGD) with one width, in two phases, on all steps together.
+    """Compares widths per step (DQ-SGD), per block and both with one width, in two phases, on all
+    steps together.
 
     Returns:
         Rows as those of ``measure``.
@@ -220,10 +250,15 @@ def measure_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
     numels, size = [x[0].numel() for x in steps[0]], len(steps[0][0])
     result = []
     for bits in BUDGETS:
-        for name, choice in (
-            (f"{bits} bits", bits),
-            (f"{bits} bits per step", DynamicBits(bits, total_steps=len(steps))),
-        ):
+        per_step = DynamicBits(bits, total_steps=len(steps))
+        choices: dict[str, int | DynamicBits | BlockBits] = {
+            f"{bits} bits": bits,
+            f"{bits} bits per step": per_step,
+            f"{bits} bits per step, power 0.5": dataclasses.replace(per_step, power=0.5),
+            f"{bits} bits per block": BlockBits(bits),
+            f"{bits} bits per block and step": BlockBits(per_step),
+        }
+        for name, choice in choices.items():
             options = Options(bits=choice, exchange="two_phase", bucket_mb=MOST_MB)
             ranks = SimulatedRanks(size, options)
             off = square = 0.0
@@ -232,10 +267,35 @@ def measure_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
                 true = torch.cat([x.flatten(1) for x in step], 1).double().mean(0)
                 off += float((_means(ranks, step) - true).square().sum())
                 square += float(true.square().sum())
-                bits_now = ranks.stats.bits
+                used = ranks.stats.bits
+                bits_now = choice.at(used) if isinstance(choice, BlockBits) else used
                 sent += wire_bytes(numels, bits=bits_now, two_phase=True, ranks=size)
             result.append({
                 "name": name, "bits": 8 * sent / sum(numels) / len(steps), "error": off / square,
+            })  # fmt: skip
+    return result
+
+
+def measure_block_sizes(step: Step) -> list[dict[str, Any]]:
+    """Compares sizes of blocks for widths per block, in two phases, at equal bytes.
+
+    Returns:
+        A row for each size and total, but for those that leave less than 2 bits to the codes: its
+        "block_size", "total" bits an element, the "budget" of the codes, and the "error".
+    """
+    true = torch.cat([x.flatten(1) for x in step], 1).double().mean(0)
+    numels, ranks = [x[0].numel() for x in step], len(step[0])
+    result = []
+    for total, size in itertools.product(TOTALS, BLOCK_SIZES):
+        options = {"block_size": size, "max_bits": 16}
+        least = Options(bits=BlockBits(2, **options), bucket_mb=MOST_MB)
+        norms = 8 * wire_bytes_of(least, numels, ranks) / sum(numels) - 2
+        if (budget := total - norms) >= 2:
+            estimate = _ours(step, {"bits": BlockBits(budget, **options)})
+            assert estimate is not None
+            error = (estimate.mean.double() - true).square().sum() / true.square().sum()
+            result.append({
+                "block_size": size, "total": total, "budget": budget, "error": float(error),
             })  # fmt: skip
     return result
 

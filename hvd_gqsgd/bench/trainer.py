@@ -41,6 +41,12 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "3 bits per block": lambda steps: {"bits": BlockBits(3)},
     "2.5 bits per block": lambda steps: {"bits": BlockBits(2.5)},
     "4 bits per step": lambda steps: {"bits": DynamicBits(4, total_steps=steps)},
+    "4 bits per step, power 0.5": lambda steps: {
+        "bits": DynamicBits(4, total_steps=steps, power=0.5)
+    },
+    "4 bits per block and step": lambda steps: {
+        "bits": BlockBits(DynamicBits(4, total_steps=steps))
+    },
     "5 bits": lambda steps: {"bits": 5},
     "5 bits per block": lambda steps: {"bits": BlockBits(5)},
     "5 bits per step": lambda steps: {"bits": DynamicBits(5, total_steps=steps)},

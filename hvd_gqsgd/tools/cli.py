@@ -23,6 +23,7 @@ COMMANDS = {
     "bench mpi": ("hvd_gqsgd.bench.mpi", "time the allreduce over MPI alone; under mpirun"),
     "bench calibrate": ("hvd_gqsgd.bench.calibrate", "measure a machine, for model --machine"),
     "bench kernels": ("hvd_gqsgd.bench.kernels", "time the kernels against memcpy"),
+    "bench cpu": ("hvd_gqsgd.bench.cpu", "time the CPU's part of an exchange, for each operator"),
     "bench error": ("hvd_gqsgd.bench.error", "compare the operators' errors with their bounds"),
     "bench frontier": ("hvd_gqsgd.bench.frontier", "compare errors and losses at equal bytes"),
 }

@@ -1,173 +1,37 @@
 // Blocks of different widths; see core/block_bits.h. Included by kernels_inl.h alone.
 #pragma once
 
+#include "block_lanes_inl.h"
 #include "codes_inl.h"
 #include "core/block_bits.h"
 
 namespace gqsgd {
 namespace {
 
-// Columns that are packed at once.
-constexpr int kVector = 8;
-using Lanes = uint32_t __attribute__((vector_size(kVector * sizeof(uint32_t))));
+// The words of blocks of all numbers of columns, at all widths, whose codes are added.
+struct AddedWords {
+  int16_t words[kMostColumns + 1][17];
 
-// By reference: without AVX, how such a vector is returned is not the same everywhere.
-GQSGD_INLINE void load_lanes(const uint32_t* from, Lanes& lanes) {
-  memcpy(&lanes, from, sizeof(lanes));
-}
-
-template <int kWidth>
-GQSGD_INLINE void pack_columns(const uint32_t* __restrict lanes, int32_t columns,
-                               uint32_t* __restrict words) {
-  for (int32_t j = 0; j < columns; j += kVector) {
-    Lanes word = {};
-#pragma GCC unroll 32
-    for (int i = 0; i < kRows; ++i) {
-      const int shift = i * kWidth % 32;
-      Lanes lane;
-      load_lanes(lanes + i * columns + j, lane);
-      word |= lane << shift;
-      if (shift + kWidth >= 32) {
-        memcpy(words + i * kWidth / 32 * columns + j, &word, sizeof(word));
-        word = shift + kWidth > 32 ? lane >> (32 - shift) : Lanes{};
+  explicit AddedWords(const WidthRule& rule) {
+    for (int32_t columns = 0; columns <= kMostColumns; ++columns) {
+      for (int32_t width = 0; width <= 16; ++width) {
+        const int32_t wide = width < 2 ? 0 : widened(width, rule);
+        words[columns][width] =
+            static_cast<int16_t>(wide ? block_words(columns, wide, rule.summands) : 0);
       }
     }
   }
-}
-
-template <int kWidth>
-GQSGD_INLINE void add_columns(const uint32_t* __restrict words, int32_t columns,
-                              uint32_t* __restrict sums) {
-  for (int32_t j = 0; j < columns; j += kVector) {
-    Lanes word, sum;
-    load_lanes(words + j, word);
-#pragma GCC unroll 32
-    for (int i = 0; i < kRows; ++i) {
-      const int shift = i * kWidth % 32;
-      Lanes lane = word >> shift;
-      if (shift + kWidth >= 32 && i + 1 < kRows) {
-        load_lanes(words + (i * kWidth / 32 + 1) * columns + j, word);
-        if (shift + kWidth > 32) lane |= word << (32 - shift);
-      }
-      load_lanes(sums + i * columns + j, sum);
-      sum += lane & ((1u << kWidth) - 1);
-      memcpy(sums + i * columns + j, &sum, sizeof(sum));
-    }
-  }
-}
-
-// f(width as a constant)
-template <class F>
-GQSGD_INLINE void with_width(int32_t width, F f) {
-#define GQSGD_WIDTH(w) \
-  case w:              \
-    return f(std::integral_constant<int, w>{});
-  switch (width) {
-    GQSGD_WIDTH(2)
-    GQSGD_WIDTH(3)
-    GQSGD_WIDTH(4)
-    GQSGD_WIDTH(5)
-    GQSGD_WIDTH(6)
-    GQSGD_WIDTH(7)
-    GQSGD_WIDTH(8)
-    GQSGD_WIDTH(9)
-    GQSGD_WIDTH(10)
-    GQSGD_WIDTH(11)
-    GQSGD_WIDTH(12)
-    GQSGD_WIDTH(13)
-    GQSGD_WIDTH(14)
-    GQSGD_WIDTH(15)
-    GQSGD_WIDTH(16)
-  }
-#undef GQSGD_WIDTH
-}
-
-template <int kWidth>
-GQSGD_INLINE void pack_pairs(const uint32_t* __restrict lanes, int32_t pairs, int32_t levels,
-                             uint64_t* __restrict words) {
-  const uint64_t top = top_bias(levels, kWidth);
-  for (int32_t j = 0; j < pairs; ++j) {
-    uint64_t word = 0;
-#pragma GCC unroll 32
-    for (int i = 0; i < 64 / kWidth; ++i) {
-      word |= uint64_t{lanes[i * pairs + j]} << (i * kWidth);
-    }
-    words[j] = word - top;
-  }
-}
-
-template <int kWidth>
-GQSGD_INLINE void unpack_pairs(const uint64_t* __restrict words, int32_t pairs, int32_t bias,
-                               uint32_t* __restrict sums) {
-  const uint64_t top = top_bias(bias, kWidth);
-  constexpr uint32_t kMask = (1u << kWidth) - 1;
-#pragma GCC unroll 32
-  for (int i = 0; i < 64 / kWidth; ++i) {
-    for (int32_t j = 0; j < pairs; ++j) {
-      sums[i * pairs + j] += static_cast<uint32_t>((words[j] + top) >> (i * kWidth)) & kMask;
-    }
-  }
-}
-
-// Lanes of a block, those included that no element has.
-GQSGD_INLINE int64_t lanes_of(int32_t columns, int32_t width, int32_t summands) {
-  if (!is_added(summands) || width == 0) return int64_t{kRows} * columns;
-  return int64_t{pairs_of(columns, width)} * lanes_of_pair(width);
-}
-// The most of them.
-constexpr int64_t kMostLanes = kTile + 32;
-
-template <class Code>
-void pack_block(const uint32_t* lanes, int32_t columns, const Code& code, int32_t summands,
-                uint32_t* words) {
-  const int32_t width = code.bits;
-  if (is_added(summands)) {
-    const int32_t pairs = pairs_of(columns, width);
-    return with_width(width, [&](auto w) {
-      pack_pairs<decltype(w)::value>(lanes, pairs, code.levels, reinterpret_cast<uint64_t*>(words));
-    });
-  }
-  if (columns % kVector == 0) {
-    return with_width(width,
-                      [&](auto w) { pack_columns<decltype(w)::value>(lanes, columns, words); });
-  }
-  for (int32_t k = 0; k < width; ++k) {
-    for (int32_t j = 0; j < columns; ++j) {
-      words[k * columns + j] = packed_word(lanes, columns, k, j, width);
-    }
-  }
-}
-
-// Adds the lanes of one message, with `bias` in all of them; the sums are in the order of the
-// elements.
-void add_block(const uint32_t* words, int32_t columns, int32_t width, int32_t summands,
-               int32_t bias, uint32_t* sums) {
-  if (is_added(summands)) {
-    const int32_t pairs = pairs_of(columns, width);
-    return with_width(width, [&](auto w) {
-      unpack_pairs<decltype(w)::value>(reinterpret_cast<const uint64_t*>(words), pairs, bias, sums);
-    });
-  }
-  if (columns % kVector == 0) {
-    return with_width(width,
-                      [&](auto w) { add_columns<decltype(w)::value>(words, columns, sums); });
-  }
-  for (int32_t i = 0; i < kRows; ++i) {
-    for (int32_t j = 0; j < columns; ++j) {
-      sums[i * columns + j] += unpacked_lane(words, columns, i, j, width);
-    }
-  }
-}
+};
 
 // The words of all blocks at an offset.
 GQSGD_INLINE int64_t words_at(int32_t offset, const int32_t* __restrict weights,
-                              const uint8_t* __restrict columns, int64_t blocks, WidthRule rule) {
+                              const uint8_t* __restrict columns, int64_t blocks, WidthRule rule,
+                              const AddedWords& added) {
   constexpr int64_t kRun = 4096;  // sums of so many fit 32 bits
   int64_t total = 0;
   if (is_added(rule.summands)) {
     for (int64_t b = 0; b < blocks; ++b) {
-      total +=
-          block_words(columns[b], widened(width_at(weights[b], offset, rule), rule), rule.summands);
+      total += added.words[columns[b]][width_at(weights[b], offset, rule)];
     }
     return total;
   }
@@ -193,11 +57,12 @@ void block_widths(const Norm* __restrict norms, const uint8_t* __restrict column
     largest = weight > largest ? weight : largest;
   }
   if (largest == kNoWeight) largest = smallest;
+  const AddedWords added(rule);
   const int32_t offset = best_offset(smallest, largest, rule, end - begin, [&](int32_t at) {
-    return words_at(at, widths, columns, blocks, rule);
+    return words_at(at, widths, columns, blocks, rule, added);
   });
   // What is left goes to the blocks that are the next to become wider, as far as it goes.
-  int64_t left = end - begin - words_at(offset, widths, columns, blocks, rule), at = begin;
+  int64_t left = end - begin - words_at(offset, widths, columns, blocks, rule, added), at = begin;
   for (int64_t b = 0; b < blocks; ++b) {
     const int32_t width = widened(width_at(widths[b], offset, rule), rule);
     const int32_t next = widened(width_at(widths[b], offset + 1, rule), rule);
@@ -269,14 +134,21 @@ template <class Code>
 GQSGD_INLINE void sum_block(const BlockPlan& plan, const Received& received,
                             const BlockPlan::Place& place, int32_t columns, const Code& code,
                             uint32_t* __restrict sums) {
-  const int64_t messages = place.width ? received.ranks : 0;
-  const int32_t bias = code.levels * plan.contributors;
-  const uint32_t biases = static_cast<uint32_t>(bias * messages);
-  const int64_t count = lanes_of(columns, place.width, plan.summands);
-  for (int64_t i = 0; i < count; ++i) sums[i] = 0u - biases;
-  for (int64_t message = 0; message < messages; ++message) {
-    const auto* in = static_cast<const uint32_t*>(received.words) + message * received.stride;
-    add_block(in + place.start, columns, place.width, plan.summands, bias, sums);
+  const auto* in = static_cast<const uint32_t*>(received.words) + place.start;
+  const int32_t width = place.width;
+  if (width == 0) {
+    memset(sums, 0, sizeof(*sums) * kRows * static_cast<size_t>(columns));
+  } else if (is_added(plan.summands)) {
+    with_width(width, [&](auto w) {
+      unpack_pairs<decltype(w)::value>(reinterpret_cast<const uint64_t*>(in),
+                                       pairs_of(columns, width), code.levels * plan.contributors,
+                                       sums);
+    });
+  } else {
+    add_block<true>(in, columns, width, static_cast<uint32_t>(code.levels * received.ranks), sums);
+    for (int64_t rank = 1; rank < received.ranks; ++rank) {
+      add_block<false>(in + rank * received.stride, columns, width, 0, sums);
+    }
   }
 }
 
