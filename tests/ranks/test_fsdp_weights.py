@@ -238,7 +238,7 @@ def test_unbiased_and_within_its_bound(rank, size, weight_bits):
     level = bound(exact.view(1, -1), 2 ** (weight_bits - 1) - 1).view(-1)
     found = []
     for weight in (exact, rounded_to(exact.view(-1), level).view_as(exact)):
-        model, compressor = Matrices(), GlobalQSGD(min_numel=3000 if size == 2 else 1000)
+        model, compressor = Matrices(), GlobalQSGD(min_numel=100)
         model.first = nn.Parameter(weight.clone())
         compressor.fsdp(shard(model), weight_bits=weight_bits)
         state, results = compressor.state_dict(), []
@@ -249,7 +249,7 @@ def test_unbiased_and_within_its_bound(rank, size, weight_bits):
         errors = (torch.stack(results) - exact.view(-1)) / level
         if weight is exact:
             assert (errors.abs() <= 1).all()
-            assert errors.square().mean() <= 1 / 4
+            assert 1 / 20 < errors.square().mean() <= 1 / 4
         found.append(worst_bias(errors, exact.view(1, -1), level))
     assert found[0] < T_LIMIT < 10 * T_LIMIT < found[1]
 
