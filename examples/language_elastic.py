@@ -20,7 +20,9 @@ from typing import Any
 import horovod.torch as hvd
 import torch
 from common import add_compression_arguments, make_compression, replica_difference
-from language import (
+from language import perplexity
+from training import seed_step
+from transformer import (
     Transformer,
     add_model_arguments,
     cross_entropy,
@@ -28,9 +30,7 @@ from language import (
     load_data,
     make_optimizer,
     make_schedule,
-    perplexity,
 )
-from training import seed_step
 
 
 def parse_args() -> argparse.Namespace:

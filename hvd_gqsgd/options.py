@@ -23,7 +23,7 @@ WIRE_VERSION = 4
 ENOUGH_LEVELS = 31
 
 Dither = Literal["linear", "exponential"]
-Exchange = Literal["auto", "allreduce", "two_phase", "one_phase", "reduce_scatter"]
+Exchange = Literal["auto", "allreduce", "two_phase", "one_phase", "gather", "reduce_scatter"]
 Norm = Literal["max", "l2"]
 
 EXPONENTIAL_BITS = (4, 8)
@@ -73,6 +73,7 @@ class Options:
             than 31 levels and two phases have more.
             ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds nothing
             twice: it is that of ``GlobalQSGD.fsdp``, and ``simulate`` has it.
+            ``"gather"`` is that of the weights of ``GlobalQSGD.fsdp``, and adds nothing up.
             ``"reduce_scatter"`` sums exponential codes by an MPI operator, and rounds at each sum:
             for ``allreduce`` over MPI only, to compare with the paper.
         norm: the norm of a block over all ranks: ``"max"``, its largest magnitude, or ``"l2"``.

@@ -54,6 +54,11 @@ class Stats:
     """Bytes of the tensors that were not compressed, the same before and on the wire."""
     elements: int = 0
     """Elements of compressed tensors."""
+    weight_bytes_before: int = 0
+    """Bytes of the weights that FSDP gathered, with ``weight_bits``; counted as those handed to an
+    all-gather, in which each rank sends its shard to all others."""
+    weight_bytes_on_wire: int = 0
+    """Bytes of these weights on the wire, those that were not rounded included."""
     slots_filled: int = 0
     """Horovod operation slots that no collective used; see ``engine/operation_slots.py``."""
     bits: int = 0
@@ -86,6 +91,11 @@ class Stats:
     def compressed_ratio(self) -> float:
         """Compression ratio of the compressed tensors; 1 if there were none."""
         return _ratio(self.compressed_bytes_before, self.compressed_bytes_on_wire)
+
+    @property
+    def weight_ratio(self) -> float:
+        """Compression ratio of the weights that FSDP gathered; 1 if there were none."""
+        return _ratio(self.weight_bytes_before, self.weight_bytes_on_wire)
 
     @property
     def mean_bits(self) -> float:
@@ -146,6 +156,11 @@ class Stats:
                 f"compressed ones: {self.compressed_bytes_before:,} bytes -> "
                 f"{self.compressed_bytes_on_wire:,} on the wire, "
                 f"{self.compressed_ratio:.2f} times fewer, {self.mean_bits:.2f} bits per element"
+            )
+        if self.weight_bytes_before:
+            lines.append(
+                f"weights: {self.weight_bytes_before:,} bytes -> {self.weight_bytes_on_wire:,} on "
+                f"the wire, {self.weight_ratio:.2f} times fewer"
             )
         return "\n".join(lines)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -74,11 +75,28 @@ def transformers() -> Run:
     return run
 
 
+def deepspeed(stage: int) -> Run:
+    import digits_deepspeed
+
+    def run(compressor, rounds, folder, resume):
+        rounds = 1 if resume else rounds
+        engine = digits_deepspeed.train(compressor, rounds, folder, resume, stage)
+        return loss_of(engine.module)
+
+    return run
+
+
+RUNS: dict[str, Callable[[], Run]] = {
+    "lightning": lightning,
+    "accelerate": accelerate,
+    "transformers": transformers,
+    **{f"deepspeed-{stage}": functools.partial(deepspeed, stage) for stage in (0, 1, 2)},
+}
+
+
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
-    run: Run = {"lightning": lightning, "accelerate": accelerate, "transformers": transformers}[
-        name
-    ]()
+    run = RUNS[name]()
     whole, first, second = GlobalQSGD(), GlobalQSGD(), GlobalQSGD()
     result: dict[str, Any] = {
         "plain": run(None, 2, None, None),

@@ -55,6 +55,8 @@ BLOCKS = ("tests/test_block_bits.py -k 'test_widths or test_same_bits'", 0)
 RANKS = ("tests/ranks/test_statistics.py", 2)
 SUMS = ("tests/ranks/test_allreduce.py -k test_linear_reductions", 2)
 JOIN = ("tests/ranks/test_join.py", 3)
+WEIGHTS = ("tests/ranks/test_fsdp_weights.py -k test_the_backward_pass", 2)
+WEIGHTS_UNBIASED = ("tests/ranks/test_fsdp_weights.py -k test_unbiased", 2)
 
 LINEAR = "native/core/linear.h"
 HASH = "native/core/hash.h"
@@ -128,6 +130,10 @@ MUTANTS = [
            "norm > 0 && is_finite_norm(norm)", "norm > 0", (BLOCKS,)),
     Mutant("Average is not divided", PROBE, "self.slots[0] / contributors",
            "self.slots[0]", (SUMS, RANKS)),
+    Mutant("weights change before their backward pass", "hvd_gqsgd/frontends/fsdp_weights.py",
+           "if torch._C._current_graph_task_id() == -1:", "if True:", (WEIGHTS,)),
+    Mutant("weights have one dither in all steps", "hvd_gqsgd/frontends/fsdp_groups.py",
+           "pipeline.begin_step(step)", "pipeline.begin_step(0)", (WEIGHTS, WEIGHTS_UNBIASED)),
     Mutant("Sum is divided", PROBE, "return exact", "return 1 / world_size",
            (SUMS,)),
     Mutant("scale of n + 1 ranks", "hvd_gqsgd/simulation.py", "share = 1 / len(self._ranks)",

@@ -16,10 +16,13 @@ pytestmark = pytest.mark.launches
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("library", ["lightning", "accelerate", "transformers"])
+@pytest.mark.parametrize(
+    "library",
+    ["lightning", "accelerate", "transformers", "deepspeed-0", "deepspeed-1", "deepspeed-2"],
+)
 def test_compressed_and_resumed(library: str, tmp_path: Path) -> None:
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+    if importlib.util.find_spec(library.partition("-")[0]) is None:
+        pytest.skip(f"{library.partition('-')[0]} is not installed")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = [str(HERE / "adapters.py"), library, str(tmp_path)]
     job = run([*torchrun, "--nproc-per-node", "2", *script], limit=240)

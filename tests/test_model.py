@@ -14,6 +14,7 @@ from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.link_plot import POWER_SGD, power_sgd_seconds
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.tools import cost_model as model
+from hvd_gqsgd.tools import sharded_model as sharded
 from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
 
 LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9)
@@ -83,6 +84,54 @@ def test_predictions_are_sane(preset: str, ranks: int, name: str) -> None:
         assert result["advice"].startswith("Do not compress")
     else:
         assert result["advice"].startswith("Take ")
+
+
+def test_sharded_formulas() -> None:
+    """By hand: two modules of 2 M elements on 4 ranks."""
+    stock, bf16, eight, _, both = sharded.SHARDED_SETTINGS
+    m, numel = dataclasses.replace(LINK, norm=1e-9, quantize=2e-9, dequantize=4e-9), 2_000_000
+
+    def gradients(setting: sharded.ShardedSetting) -> float:
+        return sharded.gradient_seconds(setting, [numel] * 2, 4, m)
+
+    assert gradients(stock) == pytest.approx(2 * model.allreduce_seconds(8e6, 4, m))
+    assert gradients(bf16) == pytest.approx(2 * model.allreduce_seconds(4e6, 4, m))
+    norms = model.allreduce_seconds(128, 4, m) + model.allreduce_seconds(4 * numel / 1024, 4, m)
+    codes = 3e-3 + 0.75 * numel / 1e8
+    assert gradients(eight) == gradients(both) == pytest.approx(2 * (norms + codes + 0.014))
+
+    def weights(setting: sharded.ShardedSetting) -> float:
+        return sharded.weight_seconds(setting, [numel], 4, m)
+
+    assert weights(stock) == weights(eight) == pytest.approx(2 * (3e-3 + 0.75 * 8e6 / 1e8))
+    sent = 3e-3 + 0.75 * (numel + 4 * numel / 1024) / 1e8
+    header = model.allreduce_seconds(128, 4, m)
+    assert weights(both) == pytest.approx(2 * (header + sent + 0.008 + 0.006 / 4))
+
+
+@pytest.mark.parametrize("preset", ["1gbe", "200mbit"])
+def test_predictions_for_fsdp(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With less bytes a step is faster, and gradients at 8 bits at least 2.5 times."""
+    found = predict.predict_sharded(predict.modules_of("transformer"), 2, PRESETS[preset], 0.1)
+    stock, _, eight, _, both = (found[setting.name] for setting in sharded.SHARDED_SETTINGS)
+    assert stock["gradient_ms"] > 2.5 * eight["gradient_ms"]
+    assert stock["ms"] > eight["ms"] > both["ms"] > 100
+    assert stock["times_faster"] == 1
+    predict.main(["--preset", preset, "--model", "transformer", "--ranks", "2"])
+    assert "of weights" in capsys.readouterr().out
+    alone = predict.predict_sharded(predict.modules_of("dlrm"), 1, PRESETS[preset], 0.1)
+    assert all(step["gradient_ms"] == step["weight_ms"] == 0 for step in alone.values())
+
+
+def test_sharded_steps_against_what_was_measured() -> None:
+    arms = {"FSDP2 fp32": {"ms": 900.0, "gradient_ms": 300.0, "weight_ms": 500.0}}
+    arms["FSDP2 bf16 gradients"] = {"error": "no"}  # type: ignore[dict-item]
+    measured = {"model": "dlrm", "ranks": 2, "what": "step", "compute_ms": 50.0, "arms": arms}
+    found = predict.against(measured, LINK)
+    names = ["FSDP2 fp32", "FSDP2 fp32, gradients", "FSDP2 fp32, weights"]
+    assert list(found) == names
+    assert [found[name]["measured_ms"] for name in names] == [900, 300, 500]
+    assert found[names[0]]["predicted_ms"] > sum(found[name]["predicted_ms"] for name in names[1:])
 
 
 def test_of_two_as_fast_the_more_accurate_is_recommended() -> None:

@@ -38,6 +38,7 @@ def accepted(model: torch.nn.parallel.DistributedDataParallel) -> None:
     model.register_comm_hook(GlobalQSGD(bits=8).ddp_state(), ddp_hook)
     sharded: torch.nn.Module = GlobalQSGD(bits=8).fsdp(model.module)
     GlobalQSGD.fsdp(sharded, replicate_group=dist.group.WORLD)
+    GlobalQSGD().fsdp(sharded, weight_bits=8, weight_exceptions=("*embed*",))
     mean = simulate(X.view(1, 3), exchange="one_phase")
 
 

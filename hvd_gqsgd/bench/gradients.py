@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 
-__all__ = ["MODELS", "shapes_of"]
+__all__ = ["MODELS", "Named", "layers_of", "shapes_of"]
 
 Shape = tuple[int, ...]
 Named = tuple[str, Shape]
@@ -14,6 +15,16 @@ Named = tuple[str, Shape]
 def shapes_of(model: str) -> list[tuple[str, Shape]]:
     """Names and shapes of the parameters of one of ``MODELS``."""
     return list(MODELS[model]())
+
+
+def layers_of(model: str) -> list[list[Named]]:
+    """The parameters of one of ``MODELS``, by layer, such as ``encoder.3``."""
+
+    def layer(named: Named) -> str:
+        found = re.match(r"[^.]+(\.\d+)?", named[0])
+        return found[0] if found else ""
+
+    return [list(named) for _, named in itertools.groupby(shapes_of(model), layer)]
 
 
 def _resnet50() -> Iterator[Named]:

@@ -6,7 +6,18 @@ from typing import Any
 
 from hvd_gqsgd.codecs.block_bits import BlockBits
 
-__all__ = ["ARMS", "DDP_ARMS", "FP16", "FP32", "OPERATORS", "OURS"]
+__all__ = [
+    "ARMS",
+    "DDP_ARMS",
+    "FP16",
+    "FP32",
+    "FSDP_ARMS",
+    "FSDP_BF16",
+    "FSDP_FP32",
+    "FSDP_OURS",
+    "OPERATORS",
+    "OURS",
+]
 
 OPERATORS: dict[str, dict[str, Any]] = {
     "8 bits": {"bits": 8},
@@ -21,5 +32,14 @@ FP32, FP16 = "Horovod fp32", "Horovod fp16"
 OURS = {f"GlobalQSGD {name}": options for name, options in OPERATORS.items()}
 DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits")
 
-ARMS = (FP32, FP16, *OURS, *DDP_ARMS)
+FSDP_FP32, FSDP_BF16 = "FSDP2 fp32", "FSDP2 bf16 gradients"
+FSDP_OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "FSDP2 GlobalQSGD 8 bits": ({"bits": 8}, {}),
+    "FSDP2 GlobalQSGD 4 bits": ({"bits": 4}, {}),
+    "FSDP2 GlobalQSGD 8 bits and weights": ({"bits": 8}, {"weight_bits": 8}),
+}
+"""Options of ``GlobalQSGD`` and of its ``fsdp``, by the arm's name."""
+FSDP_ARMS = (FSDP_FP32, FSDP_BF16, *FSDP_OURS)
+
+ARMS = (FP32, FP16, *OURS, *DDP_ARMS, *FSDP_ARMS)
 """The arms of ``hvd-gqsgd bench step``."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd_gqsgd.bench.gradients import MODELS, shapes_of
+from hvd_gqsgd.bench.gradients import MODELS, layers_of, shapes_of
 from hvd_gqsgd.bench.link_plot import plot_links
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools.cost_model import (
@@ -30,8 +30,14 @@ from hvd_gqsgd.tools.cost_model import (
     recommend,
     step_seconds,
 )
+from hvd_gqsgd.tools.sharded_model import (
+    SHARDED_SETTINGS,
+    gradient_seconds,
+    sharded_step_seconds,
+    weight_seconds,
+)
 
-__all__ = ["against", "gradients_of", "main", "predict"]
+__all__ = ["against", "gradients_of", "main", "modules_of", "predict", "predict_sharded"]
 
 ARMS = {
     "Horovod fp32": FP32,
@@ -91,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     result = predict(gradients_of(options.model), options.ranks, chosen, options.compute / 1e3)
+    result["fsdp2"] = predict_sharded(
+        modules_of(options.model), options.ranks, chosen, options.compute / 1e3
+    )
     if options.plot is not None:
         _plot(gradients_of(options.model), options.compute / 1e3, chosen, options.plot)
     if options.plot_links is not None:
@@ -107,11 +116,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{options.model} on {ranks}, {options.compute:g} ms of computing a step")
     show_table(["", "ms a step", "times faster"], rows)
     print(result["advice"])
+    rows = [
+        [name, *(f"{step[key]:.1f}" for key in ("ms", "gradient_ms", "weight_ms")),
+         f"{step['times_faster']:.2f}"]
+        for name, step in result["fsdp2"].items()
+    ]  # fmt: skip
+    show_table(["", "ms a step", "of gradients", "of weights", "times faster"], rows)
 
 
 def gradients_of(model: str) -> Gradients:
     """The gradients of one of ``gradients.MODELS``."""
     return Gradients.of([math.prod(shape) for _, shape in shapes_of(model)])
+
+
+def modules_of(model: str) -> list[int]:
+    """The elements of each layer of one of ``gradients.MODELS``, for FSDP2."""
+    return [sum(math.prod(shape) for _, shape in layer) for layer in layers_of(model)]
+
+
+def predict_sharded(
+    modules: Sequence[int], ranks: int, machine: Machine, compute: float
+) -> dict[str, dict[str, float]]:
+    """Predicts a step under FSDP2 with each setting.
+
+    Returns:
+        By the setting's name: ``ms``, of these ``gradient_ms`` and ``weight_ms``, and
+        ``times_faster`` than with float32.
+    """
+    seconds = {
+        setting: sharded_step_seconds(setting, modules, ranks, machine, compute)
+        for setting in SHARDED_SETTINGS
+    }
+    return {
+        setting.name: {
+            "ms": time * 1e3,
+            "gradient_ms": gradient_seconds(setting, modules, ranks, machine) * 1e3,
+            "weight_ms": weight_seconds(setting, modules, ranks, machine) * 1e3,
+            "times_faster": seconds[SHARDED_SETTINGS[0]] / time,
+        }
+        for setting, time in seconds.items()
+    }
 
 
 def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) -> dict[str, Any]:
@@ -141,11 +185,18 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
     """Compares predictions with the result of ``bench.training.measure``.
 
     Returns:
-        By arm: ``measured_ms``, ``predicted_ms``, and ``off``, the error of the prediction relative
-        to the measured time.
+        By arm, and by the parts of a step under FSDP2: ``measured_ms``, ``predicted_ms``, and
+        ``off``, the error of the prediction relative to the measured time.
     """
     gradients, ranks = gradients_of(measured["model"]), measured["ranks"]
     found = {}
+    sharded = predict_sharded(
+        modules_of(measured["model"]), ranks, machine, measured.get("compute_ms", 0.0) / 1e3
+    )
+    for name, arm in measured["arms"].items():
+        for kind, part in (("ms", ""), ("gradient_ms", ", gradients"), ("weight_ms", ", weights")):
+            if name in sharded and kind in arm:
+                found[f"{name}{part}"] = _compared(arm[kind], sharded[name][kind])
     for name, arm in measured["arms"].items():
         setting = ARMS.get(name)
         if setting is None or "error" in arm:
@@ -157,12 +208,14 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
         else:
             passes = _passes(measured["compute_ms"] / 1e3)
             seconds = step_seconds(setting, gradients, ranks, machine, *passes)
-        found[name] = {
-            "measured_ms": arm["ms"],
-            "predicted_ms": seconds * 1e3,
-            "off": seconds * 1e3 / arm["ms"] - 1,
-        }
+        found[name] = _compared(arm["ms"], seconds * 1e3)
     return found
+
+
+def _compared(measured: float, predicted: float) -> dict[str, float]:
+    return {
+        "measured_ms": measured, "predicted_ms": predicted, "off": predicted / measured - 1
+    }  # fmt: skip
 
 
 def _machine(file: Path) -> Machine:

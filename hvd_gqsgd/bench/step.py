@@ -1,4 +1,4 @@
-"""Times a training step of a model's shape, against plain Horovod and the hooks of DDP.
+"""Times a training step of a model's shape, against plain Horovod, the hooks of DDP, and FSDP2.
 
 ``hvd-gqsgd bench step [--rate 1gbit]``. The launching process imports neither PyTorch nor Horovod.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS
 from hvd_gqsgd.bench.hosts import INTERFACE, add_arguments, is_rank, launch
-from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS
+from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS, FSDP_ARMS
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["chosen", "main", "show"]
@@ -25,14 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Launches itself on several ranks, measures there, and prints on rank 0."""
     parser = argparse.ArgumentParser(
         prog="hvd-gqsgd bench step",
-        description="Times training steps of a model's shape against plain Horovod and DDP.",
+        description="Times training steps of a model's shape against plain Horovod, DDP and FSDP2.",
     )
     add_arguments(parser)
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument(
         "--arms", default="", help="only those with one of these names, or one of these words in "
         f"their name, separated by commas: {', '.join(ARMS)}; the first one is what others are "
-        "compared with",
+        "compared with, and those of FSDP2 with the first of them",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument(
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     arms = chosen(options.arms)
     if options.exchange:
-        arms = [name for name in arms if name not in DDP_ARMS]
+        arms = [name for name in arms if name not in (*DDP_ARMS, *FSDP_ARMS)]
     if not arms or options.repeats < 1:
         parser.error("--arms must leave something to measure, and --repeats be at least 1")
     if not is_rank():
@@ -108,25 +108,41 @@ def _title(result: dict[str, Any]) -> str:
     return f"{result['model']}: {what}"
 
 
+def _row(name: str, arm: dict[str, Any]) -> list[str]:
+    if "error" in arm:
+        return [name, "does not run", "", "", ""]
+    low, high = min(arm["rounds_ms"]), max(arm["rounds_ms"])
+    return [
+        name, f"{arm['ms']:.1f}", f"{low:.0f} to {high:.0f}",
+        f"{arm['times_faster']:.2f}", f"{arm['megabytes']:.1f}",
+    ]  # fmt: skip
+
+
+def _parts(name: str, arm: dict[str, Any]) -> list[str]:
+    """The time in collectives of gradients and of weights, which under FSDP2 do not overlap."""
+    return [
+        name, f"{arm['gradient_ms']:.1f}", f"{arm['gradient_times_faster']:.2f}",
+        f"{arm['gradient_ms'] / arm['ms']:.0%}",
+        f"{arm['weight_ms']:.1f}", f"{arm['weight_times_faster']:.2f}",
+    ]  # fmt: skip
+
+
 def show(result: dict[str, Any]) -> None:
-    """Prints the result of ``training.measure`` as a table."""
+    """Prints the result of ``training.measure`` as a table, with another one for FSDP2."""
     print(
         f"{_title(result)}; {result['parameters']:,} parameters in {result['tensors']} tensors, "
         f"{result['ranks']} ranks; medians of the slowest rank"
     )
-    rows = []
+    by_section: dict[bool, list[tuple[str, dict[str, Any]]]] = {False: [], True: []}
     for name, arm in result["arms"].items():
-        if "error" in arm:
-            rows.append([name, "does not run", "", "", ""])
-            continue
-        low, high = min(arm["rounds_ms"]), max(arm["rounds_ms"])
-        rows.append(
-            [
-                name, f"{arm['ms']:.1f}", f"{low:.0f} to {high:.0f}",
-                f"{arm['times_faster']:.2f}", f"{arm['megabytes']:.1f}",
-            ]
-        )  # fmt: skip
-    show_table(["", "ms", "rounds", "times faster", "MB"], rows)
+        by_section[name in FSDP_ARMS].append((name, arm))
+    header = ["", "ms", "rounds", "times faster", "MB"]
+    if by_section[False]:
+        show_table(header, [_row(*each) for each in by_section[False]])
+    if by_section[True]:
+        show_table(header, [_row(*each) for each in by_section[True]])
+        header = ["of that", "gradients", "times faster", "share", "weights", "times faster"]
+        show_table(header, [_parts(*each) for each in by_section[True] if "error" not in each[1]])
     for name, arm in result["arms"].items():
         if "error" in arm:
             print(f"{name}: {arm['error']}")

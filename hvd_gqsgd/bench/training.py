@@ -1,4 +1,4 @@
-"""Training steps of a model's shape: Horovod with and without GlobalQSGD, and the hooks of DDP.
+"""Training steps of a model's shape: Horovod with and without GlobalQSGD, the hooks of DDP, FSDP2.
 
 The model computes no more than a dot product per parameter, so that nearly all of the time is the
 exchange, which overlaps with the backward pass as in training. Each arm has its own copy of the
@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import horovod.torch as hvd
 import torch
@@ -24,8 +24,11 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from hvd_gqsgd import GlobalQSGD, ddp_hook
 from hvd_gqsgd.bench.gradients import shapes_of
-from hvd_gqsgd.bench.operators import DDP_ARMS, FP16, OURS
+from hvd_gqsgd.bench.operators import DDP_ARMS, FP16, FSDP_ARMS, OURS
 from hvd_gqsgd.bench.rounds import MOST_LOAD, interleaved, progress_bar
+
+if TYPE_CHECKING:
+    from hvd_gqsgd.bench.fsdp import FsdpArm
 
 __all__ = ["Arm", "make_arm", "measure", "run", "start_process_group"]
 
@@ -44,22 +47,23 @@ def run(
     most_load: float = MOST_LOAD,
     interface: str | None = None,
 ) -> dict[str, Any]:
-    """Initializes Horovod and, for arms of DDP, a process group, and returns ``measure``'s result.
+    """Initializes Horovod and, for arms of DDP and FSDP2, a process group, and returns
+    ``measure``'s result.
 
     Args:
         interface: network interface of this rank; None: Gloo chooses one.
     """
     hvd.init()
     torch.set_num_threads(1)
-    with_ddp = any(name in DDP_ARMS for name in arms)
-    if with_ddp:
+    with_group = any(name in (*DDP_ARMS, *FSDP_ARMS) for name in arms)
+    if with_group:
         start_process_group(interface)
     with progress_bar(repeats) as progress:
         result = measure(
             model, arms, repeats,
             exchange_alone=exchange_alone, most_load=most_load, progress=progress,
         )  # fmt: skip
-    if with_ddp:
+    if with_group:
         dist.destroy_process_group()
     return result
 
@@ -77,7 +81,7 @@ def measure(
 
     Args:
         model: one of ``gradients.MODELS``.
-        arms: of ``operators.ARMS``; those of DDP need a process group.
+        arms: of ``operators.ARMS``; those of DDP and FSDP2 need a process group.
         repeats: number of rounds that count.
         exchange_alone: time the exchange of gradients that are ready; for Horovod's arms.
         most_load: cores that other processes may use in a round that counts.
@@ -87,11 +91,14 @@ def measure(
         ``arms``: by name, ``ms`` and ``rounds_ms`` of the slowest rank (the median and all
         rounds), ``times_faster`` than the first arm, ``megabytes`` that a rank handed to
         collectives, ``load`` by other processes, and the number of rounds ``discarded``; or the
-        ``error`` of an arm that does not run. ``compute_ms``: a step without any exchange.
+        ``error`` of an arm that does not run. Arms of FSDP2 are compared with the first of them,
+        and have ``gradient_ms``, ``gradient_times_faster`` and ``gradient_megabytes`` of the
+        reduction alone, and the same of weights. ``compute_ms``: a step without any exchange.
         ``peak_megabytes``: the peak memory of a rank, of all arms together. And ``model``,
         ``ranks``, ``tensors``, ``parameters``, and ``what`` was timed, "step" or "exchange".
     """
-    made, errors = {}, {}
+    made: dict[str, Arm | FsdpArm] = {}
+    errors = {}
     for name in arms:
         try:
             arm = _together(partial(make_arm, name, model))
@@ -99,7 +106,7 @@ def measure(
             made[name] = arm
         except Exception as error:  # a peer that does not run is a result too
             errors[name] = f"{type(error).__name__}: {error}"
-    timed = dict(made)
+    timed: dict[str, Arm | FsdpArm] = dict(made)
     if not exchange_alone:
         alone = _Model(model)
         timed[COMPUTE] = Arm("", alone, [], _optimizer(alone), None, 0)
@@ -112,11 +119,9 @@ def measure(
         most_load=most_load,
     )
     compute = timings.pop(COMPUTE).median * 1e3 if not exchange_alone else 0.0
-    first = timings[next(iter(timings))].median
-    arms_ = {
+    arms_: dict[str, dict[str, Any]] = {
         name: {
             "ms": timing.median * 1e3,
-            "times_faster": first / timing.median,
             "rounds_ms": [seconds * 1e3 for seconds in timing.seconds],
             "load": timing.load,
             "discarded": timing.discarded,
@@ -124,6 +129,18 @@ def measure(
         }
         for name, timing in timings.items()
     }
+    for section in (
+        [name for name in arms_ if name not in FSDP_ARMS],
+        [name for name in arms_ if name in FSDP_ARMS],
+    ):
+        for name in section:
+            arm = made[name]
+            if not isinstance(arm, Arm):
+                arms_[name] |= arm.parts()
+            for kind in ("", "gradient_", "weight_"):
+                if f"{kind}ms" in arms_[name]:
+                    first = arms_[section[0]][f"{kind}ms"]
+                    arms_[name][f"{kind}times_faster"] = first / arms_[name][f"{kind}ms"]
     tensors = shapes_of(model)
     peak = torch.tensor([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6])
     return {
@@ -218,8 +235,12 @@ class Arm:
         return elements * self.bytes_an_element / 1e6
 
 
-def make_arm(name: str, model: str) -> Arm:
+def make_arm(name: str, model: str) -> Arm | FsdpArm:
     """An arm of ``operators.ARMS`` for one of ``gradients.MODELS``."""
+    if name in FSDP_ARMS:
+        from hvd_gqsgd.bench.fsdp import FsdpArm  # takes seconds
+
+        return FsdpArm(name, model)
     network = _Model(model)
     named = list(network.named_parameters())
     optimizer = _optimizer(network)

@@ -101,6 +101,11 @@ class Steps:
         """Whether the width follows the norms of gradients."""
         return self._schedule.learns
 
+    @property
+    def coming(self) -> int:
+        """The number of the next step."""
+        return self._next_step
+
     def record(self) -> StepRecord:
         """A record for a new pipeline, which goes on where the latest one ended."""
         if self._latest is not None:

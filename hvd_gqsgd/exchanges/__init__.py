@@ -11,6 +11,7 @@ from hvd_gqsgd.codecs.schedules import budget_of, least_bits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.alone import AloneExchange
 from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
+from hvd_gqsgd.exchanges.gather import GatherExchange
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.one_phase import OnePhaseExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
@@ -23,6 +24,7 @@ EXCHANGES: dict[str, Callable[[Setup], Exchange]] = {
     "allreduce": AllreduceExchange,
     "two_phase": TwoPhaseExchange,
     "one_phase": OnePhaseExchange,
+    "gather": GatherExchange,
     "reduce_scatter": MpiExchange,
 }
 """The class for each value of ``Options.exchange_for``."""

@@ -1,34 +1,31 @@
-"""GlobalQSGD for PyTorch's FSDP2: the reduction of the gradients of each module of ``fully_shard``.
+"""GlobalQSGD for PyTorch's FSDP2: the reduction of the gradients of each module of ``fully_shard``,
+and the all-gather of its weights.
 
 FSDP hands in the gradients of one module after another, in one order on all ranks, and goes on with
-the result: so each is waited for, or, over NCCL, enqueued on the current stream.
+the result.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from hvd_gqsgd.codecs import check_device
-from hvd_gqsgd.engine.agreement import Ahead, check, refuse
-from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.frontends.bypass import why_bypassed
 from hvd_gqsgd.frontends.compiling import opaque
+from hvd_gqsgd.frontends.fsdp_groups import Group, Groups, refuse_options
+from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
+from hvd_gqsgd.frontends.fsdp_weights import AllGather, WeightStep, parts_of, plan_of
 from hvd_gqsgd.frontends.reduce_op import reduction
 from hvd_gqsgd.options import FrontEnd, Options
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports.devices import transport_for
-from hvd_gqsgd.transports.process_groups import check_group, has_nccl, host_group
-from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
+from hvd_gqsgd.transports.process_groups import check_group
 
 __all__ = ["attach"]
 
@@ -38,7 +35,11 @@ _NOT_ITS = {
     "process_set": "that is Horovod's; the model's device mesh says which ranks take part",
     "patience": "FSDP waits for the timeout of its process group; give that to the group",
 }
-REPLICATED = FrontEnd("GlobalQSGD.fsdp()", own=("replicate_group",), without=_NOT_ITS)
+REPLICATED = FrontEnd(
+    "GlobalQSGD.fsdp()",
+    own=("replicate_group", "weight_bits", "weight_exceptions"),
+    without=_NOT_ITS,
+)
 SHARDED = dataclasses.replace(
     REPLICATED,
     without=_NOT_ITS | {"exchange": "a reduce-scatter has one way to go; leave it out"},
@@ -53,14 +54,25 @@ def attach(
     given: Mapping[str, Any],
     stats: Stats,
     steps: Steps,
+    *,
     replicate_group: dist.ProcessGroup | None = None,
+    weight_bits: int | None = None,
+    weight_exceptions: Iterable[str] = (),
 ) -> None:
-    """Takes over the reduction of the gradients of a model, of ``GlobalQSGD.fsdp``.
+    """Takes over the reduction of the gradients of a model, of ``GlobalQSGD.fsdp``, and the
+    gathering of its weights.
 
     Each ``FSDPModule`` in the model gets a reduce-scatter of codes: global block norms, an Alltoall
     of codes, and a sum in float by the owner of the shard, which rounds nothing again.
     ``min_numel`` is compared with all gradients of a module. The mean or the sum is taken, as FSDP
     asks for it, with its divide factors. All ranks must call this together.
+
+    With ``weight_bits``, each gets an all-gather of codes too, as in QSDP (arXiv 2302.02390). A
+    rank rounds its shard of each parameter without a bias, in ``2**(weight_bits - 1) - 1`` evenly
+    spaced levels a side, on norms of blocks of ``block_size``. All ranks compute with the decoded
+    codes, in the forward pass and in its backward pass the same. The sharded parameters stay exact.
+    Parameters with less than two dimensions (norms, biases) or less than ``min_numel`` elements are
+    gathered as they are, and so are those of ``weight_exceptions``, in the same message.
 
     For HSDP, apply ``fully_shard`` on a mesh of one dimension, as the ranks of a host, and give
     the group of ranks that hold the same shard. Shards are then averaged over that group as small
@@ -72,144 +84,65 @@ def attach(
         stats: counts messages and modules.
         steps: the state of the training.
         replicate_group: the ranks that hold the same shard; None: there are none.
+        weight_bits: lane width of weights, from 2 to 16; None: weights are gathered as they are.
+        weight_exceptions: names of parameters that are gathered as they are, or patterns of
+            ``fnmatch``, as ``("*embed*", "head.weight")``.
 
     Raises:
-        TypeError: the model is none of ``fully_shard``, or an option is unknown or has no effect
-            here.
-        ValueError: an option is out of range, ``bits`` is ``DynamicBits``, or the model is on a
-            mesh of two dimensions that replicates it.
-        NotImplementedError: this PyTorch does not let FSDP's reduction be replaced.
+        TypeError: the model is none of ``fully_shard``, an option is unknown or has no effect
+            here, or one has the wrong type.
+        ValueError: an option is out of range, ``bits`` is ``DynamicBits``, the model is on a
+            mesh of two dimensions that replicates it, or ``weight_exceptions`` has no effect, or
+            leaves nothing to round.
+        NotImplementedError: this PyTorch does not let FSDP's communication be replaced.
         AgreementError: on all ranks, if their options differ; on all other ranks, if one raises an
             error about its options.
     """
     modules = _fsdp_modules(model)
-    if replicate_group is not None:
-        replicas = check_group(replicate_group)
-        options = _options(REPLICATED, given, [replicas])
-        group = _Group(replicas, options, stats, steps)
-        for module in modules:
-            module.set_all_reduce_hook(_ReplicaMean(group))
-        return
-    groups = list(dict.fromkeys(_shard_groups(modules)))
-    options = _options(SHARDED, given, groups)
-    known = _Groups(dataclasses.replace(options, exchange="one_phase"), stats, steps)
-    for number, each in enumerate(groups, 1):
-        try:
-            known.of(each)
-        except AgreementError:
-            _refuse_options(groups[number:])
-            raise
-    for module in modules:
-        module.set_custom_reduce_scatter(_ReduceScatter(known))
-
-
-def _options(
-    front_end: FrontEnd, given: Mapping[str, Any], groups: Sequence[dist.ProcessGroup]
-) -> Options:
-    """Those of the user; an error is told to the ranks of the groups, which wait for them."""
+    replicas = [] if replicate_group is None else [check_group(replicate_group)]
+    shards = list(dict.fromkeys(_shard_groups(modules)))
+    groups = [*replicas, *shards]
     try:
-        options = front_end.options(given)
-        if options.dynamic is not None:
-            raise ValueError(
-                f"bits must not be DynamicBits(...) for {front_end.name}, as a rank knows the "
-                f"mean of its own shard alone, got {options.bits}, which follows the whole norm"
-            )
-        return options
+        options = _options(REPLICATED if replicas else SHARDED, given)
+        options = ShardedOptions.of(options, weight_bits, weight_exceptions)
+        parts = parts_of(model, modules, options) if weight_bits is not None else {}
     except (TypeError, ValueError):
-        _refuse_options(groups)
+        refuse_options(groups)
         raise
-
-
-def _refuse_options(groups: Sequence[dist.ProcessGroup]) -> None:
-    for group in groups:
-        refuse(TorchDistributedTransport(host_group(group)), "options")
-
-
-class _Group:
-    """The exchange among the ranks of one process group, a tensor at a time. All of its ranks must
-    make it together."""
-
-    def __init__(
-        self, group: dist.ProcessGroup, options: Options, stats: Stats, steps: Steps
-    ) -> None:
-        self._group = weakref.ref(group)
-        self._transport = TorchDistributedTransport(host_group(group))
-        check(self._transport, options, "options")
-        self._nccl = has_nccl(group)
-        self.size = self._transport.size
-        self.options = options
-        self.stats = stats
-        self._steps = steps
-        self._pipelines: dict[torch.device, Pipeline] = {}
-        self._seen: set[object] = set()  # those whose gradients came in this step
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks; None once the process group was destroyed."""
-        return self._group()
-
-    def bypasses(self, x: Tensor) -> bool:
-        """Whether a tensor goes as it is; then it is counted."""
-        self.stats.tensors += 1
-        why = why_bypassed(x, self.options.min_numel)
-        if why is not None:
-            self.stats.bypass(why, x.nbytes, lambda: self._transport.rank)
-        return why is not None
-
-    def exchange(self, of: object, x: Tensor, out: Tensor, scale: float) -> None:
-        """Writes ``scale`` times the sum over the ranks to ``out``, or this rank's shard of it.
-
-        Args:
-            of: what the gradients are of. A step lasts until they are of the same once more.
-        """
+    if not replicas:
+        options = dataclasses.replace(options, exchange="one_phase")
+    known = Groups(options, stats, steps, plan_of(parts))
+    for number, group in enumerate(groups, 1):
         try:
-            check_device("GlobalQSGD.fsdp() got gradients", x)
-            pipeline = self._pipeline(x.device)
-            if not self._seen or of in self._seen:
-                self._seen.clear()
-                for each in self._pipelines.values():
-                    each.begin_step()
-            self._seen.add(of)
-            ticket = pipeline.submit(x, scale=scale, out=out)
-        except Exception:
-            self.refuse()
+            known.of(group)
+        except AgreementError:
+            refuse_options(groups[number:])
             raise
-        pipeline.wait(ticket)
-        pipeline.decode(ticket, scale)
-
-    def refuse(self) -> None:
-        """Tells the other ranks, which may be waiting, that this one does not take part."""
-        refuse(self._transport, "header")
-
-    def _pipeline(self, device: torch.device) -> Pipeline:
-        if device not in self._pipelines:
-            transport = transport_for(device, self._transport, self._nccl)
-            self._pipelines[device] = Pipeline(
-                self.options, transport, protocol=Ahead, steps=self._steps, stats=self.stats
-            )
-            self._seen.clear()
-        return self._pipelines[device]
+    step = WeightStep(steps)
+    for module in modules:
+        if replicas:
+            module.set_all_reduce_hook(_ReplicaMean(known.of(replicas[0])))
+        else:
+            module.set_custom_reduce_scatter(_ReduceScatter(known))
+        if module in parts:
+            module.set_custom_all_gather(AllGather(known, parts[module], step, stats))
 
 
-class _Groups:
-    """The exchanges of a model, whose modules may be on several meshes."""
-
-    def __init__(self, options: Options, stats: Stats, steps: Steps) -> None:
-        self._common = options, stats, steps
-        self._known: weakref.WeakKeyDictionary[dist.ProcessGroup, _Group]
-        self._known = weakref.WeakKeyDictionary()
-
-    def of(self, group: dist.ProcessGroup) -> _Group:
-        """That of a group; made when it is first asked for, by all of its ranks."""
-        if group not in self._known:
-            self._known[group] = _Group(group, *self._common)
-        return self._known[group]
+def _options(front_end: FrontEnd, given: Mapping[str, Any]) -> Options:
+    """Those of gradients."""
+    options = front_end.options(given)
+    if options.dynamic is not None:
+        raise ValueError(
+            f"bits must not be DynamicBits(...) for {front_end.name}, as a rank knows the "
+            f"mean of its own shard alone, got {options.bits}, which follows the whole norm"
+        )
+    return options
 
 
 class _ReduceScatter:
     """The reduce-scatter of one module; in PyTorch's words a ``ReduceScatter``."""
 
-    def __init__(self, groups: _Groups) -> None:
+    def __init__(self, groups: Groups) -> None:
         self._groups = groups
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -235,13 +168,13 @@ class _ReduceScatter:
         except Exception:
             exchange.refuse()
             raise
-        exchange.exchange(self, input_tensor, output_tensor, scale)
+        exchange.reduce(self, input_tensor, output_tensor, scale)
 
 
 class _ReplicaMean:
     """The mean of a module's shard over the ranks that hold the same one: an all-reduce hook."""
 
-    def __init__(self, group: _Group) -> None:
+    def __init__(self, group: Group) -> None:
         self._group = group
 
     @opaque
@@ -251,7 +184,7 @@ class _ReplicaMean:
         if self._group.bypasses(reduce_output):
             dist.all_reduce(reduce_output.mul_(share), group=self._group.group)
             return
-        self._group.exchange(self, reduce_output, reduce_output, share)
+        self._group.reduce(self, reduce_output, reduce_output, share)
 
 
 def _scale(op: Any, size: int) -> float:
@@ -266,15 +199,16 @@ def _fsdp_modules(model: object) -> list[Any]:
 
     Raises:
         TypeError: there are none.
-        NotImplementedError: their reduction cannot be replaced.
+        NotImplementedError: their communication cannot be replaced.
     """
     fsdp = importlib.import_module("torch.distributed.fsdp")
-    kind = getattr(fsdp, "FSDPModule", None)
-    if kind is None or not hasattr(kind, "set_custom_reduce_scatter"):
+    kind: Any = getattr(fsdp, "FSDPModule", None)
+    seams = ("set_custom_reduce_scatter", "set_custom_all_gather", "set_all_reduce_hook")
+    missing = [seam for seam in seams if not hasattr(kind, seam)]
+    if missing:
         raise NotImplementedError(
-            f"GlobalQSGD.fsdp() needs PyTorch {FIRST_TORCH} or newer, whose "
-            "FSDPModule.set_custom_reduce_scatter replaces the reduction, got PyTorch "
-            f"{torch.__version__}"
+            f"GlobalQSGD.fsdp() needs PyTorch {FIRST_TORCH} or newer, whose FSDPModule."
+            f"{missing[0]} replaces FSDP's communication, got PyTorch {torch.__version__}"
         )
     modules = model.modules() if isinstance(model, nn.Module) else ()
     found = [module for module in modules if isinstance(module, kind)]

@@ -266,15 +266,25 @@ class GlobalQSGD(Compressor):
 
     @ClassOrInstanceMethod
     def fsdp(
-        self, model: nn.Module, *, replicate_group: dist.ProcessGroup | None = None
+        self,
+        model: nn.Module,
+        *,
+        replicate_group: dist.ProcessGroup | None = None,
+        weight_bits: int | None = None,
+        weight_exceptions: Iterable[str] = (),
     ) -> nn.Module:
-        """Reduce-scatters the gradients of a model of ``fully_shard`` as small integers::
+        """Reduce-scatters the gradients of a model of ``fully_shard`` as small integers, and
+        gathers its weights as such if ``weight_bits`` is given::
 
             model = GlobalQSGD(bits=8).fsdp(fully_shard(model))
+            model = GlobalQSGD(bits=8).fsdp(fully_shard(model), weight_bits=8)
 
         See :func:`hvd_gqsgd.frontends.fsdp.attach`. ``stats`` includes the counts of FSDP.
         """
-        attach(model, self._given, self._stats, self._steps, replicate_group)
+        attach(
+            model, self._given, self._stats, self._steps, replicate_group=replicate_group,
+            weight_bits=weight_bits, weight_exceptions=weight_exceptions,
+        )  # fmt: skip
         return model
 
     @ClassOrInstanceMethod

@@ -103,9 +103,12 @@ class TorchDistributedTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         # Gloo wants them to be of one length.
         longest = max(lengths)
+        every = tensor.new_empty(self.size, longest)
+        if longest == min(lengths) == tensor.numel():
+            work = self._channel(name).allgather([list(every)], [tensor])
+            return self._handle(work, lambda: every.view(-1))
         padded = tensor.new_zeros(longest)
         padded[: tensor.numel()] = tensor
-        every = tensor.new_empty(self.size, longest)
         work = self._channel(name).allgather([list(every)], [padded])
         return self._handle(
             work, lambda: torch.cat([row[:n] for row, n in zip(every, lengths, strict=True)])

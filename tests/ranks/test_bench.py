@@ -11,7 +11,7 @@ import pytest
 from conftest import process_group
 
 from hvd_gqsgd.bench import allreduce, gradients, step, training
-from hvd_gqsgd.bench.operators import ARMS, FP16, FP32, OURS
+from hvd_gqsgd.bench.operators import ARMS, FP16, FP32, FSDP_ARMS, OURS
 
 pytestmark = pytest.mark.few
 
@@ -25,7 +25,7 @@ def tiny(monkeypatch):
 
 
 def test_a_step_of_each_arm(several, capsys):
-    """Those of DDP need a process group, and it is said which arms do not run."""
+    """Those of DDP and FSDP2 need a process group, and it is said which arms do not run."""
     process_group()
     result = training.measure("tiny", ARMS, 1)
     assert not any("error" in arm for arm in result["arms"].values())
@@ -35,6 +35,18 @@ def test_a_step_of_each_arm(several, capsys):
     assert megabytes["GlobalQSGD 4 bits"] < megabytes["GlobalQSGD 8 bits"] < megabytes[FP16]
     assert all(len(arm["rounds_ms"]) == 1 for arm in result["arms"].values())
     assert (result["tensors"], result["parameters"], result["ranks"]) == (2, 9010, hvd.size())
+    sharded = [result["arms"][name] for name in FSDP_ARMS]
+    stock, bf16, eight, four, both = (arm["gradient_megabytes"] for arm in sharded)
+    assert stock == pytest.approx(4 * 9010 / 1e6, rel=0.03)
+    assert stock > 1.9 * bf16 > 1.8 * eight > 1.5 * four
+    assert eight == pytest.approx(both)
+    *exact, rounded = (arm["weight_megabytes"] for arm in sharded)
+    assert exact == pytest.approx([2 * stock] * 4)  # gathered twice
+    assert rounded < stock
+    for arm in sharded:
+        assert 0 < arm["gradient_ms"] < arm["ms"]
+        assert arm["megabytes"] == arm["gradient_megabytes"] + arm["weight_megabytes"]
+    assert sharded[0]["times_faster"] == sharded[0]["weight_times_faster"] == 1
     result["arms"]["another"] = {"error": "it is made of wood"}
     step.show(result)
     printed = capsys.readouterr().out

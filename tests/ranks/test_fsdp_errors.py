@@ -45,6 +45,68 @@ def test_an_error_of_one_rank_is_one_on_all(rank, size, options, kind, message):
 
 
 @pytest.mark.usefixtures("several")
+@pytest.mark.parametrize("others", [
+    {"weight_bits": 4}, {}, {"weight_bits": 8, "weight_exceptions": ["w*"]},
+], ids=str)  # fmt: skip
+def test_ranks_that_disagree_on_weights(rank, size, others):
+    model = shard(nn.Linear(50, 50))
+    kept = {"weight_bits": 8, "weight_exceptions": ["bias"]}
+    with pytest.raises(AgreementError, match="ranks use different options: weight_"):
+        GlobalQSGD().fsdp(model, **(kept if rank == 0 else others))
+
+
+@pytest.mark.parametrize(("options", "kind", "message"), [
+    ({"weight_bits": 1}, ValueError, "weight_bits must be from 2 to 16 or None.*, got 1"),
+    ({"weight_bits": 8.0}, TypeError, r"weight_bits must be an int or None \(weights as they are"),
+    ({"weight_exceptions": ["bias"]}, ValueError, "has no effect with weight_bits=None"),
+    ({"weight_bits": 8, "weight_exceptions": "bias"}, TypeError, "a sequence of .* got 'bias'"),
+    ({"weight_bits": 8, "weight_exceptions": ["nor"]}, ValueError,
+     "has 'nor', which is the name of no parameter: they are weight, bias$"),
+    ({"weight_bits": 8, "weight_exceptions": ["*t", "b*"]}, ValueError, "no parameter to round"),
+], ids=str)  # fmt: skip
+def test_options_of_weights(rank, size, options, kind, message):
+    """An error of one rank is one on all."""
+    model = shard(nn.Linear(50, 50))
+    if rank == 0:
+        with pytest.raises(kind, match=message):
+            GlobalQSGD().fsdp(model, **options)
+    else:
+        with pytest.raises(AgreementError, match="could not take part"):
+            GlobalQSGD().fsdp(model)
+
+
+@pytest.mark.usefixtures("several")
+@pytest.mark.parametrize("stage", ["quantize_each", "dequantize_each"])
+def test_an_error_while_weights_are_gathered(rank, size, stage, monkeypatch):
+    """After the message it is that of one rank alone."""
+
+    def fails(*arguments):
+        raise MemoryError("on purpose")
+
+    for attempt in range(2):
+        model = shard(nn.Linear(50, 50))
+        GlobalQSGD(min_numel=0).fsdp(model, weight_bits=8)
+        if rank == size - 1 and not attempt:
+            monkeypatch.setattr(ops, stage, fails)
+        if not attempt and (rank == size - 1 or stage == "quantize_each"):
+            with pytest.raises(MemoryError if rank == size - 1 else AgreementError):
+                model(torch.ones(1, 50))
+        else:
+            model(torch.ones(1, 50))
+        monkeypatch.undo()
+
+
+@pytest.mark.usefixtures("several")
+def test_weights_in_another_order(rank, size):
+    """An error on all ranks, where PyTorch would mix up the weights of two modules."""
+    models = [shard(nn.Linear(*sizes)) for sizes in ((50, 60), (60, 50))]
+    for model in models:
+        GlobalQSGD(min_numel=0).fsdp(model, weight_bits=8)
+    with pytest.raises(AgreementError, match="handed in different tensors, or in another order"):
+        models[rank == 0](torch.ones(50 if rank else 60))
+
+
+@pytest.mark.usefixtures("several")
 @pytest.mark.parametrize("stage", ["block_max_each", "quantize_each", "sum_codes"])
 def test_an_error_between_two_messages(rank, size, stage, monkeypatch):
     """As of memory that runs out, on the last rank alone. After the last message it is that rank's
@@ -76,9 +138,10 @@ def test_modules_in_another_order(rank, size):
         losses[rank == 0].backward()
 
 
-def test_a_pytorch_without_the_seam(rank, size, monkeypatch):
+@pytest.mark.parametrize("seam", ["set_custom_reduce_scatter", "set_custom_all_gather"])
+def test_a_pytorch_without_the_seam(rank, size, seam, monkeypatch):
     model = shard(Given(50))
-    monkeypatch.delattr(FSDPModule, "set_custom_reduce_scatter")
+    monkeypatch.delattr(FSDPModule, seam)
     with pytest.raises(NotImplementedError, match=r"needs PyTorch 2\.9 or newer"):
         GlobalQSGD().fsdp(model)
 

@@ -105,6 +105,32 @@ def test_the_bits_of_simulate(rank, size, transport, options):
         assert_same_on_all_ranks(mean)
 
 
+@pytest.mark.parametrize("bits", [8, 5])
+def test_gathered_tensors(rank, size, transport, bits):
+    """As FSDP's weights are: on this transport the bits that all others have."""
+    if size == 1:
+        pytest.skip("one rank gathers nothing")
+    everyone = gradients(size, 30_001)
+    kept = torch.arange(7, dtype=torch.int16) + everyone[:, :7].to(torch.int16)
+    found = []
+    for each in (transport, TorchDistributedTransport(process_group())):
+        pipeline = Pipeline(Options(bits=bits, exchange="gather"), each, protocol=Ahead)
+        pipeline.begin_step(3)
+        outs = torch.empty(size, 30_001), torch.empty(size, 7, dtype=torch.int16)
+        tickets = [
+            pipeline.submit(x, scale=1.0, out=out)
+            for x, out in zip((everyone[rank], kept[rank]), outs, strict=True)
+        ]
+        for ticket in tickets:
+            pipeline.wait(ticket)
+            pipeline.decode(ticket, 1.0)
+        assert torch.equal(outs[1], kept)
+        found.append(outs[0])
+    assert torch.equal(*found)
+    assert_same_on_all_ranks(found[0])
+    assert (found[0] - everyone).abs().max() <= everyone.abs().max() / (2 ** (bits - 1) - 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_types(rank, size, transport, dtype):
     everyone = gradients(size, 5000, dtype=dtype)

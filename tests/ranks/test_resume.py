@@ -9,7 +9,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from conftest import process_group
-from helpers import backward, mlp
+from helpers import assert_same_on_all_ranks, backward, mlp
 from torch.nn.parallel import DistributedDataParallel
 
 from hvd_gqsgd import DynamicBits, GlobalQSGD, ddp_hook
@@ -109,3 +109,32 @@ def test_one_rank_may_ask_for_the_state(rank, several, train):
     ask = asked[1].state_dict if rank == 0 else lambda: None
     train(*asked, rank, (step for step in range(BEFORE) if ask() is None or True))
     assert torch.equal(weights(asked[0]), weights(silent[0]))
+
+
+@pytest.mark.parametrize("train", [train_horovod, train_ddp])
+@pytest.mark.parametrize("loading", [0, -1])
+def test_a_state_loaded_on_one_rank_is_that_of_all(rank, size, train, loading):
+    """As where rank 0 alone reads the checkpoint: the others take over the step, so that a fixed
+    width gives the bits of a run whose ranks have all loaded, and the schedule of widths."""
+    source, model = GlobalQSGD(min_numel=0), mlp()
+    train(model, source, rank, range(BEFORE))
+    everywhere, one = GlobalQSGD(min_numel=0), GlobalQSGD(min_numel=0)
+    for compressor in (everywhere, one) if rank == loading % size else (everywhere,):
+        compressor.load_state_dict(source.state_dict())
+    trained = []
+    for compressor in (everywhere, one):
+        after = copy_of(model)
+        train(after, compressor, rank, range(BEFORE, BEFORE + AFTER))
+        trained.append(weights(after))
+    assert torch.equal(*trained)
+    assert everywhere.state_dict() == one.state_dict()
+
+    dynamic, after = new_compressor(), copy_of(model)
+    if rank == loading % size:
+        words = dict.fromkeys(("last", "recent", "mean"), 2**30)
+        schedule = {"steps": BEFORE, "saved": 2**30, **words}
+        dynamic.load_state_dict({"step": BEFORE, "schedule": schedule})
+    train(after, dynamic, rank, range(BEFORE, BEFORE + AFTER))
+    assert_same_on_all_ranks(weights(after))
+    state = dynamic.state_dict()
+    assert state["step"] == state["schedule"]["steps"] == BEFORE + AFTER

@@ -40,6 +40,7 @@ __all__ = [
     "norms",
     "pack",
     "places",
+    "rounded",
     "shared_norms",
     "shares",
     "squares",
@@ -280,6 +281,18 @@ def mean(
         total = total + pack(codes(x, shared, block_size, s, xi, bits), block_size, bits, s)
     sums = unpack(np.asarray(total), numel, block_size, bits, s, n)
     return decode(sums, shared, block_size, s, 1 / n, rows.dtype)
+
+
+def rounded(
+    x: Array, *, bits: int, block_size: int | None, seed: int, step: int, tensor_id: int, rank: int
+) -> Array:
+    """A rank's tensor as all ranks gather it: on its own norms, with independent dither."""
+    s, own = levels(bits, 1), norms(x, block_size)
+    xi = dither(
+        x.size, block_size, seed=seed, step=step, tensor_id=tensor_id,
+        rank=rank, world_size=1, correlated=False,
+    )  # fmt: skip
+    return decode(codes(x, own, block_size, s, xi, bits), own, block_size, s, 1.0, x.dtype)
 
 
 def mix64(x: int) -> int:
