@@ -10,24 +10,21 @@ from torch.nn import functional as F
 from hvd_gqsgd import GlobalQSGD
 from hvd_gqsgd.integrations.deepspeed import attach
 
-CONFIG = {
-    "train_micro_batch_size_per_gpu": 32,
-    "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
-    "zero_allow_untested_optimizer": True,
-}
-
 
 def train(compressor, epochs, folder=None, resume=None, stage=1):
     torch.manual_seed(0)
-    data = load_data(0)[0]
-    config = CONFIG | {"zero_optimization": {"stage": stage, "reduce_scatter": False}}
     engine, _, loader, _ = deepspeed.initialize(
-        model=make_model(), training_data=data, config=config
-    )
-    if resume is not None:
-        compressor.load_state_dict(engine.load_checkpoint(resume)[1]["hvd_gqsgd"])
+        model=make_model(), training_data=load_data(0)[0],
+        config={
+            "train_micro_batch_size_per_gpu": 32, "zero_optimization": {"stage": stage},
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}},
+            "zero_allow_untested_optimizer": True,
+        },
+    )  # fmt: skip
     if compressor is not None:
         attach(engine, compressor)
+    if resume is not None:
+        compressor.load_state_dict(engine.load_checkpoint(resume)[1]["hvd_gqsgd"])
     for _ in range(epochs):
         for images, labels in loader:
             engine.backward(F.cross_entropy(engine(images), labels))

@@ -86,16 +86,28 @@ def deepspeed(stage: int) -> Run:
     return run
 
 
+def ray() -> Run:
+    import digits_ray
+
+    def run(compressor, rounds, folder, resume):
+        if folder is not None:
+            folder.mkdir(exist_ok=True)
+        return loss_of(digits_ray.train(compressor, 1 if resume else rounds, folder, resume).module)
+
+    return run
+
+
 RUNS: dict[str, Callable[[], Run]] = {
     "lightning": lightning,
     "accelerate": accelerate,
     "transformers": transformers,
+    "ray": ray,
     **{f"deepspeed-{stage}": functools.partial(deepspeed, stage) for stage in (0, 1, 2)},
 }
 
 
-def main() -> None:
-    name, folder = sys.argv[1], Path(sys.argv[2])
+def main(name: str, folder: Path) -> None:
+    sys.argv[1:] = [name, str(folder)]
     run = RUNS[name]()
     whole, first, second = GlobalQSGD(), GlobalQSGD(), GlobalQSGD()
     result: dict[str, Any] = {
@@ -111,5 +123,29 @@ def main() -> None:
         print("RESULT", json.dumps(result), flush=True)
 
 
+def main_of_ray(folder: Path) -> None:
+    """Runs ``main`` in two workers, which Ray launches."""
+    import ray
+    from ray.train import ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    here = Path(__file__).parent
+    inherited = os.environ.get("PYTHONPATH")
+    path = [str(here), str(here.parent), str(here.parent / "examples"), *filter(None, [inherited])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(path)
+    ray.init(num_cpus=2, include_dashboard=False)
+
+    def loop() -> None:
+        import adapters
+
+        adapters.main("ray", folder)
+
+    TorchTrainer(loop, scaling_config=ScalingConfig(num_workers=2)).fit()
+
+
 if __name__ == "__main__":
-    main()
+    name, folder = sys.argv[1], Path(sys.argv[2])
+    if name == "ray":
+        main_of_ray(folder)
+    else:
+        main(name, folder)

@@ -18,14 +18,18 @@ pytestmark = pytest.mark.launches
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "library",
-    ["lightning", "accelerate", "transformers", "deepspeed-0", "deepspeed-1", "deepspeed-2"],
+    [
+        *("lightning", "accelerate", "transformers", "ray"),
+        *(f"deepspeed-{stage}" for stage in (0, 1, 2)),
+    ],
 )
 def test_compressed_and_resumed(library: str, tmp_path: Path) -> None:
     if importlib.util.find_spec(library.partition("-")[0]) is None:
         pytest.skip(f"{library.partition('-')[0]} is not installed")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     script = [str(HERE / "adapters.py"), library, str(tmp_path)]
-    job = run([*torchrun, "--nproc-per-node", "2", *script], limit=240)
+    ranks = [sys.executable] if library == "ray" else [*torchrun, "--nproc-per-node", "2"]
+    job = run([*ranks, *script], limit=240)
     assert job.returncode == 0, job.stdout[-5000:]
     found = re.search(r"RESULT (.*)", job.stdout)
     assert found is not None

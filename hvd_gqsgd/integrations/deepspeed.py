@@ -1,14 +1,14 @@
 """DeepSpeed: ``attach(engine, GlobalQSGD(bits=4))``, for ZeRO stages 0 to 2.
 
-DeepSpeed has no communication hooks. Its buckets pass through one method of the engine (stage 0) or
-of the ZeRO optimizer (stages 1 and 2), which ``attach`` replaces on that object.
+DeepSpeed has no communication hooks. Its buckets pass through a few methods of the engine, or of
+the ZeRO optimizer, which ``attach`` replaces on these objects.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
@@ -18,14 +18,14 @@ __all__ = ["attach"]
 
 
 def attach(engine: DeepSpeedEngine, compressor: GlobalQSGD) -> None:
-    """Compresses the gradients of an engine. All ranks must call it.
+    """Compresses the gradients of an engine. All ranks must call it before the first backward pass.
 
     Gradients of experts, whose groups are smaller, stay uncompressed. Codes replace DeepSpeed's
     ``communication_data_type``. Pass ``compressor.state_dict()`` in the ``client_state`` of
     ``engine.save_checkpoint()``.
 
     Raises:
-        ValueError: ZeRO shards the parameters (stage 3), or reduces each gradient to one rank.
+        ValueError: ZeRO shards the parameters (stage 3), or the engine allreduces no gradients.
     """
     stage = engine.zero_optimization_stage()
     if stage > 2:
@@ -33,31 +33,49 @@ def attach(engine: DeepSpeedEngine, compressor: GlobalQSGD) -> None:
             f"the DeepSpeed adapter takes ZeRO stages 0 to 2, got stage {stage}, which shards "
             "parameters: use FSDP2 with GlobalQSGD(...).fsdp(model)"
         )
-    if stage > 0 and engine.zero_reduce_scatter():
+    if stage and engine.zero_reduce_scatter() and not engine.zero_multi_rank_bucket_allreduce():
         raise ValueError(
-            f"the DeepSpeed adapter needs all gradients on all ranks, got ZeRO stage {stage} with "
-            '"reduce_scatter": true (the default): set "reduce_scatter": false in '
-            '"zero_optimization"'
+            f"the DeepSpeed adapter needs gradients that are allreduced, got ZeRO stage {stage} "
+            'with "reduce_scatter": true and "use_multi_rank_bucket_allreduce": false: set the '
+            "former to false or the latter to true"
         )
+    if not engine.enable_backward_allreduce or engine.is_deepcompile_enabled():
+        raise ValueError(
+            "the DeepSpeed adapter needs an engine that reduces gradients, got one with a 1-bit "
+            "optimizer or DeepCompile: leave these out"
+        )
+    optimizer, sequence_ranks = engine.optimizer, float(engine.sequence_parallel_size)
     group = engine.seq_data_parallel_group
-    state, size = compressor.ddp_state(group), dist.get_world_size(group)
-    # Ranks of a sequence hold parts of one gradient, whose sum DeepSpeed takes.
-    factor = float(engine.sequence_parallel_size if engine.gradient_average else size)
-    last: list[int] = []
+    state, micro_step = compressor.ddp_state(group), -1
+    ranks = float(group.size())
+    # DeepSpeed's own reductions, for other groups.
+    of_engine: Callable[..., Tensor] = engine.allreduce_bucket
+    zero = hasattr(optimizer, "gradient_reduction_w_predivide")
+    of_zero: Callable[..., Tensor] = optimizer.allreduce_bucket if zero else of_engine
 
-    def reduced(bucket: Tensor) -> Tensor:
-        first, last[:] = last != [engine.micro_steps], [engine.micro_steps]
-        mean = state.average(bucket, first=first).wait()
-        return mean if factor == 1 else mean.mul_(factor)
+    def reduce(gradients: Tensor, mean: bool) -> Tensor:
+        nonlocal micro_step
+        first, micro_step = micro_step != engine.micro_steps, engine.micro_steps
+        reduced = state.average(gradients, first).wait()
+        return reduced.mul_(sequence_ranks if mean else ranks)
 
-    if stage > 0:
-        engine.optimizer.gradient_reduction_w_predivide = lambda bucket, dtype: reduced(bucket)
-        return
-    uncompressed = engine.allreduce_bucket
-
-    def allreduce_bucket(bucket: list[Tensor], dp_group: Any, dp_world_size: Any = None) -> Any:
+    def engine_bucket(bucket: list[Tensor], dp_group: Any, dp_world_size: Any = None) -> Tensor:
         if dp_group is not group:
-            return uncompressed(bucket, dp_group, dp_world_size)
-        return reduced(engine.flatten(bucket))
+            return of_engine(bucket, dp_group, dp_world_size)
+        return reduce(engine.flatten(bucket), engine.gradient_average)
 
-    engine.allreduce_bucket = allreduce_bucket
+    def zero_bucket(
+        bucket: list[Tensor], dtype: Any, rank: int | None = None, log: Any = None,
+        divide: bool = True, process_group: Any = None,
+    ) -> Tensor:  # fmt: skip
+        if process_group not in (None, group):
+            return of_zero(bucket, dtype, rank, log, divide, process_group)
+        return reduce(optimizer.flatten(bucket), divide and optimizer.gradient_average)
+
+    def zero_tensor(tensor: Tensor, dtype: Any) -> Tensor:
+        return reduce(tensor, optimizer.gradient_average)
+
+    engine.allreduce_bucket = engine_bucket
+    if zero:
+        optimizer.allreduce_bucket = zero_bucket
+        optimizer.gradient_reduction_w_predivide = zero_tensor

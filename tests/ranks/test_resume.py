@@ -52,14 +52,32 @@ def train_ddp(model, compressor, rank, steps):
     state.close()
 
 
+def train_fsdp(model, compressor, rank, steps):
+    if "OMPI_COMM_WORLD_SIZE" not in os.environ:
+        pytest.skip("the same as under mpirun")
+    from sharded import shard  # here, as it takes seconds to import
+
+    shard(model, compressor)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for step in steps:
+        optimizer.zero_grad()
+        backward(model, rank, step)
+        optimizer.step()
+
+
+def whole(tensor):
+    """Gathered, if it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def weights(model):
-    return torch.cat([p.detach().view(-1) for p in model.parameters()])
+    return torch.cat([whole(p.detach()).view(-1) for p in model.parameters()])
 
 
 def copy_of(model):
     """Without the hooks of a former training."""
     other = mlp()
-    other.load_state_dict(model.state_dict())
+    other.load_state_dict({key: whole(value) for key, value in model.state_dict().items()})
     return other
 
 
@@ -111,30 +129,40 @@ def test_one_rank_may_ask_for_the_state(rank, several, train):
     assert torch.equal(weights(asked[0]), weights(silent[0]))
 
 
-@pytest.mark.parametrize("train", [train_horovod, train_ddp])
+@pytest.mark.few
 @pytest.mark.parametrize("loading", [0, -1])
-def test_a_state_loaded_on_one_rank_is_that_of_all(rank, size, train, loading):
-    """As where rank 0 alone reads the checkpoint: the others take over the step, so that a fixed
-    width gives the bits of a run whose ranks have all loaded, and the schedule of widths."""
-    source, model = GlobalQSGD(min_numel=0), mlp()
-    train(model, source, rank, range(BEFORE))
-    everywhere, one = GlobalQSGD(min_numel=0), GlobalQSGD(min_numel=0)
-    for compressor in (everywhere, one) if rank == loading % size else (everywhere,):
-        compressor.load_state_dict(source.state_dict())
-    trained = []
-    for compressor in (everywhere, one):
-        after = copy_of(model)
-        train(after, compressor, rank, range(BEFORE, BEFORE + AFTER))
-        trained.append(weights(after))
-    assert torch.equal(*trained)
-    assert everywhere.state_dict() == one.state_dict()
+@pytest.mark.parametrize("train", [train_horovod, train_ddp, train_fsdp])
+def test_what_one_rank_loads_alone_is_settled_by_all(rank, size, several, train, loading):
+    """They take the latest of their steps, as with newcomers: none has a dither of its own."""
 
-    dynamic, after = new_compressor(), copy_of(model)
-    if rank == loading % size:
-        words = dict.fromkeys(("last", "recent", "mean"), 2**30)
-        schedule = {"steps": BEFORE, "saved": 2**30, **words}
-        dynamic.load_state_dict({"step": BEFORE, "schedule": schedule})
-    train(after, dynamic, rank, range(BEFORE, BEFORE + AFTER))
-    assert_same_on_all_ranks(weights(after))
-    state = dynamic.state_dict()
-    assert state["step"] == state["schedule"]["steps"] == BEFORE + AFTER
+    def trained(source, load):
+        model, compressor = mlp(), source()
+        train(model, compressor, rank, range(2))
+        load(compressor)
+        model = copy_of(model)
+        train(model, compressor, rank, range(2, 4))
+        return weights(model), compressor.state_dict()
+
+    def fixed():
+        return GlobalQSGD(min_numel=0)
+
+    alone = rank == loading % size
+    behind, ahead = fixed().state_dict(), fixed().state_dict() | {"step": 20}
+    nobody = trained(fixed, lambda compressor: None)
+    everyone = trained(fixed, lambda compressor: compressor.load_state_dict(ahead))
+    one_ahead = trained(fixed, lambda compressor: alone and compressor.load_state_dict(ahead))
+    one_behind = trained(fixed, lambda compressor: alone and compressor.load_state_dict(behind))
+    for found, right in ((one_ahead, everyone), (one_behind, nobody)):
+        assert torch.equal(found[0], right[0])
+        assert found[1] == right[1]
+    assert not torch.equal(nobody[0], everyone[0])
+    if train is not train_fsdp:  # which takes no DynamicBits
+        states = []
+        for other in (ahead, behind):
+            schedule = new_compressor().state_dict()["schedule"]
+            state = {"step": other["step"], "schedule": schedule}
+            load = lambda compressor: alone and compressor.load_state_dict(state)  # noqa: B023, E731
+            found, settled = trained(new_compressor, load)
+            assert_same_on_all_ranks(found)
+            states += [settled["step"], *settled["schedule"].values()]
+        assert_same_on_all_ranks(torch.tensor(states, dtype=torch.int64))
