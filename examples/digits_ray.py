@@ -19,7 +19,7 @@ def train(compressor, epochs, folder=None, resume=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     parts = {"model": model, "optimizer": optimizer, "compressor": compressor}
     if resume is not None:
-        for key, state in torch.load(f"{resume}/state.pt").items():
+        for key, state in torch.load(f"{resume}/state.pt", weights_only=True).items():
             parts[key].load_state_dict(state)
     loader = prepare_data_loader(DataLoader(load_data(0)[0], 32))
     for _ in range(epochs):

@@ -60,7 +60,7 @@ def test_a_command_that_there_is_not(
 def test_a_command_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without Horovod, or the native part: the error alone, and where to look."""
     monkeypatch.setitem(cli.COMMANDS, "bench step", ("hvd_gqsgd.no_such_module", ""))
-    with pytest.raises(SystemExit, match=r"hvd-gqsgd bench step: No module .*; hvd-gqsgd doc"):
+    with pytest.raises(SystemExit, match=r"hvd-gqsgd bench step: No module .*; run hvd-gqsgd doc"):
         cli.main(["bench", "step"])
 
 

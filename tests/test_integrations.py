@@ -40,3 +40,26 @@ def test_compressed_and_resumed(library: str, tmp_path: Path) -> None:
     whole, first, second = result["steps"]
     assert (whole, second) == (2 * first, whole), "it goes on from the step of the checkpoint"
     assert result["counted"] == [whole, first, first]
+
+
+LEFT_OPEN = """
+import torch, torch.distributed as dist
+from hvd_gqsgd import GlobalQSGD, ddp_hook
+dist.init_process_group("gloo")
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(100, 100))
+compressor = GlobalQSGD()
+model.register_comm_hook(compressor.ddp_state(), ddp_hook)
+model(torch.full((8, 100), 1.0 + dist.get_rank())).square().mean().backward()
+assert compressor.stats().ratio > 3
+print("DONE", flush=True)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_exit_without_destroy_process_group(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(LEFT_OPEN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    job = run([*torchrun, "--nproc-per-node", "2", str(script)], limit=90)
+    assert job.returncode == 0, job.stdout[-5000:]
+    assert job.stdout.count("DONE") == 2

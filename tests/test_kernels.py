@@ -269,12 +269,15 @@ def test_threads_are_used(thread_count: Callable[[int], None]) -> None:
         for threads in (1, 2):
             thread_count(threads)
             call()
-            time.sleep(0.05)  # PyTorch's threads may look out for more work for a while
-            everyone, own = time.process_time(), time.thread_time()
-            for _ in range(10):
-                call()
-            own = time.thread_time() - own
-            taken.append((own, time.process_time() - everyone - own))
+            rounds = []
+            for _ in range(3):  # other tests' threads of this process may be at work in one of them
+                time.sleep(0.05)  # PyTorch's threads may look out for more work for a while
+                everyone, own = time.process_time(), time.thread_time()
+                for _ in range(10):
+                    call()
+                own = time.thread_time() - own
+                rounds.append((time.process_time() - everyone - own, own))
+            taken.append(min(rounds)[::-1])
         (alone, others), shared = taken
         assert others < 0.1 * alone
         assert min(shared) > 0.3 * alone

@@ -170,7 +170,9 @@ def test_a_width_that_the_options_do_not_allow() -> None:
         rank.flush()
     for rank, ticket in zip(ranks, tickets, strict=True):
         rank.advance()
-        with pytest.raises(AgreementError, match=r"lanes of 16 bits; the options say from 2 to 8"):
+        with pytest.raises(
+            AgreementError, match=r"lanes of 16 bits; the options allow 2 to 8 bits"
+        ):
             rank.wait(ticket)
 
 
