@@ -258,8 +258,7 @@ def test_threads_are_used(thread_count: Callable[[int], None]) -> None:
     """Two share the work: or the test above would say little. In seconds of processors, each taken
     by itself: a thread that waits for the other one, on a busy machine, may spin."""
     x = torch.ones(2**23)
-    maxima = norms(x, 1024)
-    words = encode(x, maxima, 1024, BYTES)
+    words = encode(x, maxima := norms(x, 1024), 1024, BYTES)
     for call in (
         lambda: ops.block_max(x, 1024, maxima),
         lambda: ops.quantize(x, maxima, words, 1024, *BYTES, 0, 0, 0, 0, 1, True),
@@ -272,13 +271,12 @@ def test_threads_are_used(thread_count: Callable[[int], None]) -> None:
             rounds = []
             for _ in range(3):  # other tests' threads of this process may be at work in one of them
                 time.sleep(0.05)  # PyTorch's threads may look out for more work for a while
-                everyone, own = time.process_time(), time.thread_time()
-                for _ in range(10):
-                    call()
-                own = time.thread_time() - own
+                everyone, begun = time.process_time(), time.thread_time()
+                _ = [call() for _ in range(10)]
+                own = time.thread_time() - begun
                 rounds.append((time.process_time() - everyone - own, own))
-            taken.append(min(rounds)[::-1])
-        (alone, others), shared = taken
+            taken.append(min(rounds))
+        (others, alone), shared = taken
         assert others < 0.1 * alone
         assert min(shared) > 0.3 * alone
 
