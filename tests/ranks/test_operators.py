@@ -59,13 +59,16 @@ def test_sum_and_scales(rank, size, options):
 @pytest.mark.core
 def test_process_sets(rank, size, process_set):
     everyone = gradients(size, 9001)
-    compressor = GlobalQSGD(exchange="two_phase", process_set=process_set)
-    mean = hvd.allreduce(everyone[rank], compression=compressor, process_set=process_set)
     mine = everyone[rank % 2 :: 2]
-    if len(mine) > 1:
-        assert torch.equal(mean, simulate(mine, exchange="two_phase"))
-    else:  # the only rank of its set does all that other ranks do
-        torch.testing.assert_close(mean, mine[0], atol=2 / 127 * float(mine.abs().max()), rtol=0)
+    for bits in (8, BlockBits(8, power=0)):
+        options = {"exchange": "two_phase", "bits": bits}
+        compressor = GlobalQSGD(process_set=process_set, **options)
+        mean = hvd.allreduce(everyone[rank], compression=compressor, process_set=process_set)
+        if len(mine) > 1:
+            assert torch.equal(mean, simulate(mine, **options))
+        else:  # the only rank of its set does all that other ranks do
+            limit = 2 / 127 * float(mine.abs().max())
+            torch.testing.assert_close(mean, mine[0], atol=limit, rtol=0)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
