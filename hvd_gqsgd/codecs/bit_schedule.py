@@ -43,7 +43,7 @@ from typing import Any, Literal, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
 
-__all__ = ["WIDTHS", "DynamicBits", "Schedule", "wire_bits"]
+__all__ = ["WIDTHS", "DynamicBits", "Schedule", "check_power", "wire_bits"]
 
 MIN_BITS, MAX_BITS = 2, 16
 WORD_MAX = 2**31 - 1
@@ -83,6 +83,19 @@ def _worth_using(cost: Callable[[int], float]) -> tuple[int, ...]:
 
 # 11 takes as much as 12, and 13 to 15 as much as 16.
 WIDTHS = _worth_using(wire_bits)
+
+
+def check_power(power: object) -> float:
+    """Returns the power of a norm that levels follow, as a float.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not from 0 to 2.
+    """
+    number = check_number("power", power, "a number")
+    if not 0 <= number <= 2:
+        raise ValueError(f"power must be from 0 to 2, got {power!r}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -130,9 +143,7 @@ class DynamicBits:
                 "per block pass BlockBits(DynamicBits(...))"
             )
         budget = check_number("budget", self.budget, "a number of bits")
-        power = check_number("power", self.power, "a number")
-        if not 0 <= power <= 2:
-            raise ValueError(f"power must be from 0 to 2, got {self.power!r}")
+        power = check_power(self.power)
         if not self.min_bits <= budget <= self.max_bits:
             raise ValueError(f"budget must be from {span}, got {self.budget!r}")
         if self.total_steps is not None:

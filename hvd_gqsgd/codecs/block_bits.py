@@ -20,12 +20,13 @@ have the same ones, and no dither decides on a width: codes stay unbiased.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hvd_gqsgd.checks import check_int, check_number
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits
+from hvd_gqsgd.codecs.bit_schedule import DynamicBits, check_power
 
 __all__ = ["BlockBits"]
 
@@ -64,25 +65,21 @@ class BlockBits:
         if not isinstance(budget, DynamicBits):
             budget = check_number("budget", budget, "a number of bits or DynamicBits(...)")
             object.__setattr__(self, "budget", budget)
-        mean = budget.budget if isinstance(budget, DynamicBits) else budget
-        if not self.min_bits <= mean <= self.max_bits:
+        if not self.min_bits <= self.mean_bits <= self.max_bits:
             raise ValueError(
                 f"budget must be from min_bits={self.min_bits} to max_bits={self.max_bits}, got "
                 f"{self.budget!r}"
             )
-        power = check_number("power", self.power, "a number")
-        if not 0 <= power <= 2:
-            raise ValueError(f"power must be from 0 to 2, got {self.power!r}")
+        object.__setattr__(self, "power", check_power(self.power))
         check_int("block_size", self.block_size, COLUMN, MOST_BLOCK)
         if self.block_size % COLUMN:
             raise ValueError(
                 f"block_size must be a multiple of {COLUMN} for widths per block, got "
                 f"{self.block_size}"
             )
-        object.__setattr__(self, "power", power)
-        _ = self.dynamic  # raises where no width is left to it
+        _ = self.dynamic  # raises an error if no width is in both ranges
 
-    @property
+    @functools.cached_property  # the header of each bucket is compared with it
     def dynamic(self) -> DynamicBits | None:
         """The choice of each step's budget, among the widths that blocks may have; or None."""
         if not isinstance(self.budget, DynamicBits):

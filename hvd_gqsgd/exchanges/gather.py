@@ -26,7 +26,7 @@ from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 __all__ = ["GatherExchange"]
 
 _UNIT = torch.int64
-"""Type of a message, in which whatever it is made of begins at a multiple of 8 bytes."""
+"""Type of a message, all parts of which begin at a multiple of 8 bytes."""
 
 
 class GatherExchange(Exchange):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.frontends.compiling import opaque
-from hvd_gqsgd.frontends.fsdp_groups import Group, Groups, refuse_options
+from hvd_gqsgd.frontends.fsdp_groups import Allocates, Group, Groups, refuse_options
 from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
 from hvd_gqsgd.frontends.fsdp_weights import AllGather, WeightStep, parts_of, plan_of
 from hvd_gqsgd.frontends.reduce_op import reduction
@@ -139,15 +139,11 @@ def _options(front_end: FrontEnd, given: Mapping[str, Any]) -> Options:
     return options
 
 
-class _ReduceScatter:
+class _ReduceScatter(Allocates):
     """The reduce-scatter of one module; in PyTorch's words a ``ReduceScatter``."""
 
     def __init__(self, groups: Groups) -> None:
         self._groups = groups
-
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for the input or the output."""
-        return torch.empty(tuple(size), dtype=dtype, device=device)
 
     @opaque
     def __call__(

@@ -26,7 +26,15 @@ from hvd_gqsgd.transports.devices import transport_for
 from hvd_gqsgd.transports.process_groups import has_nccl, host_group
 from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
-__all__ = ["Group", "Groups", "Shard", "refuse_options"]
+__all__ = ["Allocates", "Group", "Groups", "Shard", "refuse_options"]
+
+
+class Allocates:
+    """The memory of a collective that replaces one of FSDP's."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Returns memory for an input or an output."""
+        return torch.empty(tuple(size), dtype=dtype, device=device)
 
 
 class Shard(NamedTuple):

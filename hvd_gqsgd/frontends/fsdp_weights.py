@@ -1,8 +1,8 @@
 """Weights for PyTorch's FSDP2, gathered as codes.
 
-FSDP gathers a module's parameters in one message: the shards of all of them, one behind the other.
-Each rank rounds its own shard, at random and without a bias, and all ranks compute with the decoded
-codes, its owner too. The sharded parameters, which the optimizer updates, are not rounded.
+FSDP gathers a module's parameters in one message: the concatenated shards of all of them. Each
+rank rounds its own shard, stochastically and unbiased, and all ranks compute with the decoded
+codes, the owner too. The sharded parameters, which the optimizer updates, are not rounded.
 
 FSDP may gather a module twice in a step, in the forward pass and in the backward pass. Dither
 depends on the step, so both times the codes are the same.
@@ -24,7 +24,7 @@ from hvd_gqsgd.codecs import is_compressible
 from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.frontends.compiling import opaque
-from hvd_gqsgd.frontends.fsdp_groups import Groups, Shard
+from hvd_gqsgd.frontends.fsdp_groups import Allocates, Groups, Shard
 from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
 from hvd_gqsgd.stats import Stats
 
@@ -111,7 +111,7 @@ class WeightStep:
         return self._forward
 
 
-class AllGather:
+class AllGather(Allocates):
     """The all-gather of one module; in PyTorch's words an ``AllGather``.
 
     Args:
@@ -130,10 +130,6 @@ class AllGather:
         self._step = step
         self._stats = stats
 
-    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory for the output, of which the input is this rank's part."""
-        return torch.empty(tuple(size), dtype=dtype, device=device)
-
     @opaque
     def __call__(
         self,
@@ -142,7 +138,7 @@ class AllGather:
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> None:
-        """Gathers the shards of all ranks to ``output_tensor``, one behind the other."""
+        """Gathers the shards of all ranks to ``output_tensor``, in the order of the ranks."""
         if not self._is_coded(input_tensor, group):
             _all_gather(output_tensor, input_tensor, group=group)
             self._stats.weight_bytes_before += output_tensor.nbytes
