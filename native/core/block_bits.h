@@ -43,6 +43,14 @@ GQSGD_INLINE int32_t pairs_of(int32_t columns, int32_t width) {
   const int32_t lanes = lanes_of_pair(width);
   return (kRows * columns + lanes - 1) / lanes;
 }
+// Lanes of a block, those included that no element has.
+GQSGD_INLINE int32_t lanes_of(int32_t columns, int32_t width, int32_t summands) {
+  if (!is_added(summands) || width == 0) return kRows * columns;
+  return pairs_of(columns, width) * lanes_of_pair(width);
+}
+// The most of them: the last word of 2-bit lanes may have 31 that no element has.
+constexpr int32_t kMostLanes = static_cast<int32_t>(kTile) + 32;
+
 // 32-bit words of a block.
 GQSGD_INLINE int32_t block_words(int32_t columns, int32_t width, int32_t summands) {
   return is_added(summands) && width ? 2 * pairs_of(columns, width) : columns * width;
@@ -164,7 +172,7 @@ GQSGD_INLINE uint32_t unpacked_lane(const uint32_t* words, int32_t columns, int3
   return lane & ((1u << width) - 1);
 }
 
-// The top lane of a word of added codes, which is signed as in lanes.h: `bias` is what it lacks.
+// The bias that the top lane of a word of added codes lacks, as that lane is signed (lanes.h).
 GQSGD_INLINE uint64_t top_bias(int32_t bias, int32_t width) {
   return static_cast<uint64_t>(static_cast<uint32_t>(bias)) << (width * (lanes_of_pair(width) - 1));
 }

@@ -104,7 +104,7 @@ constexpr int kPairs = 4;
 using Pairs = uint64_t __attribute__((vector_size(kPairs * sizeof(uint64_t))));
 using PairLanes = uint32_t __attribute__((vector_size(kPairs * sizeof(uint32_t))));
 
-// f(j, how many) for words from 0 on: `kPairs` at once, the last of them again where that takes it.
+// f(j, count) for the words from j on: `kPairs` at once, of which the last ones may come twice.
 template <class F>
 GQSGD_INLINE void for_pairs(int32_t pairs, F f) {
   if (pairs < kPairs) {
@@ -152,14 +152,6 @@ GQSGD_INLINE void unpack_pairs(const uint64_t* __restrict words, int32_t pairs, 
     }
   });
 }
-
-// Lanes of a block, those included that no element has.
-GQSGD_INLINE int64_t lanes_of(int32_t columns, int32_t width, int32_t summands) {
-  if (!is_added(summands) || width == 0) return int64_t{kRows} * columns;
-  return int64_t{pairs_of(columns, width)} * lanes_of_pair(width);
-}
-// The most of them.
-constexpr int64_t kMostLanes = kTile + 32;
 
 template <class Code>
 void pack_block(const uint32_t* lanes, int32_t columns, const Code& code, int32_t summands,

@@ -135,13 +135,6 @@ __device__ __forceinline__ void write_words(const uint32_t* lanes, int32_t colum
   for (int64_t i = threadIdx.x; i < place.unused; i += blockDim.x) out[place.words + i] = 0;
 }
 
-// Lanes of a block, those included that no element has.
-__device__ __forceinline__ int lanes_of(int32_t columns, int32_t width, int32_t summands) {
-  if (!is_added(summands) || width == 0) return kRows * columns;
-  return pairs_of(columns, width) * lanes_of_pair(width);
-}
-constexpr int kMostLanes = static_cast<int>(kTile) + 32;
-
 template <class T>
 __global__ void quantize_blocks_kernel(Layout layout, BlockPlan plan,
                                        const typename Traits<T>::Norm* norms, const T* x,
