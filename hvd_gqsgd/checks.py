@@ -33,17 +33,18 @@ def check_number(name: str, value: object, what: str) -> float:
     return float(value)
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    """Checks that ``value`` is one of ``choices``.
+def check_choice(name: str, value: object, choices: tuple[str, ...], also: str = "") -> None:
+    """Checks that ``value`` is one of ``choices``; ``also`` names an alternative.
 
     Raises:
         TypeError: it is not a string.
         ValueError: it is another one.
     """
+    alternative = f", or {also}" if also else ""
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be one of {choices}, got {value!r}")
+        raise TypeError(f"{name} must be one of {choices}{alternative}, got {value!r}")
     if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+        raise ValueError(f"{name} must be one of {choices}{alternative}, got {value!r}")
 
 
 def unknown_option(of: str, name: str, known: Iterable[str]) -> str:

@@ -20,13 +20,16 @@ __all__ = [
     "Layout",
     "Part",
     "Segments",
+    "Shard",
     "block_segments",
     "columns_of_blocks",
     "lay_out",
     "means_before",
     "means_dtype",
     "norm_dtype",
+    "part_identity",
     "runs",
+    "shards",
     "tiles_for",
     "word_dtype",
     "words_before",
@@ -35,6 +38,8 @@ __all__ = [
 
 TILE = 1024
 """Elements that are packed together: ``kTile`` of ``native/core/lanes.h``."""
+
+_FIRST_TILE_SHIFT = 31  # kFirstTileShift of native/core/hash.h
 
 FLAG = 1
 """Elements before the means of each rank: whether it took part."""
@@ -270,6 +275,17 @@ def block_segments(
         means.append(means[-1] + FLAG + last - first + units)
     of_rank: list[list[Run]] = [[] for _ in range(ranks)]
     of_tensor: list[list[Run]] = [[] for _ in tensors]
+    for run in _runs_of_blocks(tensors, blocks):
+        of_rank[run[3]].append(run)
+        of_tensor[run[0]].append(run)
+    return BlockSegments(
+        tuple(blocks), tuple(words), tuple(means),
+        tuple(map(tuple, of_rank)), tuple(map(tuple, of_tensor)),
+    )  # fmt: skip
+
+
+def _runs_of_blocks(tensors: tuple[tuple[int, int], ...], blocks: Sequence[int]) -> Iterable[Run]:
+    """The runs of a bucket's blocks, given the first block of each rank, and their number."""
     begin = rank = 0
     for tensor, (numel, block) in enumerate(tensors):
         end, at = begin + -(-numel // block), begin
@@ -277,15 +293,50 @@ def block_segments(
             while blocks[rank + 1] <= at:
                 rank += 1
             last = min(end, blocks[rank + 1])
-            run = (tensor, at - begin, last - begin, rank)
-            of_rank[rank].append(run)
-            of_tensor[tensor].append(run)
+            yield tensor, at - begin, last - begin, rank
             at = last
         begin = end
-    return BlockSegments(
-        tuple(blocks), tuple(words), tuple(means),
-        tuple(map(tuple, of_rank)), tuple(map(tuple, of_tensor)),
-    )  # fmt: skip
+
+
+def part_identity(identity: int, first: int, block_size: int | None) -> int:
+    """The number of a part of a tensor for the dither, which is that of the whole tensor there.
+
+    Args:
+        identity: of the tensor, 31 bits.
+        first: first element of the part, at the beginning of a block.
+        block_size: elements of a block; None: the tensor is one, and has no other part.
+    """
+    tiles = first // block_size * -(-block_size // TILE) if block_size else 0
+    return identity | tiles << _FIRST_TILE_SHIFT
+
+
+class Shard(NamedTuple):
+    """The part of a bucket that one rank of each node owns."""
+
+    parts: tuple[tuple[int, int, int], ...]
+    """Tensor, first element and the one after the last, of runs of whole blocks."""
+    norms: slice
+    """In the norms of the bucket."""
+
+    @property
+    def numel(self) -> int:
+        """Elements of the shard."""
+        return sum(last - first for _, first, last in self.parts)
+
+
+@functools.lru_cache(maxsize=256)
+def shards(tensors: tuple[tuple[int, int], ...], count: int) -> tuple[Shard, ...]:
+    """The division of a bucket in ``count`` shards that differ by one block at most."""
+    total = sum(-(-numel // block) for numel, block in tensors)
+    blocks = [total * shard // count for shard in range(count + 1)]
+    parts: list[list[tuple[int, int, int]]] = [[] for _ in range(count)]
+    for tensor, first, last, shard in _runs_of_blocks(tensors, blocks):
+        numel, block = tensors[tensor]
+        parts[shard].append((tensor, first * block, min(last * block, numel)))
+    return tuple(
+        Shard(tuple(each), slice(*ends))
+        for each, ends in zip(parts, itertools.pairwise(blocks), strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=256)

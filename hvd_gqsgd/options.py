@@ -25,6 +25,7 @@ ENOUGH_LEVELS = 31
 Dither = Literal["linear", "exponential"]
 Exchange = Literal["auto", "allreduce", "two_phase", "one_phase", "gather", "reduce_scatter"]
 Norm = Literal["max", "l2"]
+Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
 
 EXPONENTIAL_BITS = (4, 8)
 
@@ -44,6 +45,7 @@ class OptionsButBits(TypedDict, total=False):
     seed: int
     min_numel: int
     bucket_mb: float
+    hierarchy: Hierarchy
 
 
 class OptionKeywords(OptionsButBits, total=False):
@@ -86,6 +88,11 @@ class Options:
             are, unless it cannot reduce them (bfloat16, not contiguous). Smaller buckets
             of DDP, and modules of FSDP with fewer gradients, are not compressed.
         bucket_mb: size in megabytes of the buckets in which gradients are exchanged under Horovod.
+        hierarchy: ``"node"`` sums gradients in full precision within each node, and exchanges codes
+            between nodes alone, as many as there would be with one rank a node. ``"flat"``
+            exchanges codes between all ranks. ``"auto"`` goes by node with two nodes or more that
+            have two ranks or more each. A tuple has the number of ranks of each node in order of
+            rank, as ``(8, 8)``, where host names do not tell.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -101,6 +108,7 @@ class Options:
     seed: int = 0
     min_numel: int = 4096
     bucket_mb: float = 25
+    hierarchy: Hierarchy = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits | BlockBits):
@@ -140,6 +148,7 @@ class Options:
                 f"bucket_mb must be above 0 and at most 2048 megabytes, got {self.bucket_mb!r}"
             )
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
+        self._check_hierarchy()
 
     def _check_block_bits(self, bits: BlockBits) -> None:
         if self.block_size not in (BLOCK_SIZE, bits.block_size):
@@ -148,6 +157,21 @@ class Options:
                 f"{self.block_size}: pass BlockBits(block_size={self.block_size})"
             )
         object.__setattr__(self, "block_size", bits.block_size)
+
+    def _check_hierarchy(self) -> None:
+        if isinstance(self.hierarchy, list | tuple):
+            for size in self.hierarchy:
+                check_int("the ranks of each node of hierarchy", size, 1, 2**31 - 1)
+            object.__setattr__(self, "hierarchy", tuple(self.hierarchy))
+        else:
+            sizes = "the number of ranks of each node, as (8, 8)"
+            check_choice("hierarchy", self.hierarchy, ("auto", "flat", "node"), sizes)
+        by_node = self.hierarchy not in ("auto", "flat")
+        if by_node and self.exchange not in ("auto", "allreduce", "two_phase"):
+            raise ValueError(
+                f"hierarchy={self.hierarchy!r} has no effect with exchange={self.exchange!r}: pass "
+                "hierarchy='flat', or leave it out"
+            )
 
     @property
     def dynamic(self) -> DynamicBits | None:

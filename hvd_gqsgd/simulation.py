@@ -13,6 +13,7 @@ from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.codecs import check_compressible, check_unmasked
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.nodes import nodes_of_sizes
 from hvd_gqsgd.options import FrontEnd, OptionKeywords, Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.simulated import SimulatedWorld
@@ -22,19 +23,24 @@ if TYPE_CHECKING:
 
 __all__ = ["SimulatedRanks", "simulate"]
 
-FRONT_END = FrontEnd("simulate()", own=("step",), exchanges=("one_phase",))
+FRONT_END = FrontEnd("simulate()", own=("step", "nodes"), exchanges=("one_phase",))
 
 
-@overload
-def simulate(gradients: Tensor, *, step: int = 0, **options: Unpack[OptionKeywords]) -> Tensor: ...
 @overload
 def simulate(
-    gradients: np.ndarray[Any, Any], *, step: int = 0, **options: Unpack[OptionKeywords]
-) -> np.ndarray[Any, Any]: ...
+    gradients: Tensor, *, step: int = 0, nodes: Sequence[int] | None = None,
+    **options: Unpack[OptionKeywords],
+) -> Tensor: ...  # fmt: skip
+@overload
+def simulate(
+    gradients: np.ndarray[Any, Any], *, step: int = 0, nodes: Sequence[int] | None = None,
+    **options: Unpack[OptionKeywords],
+) -> np.ndarray[Any, Any]: ...  # fmt: skip
 @FRONT_END.documented
 def simulate(
-    gradients: Tensor | np.ndarray[Any, Any], *, step: int = 0, **options: Unpack[OptionKeywords]
-) -> Tensor | np.ndarray[Any, Any]:
+    gradients: Tensor | np.ndarray[Any, Any], *, step: int = 0, nodes: Sequence[int] | None = None,
+    **options: Unpack[OptionKeywords],
+) -> Tensor | np.ndarray[Any, Any]:  # fmt: skip
     """Returns the mean that ranks would decode, with one row of ``gradients`` per rank.
 
     All ranks run in this process, with the pipeline and the codec of the real exchange. The result
@@ -46,6 +52,7 @@ def simulate(
         gradients: a tensor or an array of shape (world size, elements); float16, bfloat16, float32
             or float64.
         step: number of the step, starting at 0. The dither depends on the step.
+        nodes: number of ranks of each node, in order of rank; None for one node.
         options: see :class:`hvd_gqsgd.options.Options`. The options of a training can be passed
             unchanged: ``min_numel`` and ``bucket_mb`` are checked, and do not affect the mean of a
             tensor.
@@ -67,7 +74,8 @@ def simulate(
     """
     if isinstance(gradients, np.ndarray):
         check_unmasked("gradients", gradients)
-        return simulate(torch.from_numpy(np.array(gradients)), step=step, **options).numpy()
+        array = torch.from_numpy(np.array(gradients))
+        return simulate(array, step=step, nodes=nodes, **options).numpy()
     if not isinstance(gradients, Tensor):
         raise TypeError(f"gradients must be a tensor or a NumPy array, got {type(gradients)}")
     check_compressible("gradients", gradients)
@@ -79,7 +87,7 @@ def simulate(
 
     resolved = FRONT_END.options(options)
     rows, (size, numel) = gradients.detach().contiguous(), gradients.shape
-    ranks = SimulatedRanks(size, resolved, step)
+    ranks = SimulatedRanks(size, resolved, step, nodes)
     if resolved.exchange == "one_phase":
         rows = torch.nn.functional.pad(rows, (0, -numel % size))
         mean = rows.new_empty(rows.shape[1])
@@ -96,12 +104,18 @@ class SimulatedRanks:
         size: number of ranks.
         options: the options of all ranks.
         step: number of the first step.
+        nodes: number of ranks of each node, in order of rank; None for one node.
+
+    Raises:
+        ValueError: ``nodes`` do not add up to ``size``.
     """
 
-    def __init__(self, size: int, options: Options, step: int = 0) -> None:
+    def __init__(
+        self, size: int, options: Options, step: int = 0, nodes: Sequence[int] | None = None
+    ) -> None:
         self.stats = Stats()
         """The bytes on the wire of each rank."""
-        world = SimulatedWorld(size)
+        world = SimulatedWorld(size, nodes_of_sizes(nodes, size) if nodes else None)
         self._ranks = [
             Pipeline(
                 options, world.transport(rank), steps=Steps(options.bits, step),

@@ -29,6 +29,9 @@ class Stats:
     does an Allgather with a result of this size: their bytes count half. Bytes of compressed
     tensors include norms, headers, padding and probes.
 
+    With an exchange by node, bytes on the wire are those of messages between nodes: each rank has
+    its share of those of its node.
+
     Under FSDP, bytes on the wire are the bytes handed to a reduce-scatter, which is half of an
     Allreduce: an Alltoall counts in full, and an Allreduce twice.
     """
@@ -50,6 +53,9 @@ class Stats:
     """Gradient bytes of compressed tensors."""
     compressed_bytes_on_wire: int = 0
     """Bytes on the wire of compressed tensors."""
+    bytes_inside: int = 0
+    """Bytes of compressed tensors that were exchanged within nodes, in full precision or as codes;
+    not part of the bytes on the wire. See the option ``hierarchy``."""
     bypassed_bytes: int = 0
     """Bytes of the tensors that were not compressed, the same before and on the wire."""
     elements: int = 0
@@ -157,6 +163,8 @@ class Stats:
                 f"{self.compressed_bytes_on_wire:,} on the wire, "
                 f"{self.compressed_ratio:.2f} times fewer, {self.mean_bits:.2f} bits per element"
             )
+        if self.bytes_inside:
+            lines.append(f"within nodes: {self.bytes_inside:,} bytes")
         if self.weight_bytes_before:
             lines.append(
                 f"weights: {self.weight_bytes_before:,} bytes -> {self.weight_bytes_on_wire:,} on "

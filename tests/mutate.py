@@ -108,7 +108,7 @@ MUTANTS = [
            (STREAMS, VARIANCE)),
     Mutant("dither without seed", HASH, "mix64(seed + odd)", "mix64(odd)", (STREAMS,)),
     Mutant("dither without step", HASH, "(step + odd)", "odd", (STREAMS, TRIALS, UNBIASED, RANKS)),
-    Mutant("dither without tensor", HASH, "(tensor + 2 * odd)", "(2 * odd)", (STREAMS,)),
+    Mutant("dither without tensor", HASH, "(number + 2 * odd)", "(2 * odd)", (STREAMS,)),
     Mutant("dither without tile", HASH, "mix64(key + tile)", "mix64(key)", (STREAMS, TWO_PHASE)),
     Mutant("dither without element", HASH, "uint32_t x = index + ", "uint32_t x = 0 * index + ",
            (STREAMS, DITHER)),

@@ -88,7 +88,7 @@ class Group:
         """Lets all ranks come so far that none has to wait for another one."""
         for pipeline in self.ranks:
             pipeline.flush()
-        for _ in range(3):  # as many collectives as an exchange has after the norms
+        for _ in range(6):  # as many collectives as an exchange has after its first
             for pipeline in self.ranks:
                 pipeline.advance()
 

@@ -150,8 +150,12 @@ class LiedTo(SimulatedTransport):
     def sum_async(self, tensor: Tensor, name: str) -> Handle:
         return self._tamper(super().sum_async(tensor, name), name, 0)
 
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
-        return self._tamper(super().alltoall_async(tensor, splits, name), name, self.lie.longer)
+    def alltoall_async(
+        self, tensor: Tensor, splits: Sequence[int], name: str,
+        received: Sequence[int] | None = None,
+    ) -> Handle:  # fmt: skip
+        handle = super().alltoall_async(tensor, splits, name, received)
+        return self._tamper(handle, name, self.lie.longer)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Handle:
         return self._tamper(super().allgather_async(tensor, lengths, name), name, self.lie.longer)

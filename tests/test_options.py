@@ -36,6 +36,7 @@ def test_defaults() -> None:
         "seed": 0,
         "min_numel": 4096,
         "bucket_mb": 25,
+        "hierarchy": "auto",
     }
 
 
@@ -316,11 +317,11 @@ def test_repr() -> None:
     """All options, and what is special about this one."""
     assert repr(GlobalQSGD(4, seed=7)) == (
         "GlobalQSGD(bits=4, dither='linear', exchange='auto', norm='max', block_size=1024, "
-        "correlated=True, seed=7, min_numel=4096, bucket_mb=25.0)"
+        "correlated=True, seed=7, min_numel=4096, bucket_mb=25.0, hierarchy='auto')"
     )
     named = GlobalQSGD(DynamicBits(5), named_parameters=nn.Linear(3, 2).named_parameters())
     assert repr(named).startswith("GlobalQSGD(bits=DynamicBits(budget=5.0, ")
-    assert repr(named).endswith("bucket_mb=25.0, named_parameters=<2 of them>)")
+    assert repr(named).endswith("hierarchy='auto', named_parameters=<2 of them>)")
 
 
 @pytest.mark.parametrize(

@@ -27,9 +27,9 @@ def communicator(unique_id: Tensor, rank: int, size: int, device: torch.device) 
     """A rank's end of a communicator of GPUs, on ``device``; waits until all ranks are here.
 
     ``max(tensor)`` and ``sum(tensor)`` of an int32 or int64 tensor, in place; ``all_to_all(from,
-    to, splits)`` and ``all_gather(from, to, lengths)`` of flat tensors, with the elements to each
-    rank and of each rank; and the whole exchange of a tensor, ``scale`` times the sum over the
-    ranks to ``out``, which may be ``x``::
+    to, splits, received)`` and ``all_gather(from, to, lengths)`` of flat tensors, with the elements
+    to each rank and of each rank; and the whole exchange of a tensor, ``scale`` times the sum over
+    the ranks to ``out``, which may be ``x``::
 
         allreduce(x, out, norms, squares, words, block_size, kind, bits, levels, seed, step,
                   tensor_id, correlated, scale)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +28,7 @@ from hvd_gqsgd.exchanges import Exchange, Terms
 from hvd_gqsgd.exchanges.base import Running
 from hvd_gqsgd.exchanges.collectives import Kept, Max
 from hvd_gqsgd.exchanges.contribution import everyone
+from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.transports.base import Transport
 
@@ -38,6 +40,7 @@ __all__ = [
     "Ahead",
     "WithNorms",
     "check",
+    "find_nodes",
     "refusal",
     "refuse",
 ]  # fmt: skip
@@ -220,10 +223,7 @@ def refusal() -> Tensor:
 
 def refuse(transport: Transport, name: str) -> None:
     """Sends a refusal to the other ranks, which wait for this one's header of this name."""
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    # Within torch.func even a new tensor has no memory to send.
-    with temporarily_clear_interpreter_stack():
+    with _outside_of_func():
         _max(transport, refusal(), name)
 
 
@@ -251,8 +251,24 @@ def check(transport: Transport, options: Options, name: str) -> None:
     )
 
 
-def _max(transport: Transport, header: Tensor, name: str) -> None:
-    handle = transport.max_async(header, name)
+def find_nodes(transport: Transport, name: str) -> Nodes:
+    """The nodes of all ranks, which must call this together."""
+    with _outside_of_func():
+        hosts = torch.zeros(transport.size, dtype=torch.int64, device="cpu")
+        hosts[transport.rank] = host_number()
+        _max(transport, hosts, name)
+        return nodes_of_hosts(tuple(hosts.tolist()))
+
+
+def _outside_of_func() -> AbstractContextManager[object]:
+    """Within torch.func even a new tensor has no memory to send."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+    return temporarily_clear_interpreter_stack()
+
+
+def _max(transport: Transport, message: Tensor, name: str) -> None:
+    handle = transport.max_async(message, name)
     while not handle.done():
         transport.idle()
     handle.wait()

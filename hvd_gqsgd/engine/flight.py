@@ -158,6 +158,9 @@ class Flight:
     def _start(self, collective: Collective) -> None:
         self.started += 1  # before it is started, as that may call back at once
         self._sent = collective
-        self._stats.compressed_bytes_on_wire += self._counted * collective.nbytes
+        if collective.inside:
+            self._stats.bytes_inside += collective.nbytes
+        else:
+            self._stats.compressed_bytes_on_wire += self._counted * collective.nbytes
         name = f"{self.bucket.name}.{collective.message}"
         self.handle = collective.start(self._transport, name)

@@ -11,10 +11,12 @@ from hvd_gqsgd.codecs.schedules import budget_of, least_bits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.alone import AloneExchange
 from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
+from hvd_gqsgd.exchanges.by_node import NodeExchange
 from hvd_gqsgd.exchanges.gather import GatherExchange
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.one_phase import OnePhaseExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
+from hvd_gqsgd.nodes import Nodes, nodes_of_sizes
 
 __all__ = ["EXCHANGES", "Exchange", "Setup", "Terms", "make_exchange"]
 
@@ -39,12 +41,38 @@ def make_exchange(setup: Setup) -> Exchange:
         ValueError: the options leave no levels to this many ranks, or ask for an exchange that
             this transport does not have.
     """
-    options, transport = setup.options, setup.transport
+    transport = setup.transport
     # Horovod counts operations. The one rank of a process set must start as many as other ranks do.
     if transport.size == 1 and not transport.ranks_may_leave:
         _say_once(logging.INFO, "one rank: nothing is exchanged, and nothing is rounded")
         return AloneExchange(setup)
-    size, kind = transport.size, options.exchange_for(transport.size)
+    exchange = _by_node(setup) or _flat(setup)
+    if transport.rank == 0:
+        _describe(setup, exchange)
+    return exchange
+
+
+def _by_node(setup: Setup) -> NodeExchange | None:
+    """The exchange by nodes, unless the flat one is asked for, or the better one."""
+    options, size = setup.options, setup.transport.size
+    hierarchy, nodes = options.hierarchy, setup.transport.nodes
+    if hierarchy == "flat" or options.exchange_for(size) not in ("allreduce", "two_phase"):
+        return None
+    if isinstance(hierarchy, tuple):
+        nodes = nodes_of_sizes(hierarchy, size)
+
+    def takes(nodes: Nodes) -> bool:
+        return nodes.pays if hierarchy == "auto" else not nodes.flat
+
+    if nodes is not None and not takes(nodes):
+        return None
+    return NodeExchange(setup, lambda: _flat(setup), nodes, takes)
+
+
+def _flat(setup: Setup) -> Exchange:
+    """The exchange without nodes."""
+    options, transport = setup.options, setup.transport
+    kind = options.exchange_for(transport.size)
     make = EXCHANGES[kind]
     one_width = not isinstance(options.bits, BlockBits)
     if kind == "allreduce" and transport.nccl is not None and one_width:
@@ -56,17 +84,22 @@ def make_exchange(setup: Setup) -> Exchange:
         and transport.mpi_handle is not None
     ):
         make = MpiExchange
-    exchange = make(setup)
-    if transport.rank == 0:
-        _say_once(logging.INFO, f"{kind} among {size} ranks: {options}")
-        budget, least = budget_of(options.bits), least_bits(options.bits, exchange.summands)
-        if least > budget:
-            _say_once(
-                logging.WARNING,
-                f"a budget of {budget:g} bits cannot be held: the sum over {size} ranks takes "
-                f"lanes of {least:g} bits at the least",
-            )
-    return exchange
+    return make(setup)
+
+
+def _describe(setup: Setup, exchange: Exchange) -> None:
+    """Logs an exchange."""
+    options, size = setup.options, setup.transport.size
+    by_node = " by node" if isinstance(exchange, NodeExchange) else ""
+    kind = options.exchange_for(size)
+    _say_once(logging.INFO, f"{kind} among {size} ranks{by_node}: {options}")
+    budget, least = budget_of(options.bits), least_bits(options.bits, exchange.summands)
+    if least > budget:
+        _say_once(
+            logging.WARNING,
+            f"a budget of {budget:g} bits cannot be held: the sum over {size} ranks takes "
+            f"lanes of {least:g} bits at the least",
+        )
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
+from hvd_gqsgd.exchanges.base import CodedExchange, LastMessage, Result, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Sum
 from hvd_gqsgd.exchanges.contribution import MARKS, Contribution, everyone, mark, read_marks
 from hvd_gqsgd.exchanges.widths import Widths, widths_of
@@ -62,6 +62,19 @@ class AllreduceExchange(CodedExchange):
                     mark(message, self.rank)
         summed = yield Sum(name, message)
         terms.raise_failure()
+        return self._summed(bucket, widths, norms, summed)
+
+    def last_message(self, bucket: Bucket, bits: int) -> LastMessage:
+        """See :class:`CodedExchange`."""
+        widths = self._widths(bucket, bits)
+
+        def read(norms: Tensor, summed: Tensor) -> Result:
+            widths.settle(norms)
+            return self._summed(bucket, widths, norms, summed)
+
+        return LastMessage(self._marks + widths.num_words, widths.word_dtype, read)
+
+    def _summed(self, bucket: Bucket, widths: Widths, norms: Tensor, summed: Tensor) -> Result:
         contribution = read_marks(summed) if self._marks else everyone(self.size)
         if not 1 <= contribution.count <= self.size:
             raise AgreementError(

@@ -18,7 +18,7 @@ from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.transports.base import Transport
 
-__all__ = ["Exchange", "Result", "Running", "Setup", "Take", "Terms"]
+__all__ = ["Exchange", "LastMessage", "Result", "Running", "Setup", "Take", "Terms"]
 
 # Squares are summed in 64 bits, in the units of native/core/l2.h.
 MOST_SQUARES = 2**33
@@ -97,6 +97,15 @@ class Result(Protocol):
 
 Running = Generator[Collective, Tensor, Result]
 """An exchange of one bucket: yields each collective, and is sent its result."""
+
+
+class LastMessage(NamedTuple):
+    """The result of an exchange's last collective, from which any rank can decode the bucket."""
+
+    length: int
+    dtype: torch.dtype
+    read: Callable[[Tensor, Tensor], Result]
+    """The exchanged bucket, given the global norms and the message."""
 
 
 class Exchange(ABC):
@@ -181,6 +190,10 @@ class CodedExchange(Exchange):
 
     code_messages: ClassVar[tuple[str, ...]]
     """The collectives after the norms."""
+
+    def last_message(self, bucket: Bucket, bits: int) -> LastMessage:
+        """The last message of a closed bucket; for exchanges whose result is on all ranks."""
+        raise NotImplementedError(f"{type(self).__name__} leaves each rank a result of its own")
 
     def _norms(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, Tensor]:
         """Exchanges the block norms of all tensors, one behind the other."""

@@ -23,6 +23,11 @@ class Collective(ABC):
     """What this rank sends; reduced in place by ``Max`` and ``Sum``."""
 
     @property
+    def inside(self) -> bool:
+        """Whether it moves data within nodes only."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes on the wire, counted as those of an Allreduce; see ``Stats``."""
         return self.tensor.nbytes
@@ -66,7 +71,11 @@ class Alltoall(Collective):
     """Sends each rank its part of a flat tensor."""
 
     splits: Sequence[int]
-    """Elements for each rank; the same on all ranks."""
+    """Elements for each rank."""
+    received: Sequence[int] | None = None
+    """Elements from each rank; None: as many from each as this rank sends to itself."""
+    inside: bool = False
+    """Whether it moves data within nodes only."""
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +84,7 @@ class Alltoall(Collective):
 
     def start(self, transport: Transport, name: str) -> Handle:
         """See :class:`Collective`."""
-        return transport.alltoall_async(self.tensor, self.splits, name)
+        return transport.alltoall_async(self.tensor, self.splits, name, self.received)
 
 
 @dataclass(frozen=True)

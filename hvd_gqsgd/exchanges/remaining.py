@@ -18,7 +18,9 @@ from collections.abc import Generator
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket
+from hvd_gqsgd.codecs import levels_for
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather, Collective, Max, Sum
@@ -50,6 +52,30 @@ class RemainingSum(AllreduceExchange):
         super().__init__(setup._replace(options=options))
         self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
         self._rehearsed: set[str] = set()
+
+    @classmethod
+    def of_wide_lanes(cls, setup: Setup) -> RemainingSum:
+        """With the levels that lanes have which hold the code of one rank."""
+        bits = setup.options.bits
+        most = bits.max_bits if isinstance(bits, BlockBits) else setup.options.most_bits
+        return cls(setup, levels_for(most, 1))
+
+    @property
+    def at_risk(self) -> bool:
+        """Whether Horovod must remember the sum of a bucket."""
+        return self._at_risk
+
+    def all(self, bucket: Bucket, terms: Terms) -> Running:
+        """Exchanges a bucket, from its norms on."""
+        norms = yield from self._norms(bucket, terms)
+        terms.bits = self._width
+        return (yield from self._sum(bucket, terms, norms, self._name(bucket)))
+
+    def rehearse_alone(self, bucket: Bucket) -> Generator[Collective, Tensor, None]:
+        """Rehearses the sum of a bucket with zeros."""
+        message = self._message(bucket, self._widths(bucket, self._width))
+        yield Sum(self._name(bucket), message.zero_())
+        self._rehearsed.add(self._full_name(bucket))
 
     def sum(self, bucket: Bucket, terms: Terms, norms: Tensor) -> Running:
         """Sums a bucket, in two messages after its norms."""

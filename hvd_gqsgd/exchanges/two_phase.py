@@ -20,10 +20,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import levels_for
-from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
-from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
+from hvd_gqsgd.exchanges.base import CodedExchange, LastMessage, Result, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.remaining import RemainingSum
@@ -52,8 +50,7 @@ class TwoPhaseExchange(CodedExchange):
         norms = yield from self._norms(bucket, terms)
         if not terms.all_here:
             return (yield from self._remaining.sum(bucket, terms, norms))
-        layout = bucket.layout(self.options.block_size, terms.bits)
-        widths = widths_of(self.options, self.codec(terms.bits), layout, self._take, bucket.device)
+        widths = self._widths(bucket, terms.bits)
         words = self._take(widths.num_words, widths.word_dtype, bucket.device)
         with terms.attempt():
             if terms.takes_part:
@@ -74,11 +71,29 @@ class TwoPhaseExchange(CodedExchange):
                     widths.average(bucket, norms, received, own, terms.step)
                     own[:FLAG] = 1
         del words, received  # their memory is free for the next bucket
-        if terms.rehearses:
+        # Among the owners of a shard, another message of the bucket is rehearsed.
+        if terms.rehearses and self._setup.transport.ranks_may_leave:
             means = yield from self._remaining.rehearse(bucket, widths, own)
         else:
             means = yield Allgather("means", own, lengths)
         terms.raise_failure()
+        return self._averaged(widths, norms, means)
+
+    def last_message(self, bucket: Bucket, bits: int) -> LastMessage:
+        """See :class:`CodedExchange`."""
+        widths = self._widths(bucket, bits)
+
+        def read(norms: Tensor, means: Tensor) -> Result:
+            widths.settle(norms)
+            return self._averaged(widths, norms, means)
+
+        return LastMessage(widths.means[-1], widths.means_dtype, read)
+
+    def _widths(self, bucket: Bucket, bits: int) -> Widths:
+        layout = bucket.layout(self.options.block_size, bits)
+        return widths_of(self.options, self.codec(bits), layout, self._take, bucket.device)
+
+    def _averaged(self, widths: Widths, norms: Tensor, means: Tensor) -> Result:
         # Where ranks agree ahead none gives up, and the host need not look.
         if means.numel() != widths.means[-1] or (
             self._may_give_up and not bool((means[list(widths.means[:-1])] == 1).all())
@@ -92,9 +107,7 @@ class TwoPhaseExchange(CodedExchange):
 
     @functools.cached_property
     def _remaining(self) -> RemainingSum:
-        bits = self.options.bits
-        most = bits.max_bits if isinstance(bits, BlockBits) else self.options.most_bits
-        return RemainingSum(self._setup, levels_for(most, 1))
+        return RemainingSum.of_wide_lanes(self._setup)
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,10 @@ class Widths(ABC):
         """Elements of each rank's means."""
         return [end - begin for begin, end in itertools.pairwise(self.means)]
 
+    def settle(self, norms: Tensor) -> None:
+        """Takes over the global norms, before anything is decoded; ``encode`` does so too."""
+        del norms  # one width does not depend on them
+
     @abstractmethod
     def encode(self, bucket: Bucket, norms: Tensor, words: Tensor, step: int) -> None:
         """Writes the codes of all tensors to ``words``, given the global ``norms``."""
@@ -187,11 +191,16 @@ class BlockWidths(Widths):
         """See :class:`Widths`."""
         return self._segments.means
 
+    def settle(self, norms: Tensor) -> None:
+        """See :class:`Widths`."""
+        segments = self._segments
+        columns = layout.columns_of_blocks(self._layout.tensors, norms.device)
+        ops.block_widths(norms, columns, segments.blocks, segments.words, *self._rule, self._plan)
+
     def encode(self, bucket: Bucket, norms: Tensor, words: Tensor, step: int) -> None:
         """See :class:`Widths`."""
         segments, codec = self._segments, self._codec
-        columns = layout.columns_of_blocks(self._layout.tensors, bucket.device)
-        ops.block_widths(norms, columns, segments.blocks, segments.words, *self._rule, self._plan)
+        self.settle(norms)
         ops.quantize_blocks(
             bucket.tensors, norms, self._plan, words.view(torch.int32), segments.blocks,
             segments.words, self._block, self._summands, codec.seed, step, bucket.identities,

@@ -31,7 +31,7 @@ from hvd_gqsgd._native import nccl as native_nccl
 from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.codecs import check_device
 from hvd_gqsgd.codecs.block_bits import BlockBits
-from hvd_gqsgd.engine.agreement import Ahead, check, refusal, refuse
+from hvd_gqsgd.engine.agreement import Ahead, check, find_nodes, refusal, refuse
 from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.joining import Joined, Joining
 from hvd_gqsgd.engine.pipeline import Pipeline
@@ -110,6 +110,7 @@ class BucketExchange:
         # Over NCCL just the agreements go over the host, and all else is enqueued in one order.
         nccl = has_nccl(checked) and native_nccl.built()
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+        host.nodes = find_nodes(host, "hosts")
         try:
             self.options = front_end.options(given)
             messages = Pipeline(self.options, self._on(host), protocol=Ahead).messages
@@ -121,7 +122,7 @@ class BucketExchange:
         self._share = 1 / host.size
         self._channels = take_channels(checked, messages[:1] if nccl else messages)
         self._transport = self._on(
-            TorchDistributedTransport(host.group, self._channels, self._progress)
+            TorchDistributedTransport(host.group, self._channels, self._progress, host.nodes)
         )
         self.steps = steps or Steps(self.options.bits)
         self._stats = stats

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from hvd_gqsgd.engine.agreement import Ahead, refuse
+from hvd_gqsgd.engine.agreement import Ahead, find_nodes, refuse
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
@@ -94,7 +94,9 @@ def _of_horovod() -> Endpoint:
 
 def _of_process_group(group: dist.ProcessGroup) -> Endpoint:
     def make() -> Endpoint:
-        return Endpoint(TorchDistributedTransport(host_group(group)), has_nccl(group))
+        transport = TorchDistributedTransport(host_group(group))
+        transport.nodes = find_nodes(transport, "hosts")
+        return Endpoint(transport, has_nccl(group))
 
     return of_process_group(group, "endpoint", make)
 
@@ -103,4 +105,9 @@ def _of_mpi(comm: MPI.Comm) -> Endpoint:
     from hvd_gqsgd.transports.mpi import MpiTransport
 
     transport = MpiTransport(comm)  # raises if there can be none
-    return of_mpi(comm, "endpoint", lambda: Endpoint(transport))
+
+    def make() -> Endpoint:
+        transport.nodes = find_nodes(transport, "hosts")
+        return Endpoint(transport)
+
+    return of_mpi(comm, "endpoint", make)

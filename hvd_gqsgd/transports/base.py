@@ -10,7 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DeviceGroup", "Done", "Handle", "Transport", "nap"]
+from hvd_gqsgd.nodes import Nodes
+
+__all__ = ["DeviceGroup", "Done", "Handle", "Transport", "nap", "received_from"]
 
 
 class Handle(Protocol):
@@ -41,6 +43,13 @@ class Done:
     def wait(self) -> Tensor:
         """See :class:`Handle`."""
         return self.result
+
+
+def received_from(
+    transport: Transport, splits: Sequence[int], received: Sequence[int] | None
+) -> list[int]:
+    """Elements that an Alltoall receives from each rank; see ``Transport.alltoall_async``."""
+    return [splits[transport.rank]] * transport.size if received is None else list(received)
 
 
 def nap(waited: float, shortest: float) -> None:
@@ -95,6 +104,10 @@ class Transport(Protocol):
         """The ranks' GPUs, where the native allreduce can be used on them."""
 
     @property
+    def nodes(self) -> Nodes | None:
+        """The nodes of the ranks; None: ranks must tell each other their hosts first."""
+
+    @property
     def ranks_may_leave(self) -> bool:
         """Whether sums and maxima may be over fewer ranks, as with ``hvd.join()``."""
 
@@ -104,11 +117,14 @@ class Transport(Protocol):
     def sum_async(self, tensor: Tensor, name: str) -> Handle:
         """Starts an elementwise sum over all ranks, in place, of an int32 or int64 tensor."""
 
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+    def alltoall_async(
+        self, tensor: Tensor, splits: Sequence[int], name: str,
+        received: Sequence[int] | None = None,
+    ) -> Handle:  # fmt: skip
         """Starts sending each rank its part of a flat tensor, of ``splits[rank]`` elements.
 
-        The result are the parts for this rank, in the order of the ranks; all of one length, as
-        ``splits`` is the same everywhere.
+        The result are the parts for this rank, in the order of the ranks, of ``received[rank]``
+        elements each. None: all of one length, as ``splits`` is the same on all ranks.
         """
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Handle:

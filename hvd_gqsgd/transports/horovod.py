@@ -13,6 +13,7 @@ from horovod.torch import mpi_ops
 from torch import Tensor
 
 from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.nodes import Nodes, one_node
 from hvd_gqsgd.transports.base import nap
 
 __all__ = ["SLOT_BYTES", "HorovodTransport"]
@@ -65,6 +66,13 @@ class HorovodTransport:
         return int(self.process_set.size())
 
     @property
+    def nodes(self) -> Nodes | None:
+        """Of the ranks; None if there are several nodes, and several ranks on one: Horovod does not
+        tell which."""
+        several = hvd.cross_size() > 1 and hvd.local_size() > 1
+        return None if several or not mpi_ops.is_homogeneous() else one_node(self.size)
+
+    @property
     def ranks_may_leave(self) -> bool:
         """Whether there are other ranks in the job, which may call ``hvd.join()``."""
         return int(hvd.size()) > 1
@@ -98,7 +106,10 @@ class HorovodTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, name, hvd.Sum)
 
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _HorovodHandle:
+    def alltoall_async(
+        self, tensor: Tensor, splits: Sequence[int], name: str,
+        received: Sequence[int] | None = None,
+    ) -> _HorovodHandle:  # fmt: skip
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         counts = torch.tensor(splits, dtype=torch.int32, device="cpu")
         handle = hvd.alltoall_async(tensor, counts, name=name, process_set=self.process_set)

@@ -54,9 +54,14 @@ class StagedTransport(WrappedTransport):
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._in_place(tensor, lambda host: self._base.sum_async(host, name))
 
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+    def alltoall_async(
+        self, tensor: Tensor, splits: Sequence[int], name: str,
+        received: Sequence[int] | None = None,
+    ) -> Handle:  # fmt: skip
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        return self._to_new(tensor, lambda host: self._base.alltoall_async(host, splits, name))
+        return self._to_new(
+            tensor, lambda host: self._base.alltoall_async(host, splits, name, received)
+        )
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Handle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""

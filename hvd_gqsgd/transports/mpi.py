@@ -13,6 +13,8 @@ from mpi4py import MPI
 from torch import Tensor
 
 from hvd_gqsgd._native import mpi as native_mpi
+from hvd_gqsgd.nodes import one_node
+from hvd_gqsgd.transports.base import received_from
 
 __all__ = ["MpiTransport"]
 
@@ -70,6 +72,7 @@ class MpiTransport:
         self.rank: int = comm.Get_rank()
         self.size: int = comm.Get_size()
         self.session: object = comm
+        self.nodes = one_node(self.size)
 
     @property
     def mpi_handle(self) -> int | None:
@@ -85,11 +88,14 @@ class MpiTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, MPI.SUM)
 
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _MpiHandle:
+    def alltoall_async(
+        self, tensor: Tensor, splits: Sequence[int], name: str,
+        received: Sequence[int] | None = None,
+    ) -> _MpiHandle:  # fmt: skip
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        result = torch.empty(splits[self.rank] * self.size, dtype=tensor.dtype, device="cpu")
-        received = [splits[self.rank]] * self.size
-        request = self.comm.Ialltoallv([tensor.numpy(), list(splits)], [result.numpy(), received])
+        counts = received_from(self, splits, received)
+        result = torch.empty(sum(counts), dtype=tensor.dtype, device="cpu")
+        request = self.comm.Ialltoallv([tensor.numpy(), list(splits)], [result.numpy(), counts])
         return _MpiHandle(request, tensor, result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _MpiHandle:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd._native import nccl as native_nccl
-from hvd_gqsgd.transports.base import Done, Handle, Transport
+from hvd_gqsgd.transports.base import Done, Handle, Transport, received_from
 from hvd_gqsgd.transports.wrapped import WrappedTransport
 
 __all__ = ["NcclGroup", "NcclTransport"]
@@ -50,7 +50,7 @@ class NcclGroup:
             self._communicator.max(words)
             self._communicator.sum(words)
         words = torch.zeros(size, dtype=torch.int32, device=self._device)
-        self._communicator.all_to_all(words, words.clone(), [1] * size)
+        self._communicator.all_to_all(words, words.clone(), [1] * size, [1] * size)
         self._communicator.all_gather(words[:1], words.clone(), [1] * size)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -104,10 +104,14 @@ class NcclTransport(WrappedTransport):
         self.nccl.connect().sum(tensor)
         return Done(tensor)
 
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> Handle:
+    def alltoall_async(
+        self, tensor: Tensor, splits: Sequence[int], name: str,
+        received: Sequence[int] | None = None,
+    ) -> Handle:  # fmt: skip
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        result = tensor.new_empty(splits[self.rank] * self.size)
-        self.nccl.connect().all_to_all(tensor, result, list(splits))
+        counts = received_from(self, splits, received)
+        result = tensor.new_empty(sum(counts))
+        self.nccl.connect().all_to_all(tensor, result, list(splits), counts)
         return Done(result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> Handle:

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.transports.base import nap
+from hvd_gqsgd.nodes import Nodes, one_node
+from hvd_gqsgd.transports.base import nap, received_from
 from hvd_gqsgd.transports.process_groups import Channel
 
 __all__ = ["TorchDistributedTransport"]
@@ -52,6 +53,7 @@ class TorchDistributedTransport:
         channels: the connections that messages go over, by the last part of their names; all others
             go over ``group``.
         notify: called, in any thread, when an operation is done.
+        nodes: of the ranks; None: all are on one.
     """
 
     mpi_handle: ClassVar[None] = None
@@ -63,12 +65,14 @@ class TorchDistributedTransport:
         group: Channel,
         channels: Mapping[str, Channel] | None = None,
         notify: Callable[[], None] | None = None,
+        nodes: Nodes | None = None,
     ) -> None:
         # Weakly: what is remembered for a group must not keep it.
         self._group = weakref.ref(group)
         self.rank: int = group.rank()
         self.size: int = group.size()
         self.session = object()
+        self.nodes = nodes or one_node(self.size)
         self._channels = channels or {}
         self._notify = notify
 
@@ -92,11 +96,14 @@ class TorchDistributedTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, name, _SUM)
 
-    def alltoall_async(self, tensor: Tensor, splits: Sequence[int], name: str) -> _WorkHandle:
+    def alltoall_async(
+        self, tensor: Tensor, splits: Sequence[int], name: str,
+        received: Sequence[int] | None = None,
+    ) -> _WorkHandle:  # fmt: skip
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        received = [splits[self.rank]] * self.size
-        result = tensor.new_empty(sum(received))
-        work = self._channel(name).alltoall_base(result, tensor, received, list(splits))
+        counts = received_from(self, splits, received)
+        result = tensor.new_empty(sum(counts))
+        work = self._channel(name).alltoall_base(result, tensor, counts, list(splits))
         return self._handle(work, lambda: result)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _WorkHandle:

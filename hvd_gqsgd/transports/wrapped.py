@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from hvd_gqsgd.nodes import Nodes
 from hvd_gqsgd.transports.base import Transport
 
 __all__ = ["WrappedTransport"]
@@ -31,6 +32,11 @@ class WrappedTransport:
     def session(self) -> object:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._base.session
+
+    @property
+    def nodes(self) -> Nodes | None:
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
+        return self._base.nodes
 
     @property
     def ranks_may_leave(self) -> bool:

@@ -21,14 +21,20 @@ constexpr uint64_t kRequantizeStream = ~uint64_t{0};
 // The streams, one a rank, that the rounding of combined codes draws from.
 constexpr uint64_t kCombineStream = uint64_t{1} << 32;
 
+// A tensor has a number of 31 bits. Above it is the first tile, if a part of the tensor is coded on
+// its own: the part has the dither that it has in the whole tensor.
+constexpr int kFirstTileShift = 31;
+
 // One stream of dither: of one tensor at one step, shared by all ranks or of one rank alone.
 // `stream` is 0 for the shared one and 1 + rank otherwise, or one of those above.
 GQSGD_INLINE uint64_t dither_key(uint64_t seed, uint64_t step, uint64_t tensor, uint64_t stream) {
   const uint64_t odd = 0x9e3779b97f4a7c15u;
+  const uint64_t first_tile = tensor >> kFirstTileShift;
+  const uint64_t number = tensor & ((uint64_t{1} << kFirstTileShift) - 1);
   uint64_t key = mix64(seed + odd);
   key = mix64(key ^ (step + odd));
-  key = mix64(key ^ (tensor + 2 * odd));
-  return mix64(key ^ (stream + 3 * odd));
+  key = mix64(key ^ (number + 2 * odd));
+  return mix64(key ^ (stream + 3 * odd)) + first_tile;
 }
 
 // The part of the key that is the same for all elements of one tile.

@@ -51,18 +51,20 @@ class NcclGroup {
                "ncclAllReduce", comm_);
   }
 
-  // Sends `splits[rank]` bytes to each rank, and receives as many as this one's from each.
+  // Sends `splits[rank]` bytes to each rank, and receives `received[rank]` bytes from each.
   void all_to_all(const void* from, void* to, const std::vector<int64_t>& splits,
-                  cudaStream_t stream) {
+                  const std::vector<int64_t>& received, cudaStream_t stream) {
     check();
     Grouped grouped;
     const char* next = static_cast<const char*>(from);
-    const int64_t own = splits.at(static_cast<size_t>(rank));
+    char* place = static_cast<char*>(to);
     for (int peer = 0; peer < size; ++peer) {
       const int64_t bytes = splits.at(static_cast<size_t>(peer));
+      const int64_t own = received.at(static_cast<size_t>(peer));
       grouped.send(*this, next, bytes, peer, stream);
-      grouped.receive(*this, static_cast<char*>(to) + peer * own, own, peer, stream);
+      grouped.receive(*this, place, own, peer, stream);
       next += bytes;
+      place += own;
     }
     grouped.end();
   }

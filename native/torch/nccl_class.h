@@ -46,14 +46,18 @@ class NcclCommunicator : public torch::CustomClassHolder {
   void max(Tensor tensor) { all_reduce(tensor, ncclMax); }
   void sum(Tensor tensor) { all_reduce(tensor, ncclSum); }
 
-  // `splits[rank]` elements of `from` to each rank; of all ranks, to `to`, those for this one.
-  void all_to_all(const Tensor& from, Tensor to, std::vector<int64_t> splits) {
+  // `splits[rank]` elements of `from` to each rank; to `to`, `received[rank]` elements of each.
+  void all_to_all(const Tensor& from, Tensor to, std::vector<int64_t> splits,
+                  std::vector<int64_t> received) {
     check_lengths(splits);
+    check_lengths(received);
     check_buffer(from, "from", to.scalar_type(), total(splits), device_);
-    check_buffer(to, "to", to.scalar_type(), group().size * splits[group().rank], device_);
+    check_buffer(to, "to", to.scalar_type(), total(received), device_);
     for (int64_t& split : splits) split *= to.element_size();
+    for (int64_t& length : received) length *= to.element_size();
     Device::run(device_, [&](const CudaKernels& kernels) {
-      group().all_to_all(from.const_data_ptr(), to.mutable_data_ptr(), splits, kernels.stream);
+      group().all_to_all(from.const_data_ptr(), to.mutable_data_ptr(), splits, received,
+                         kernels.stream);
     });
   }
 

@@ -186,8 +186,9 @@ def test_a_communicator_checks_its_arguments(rank, size, nccl):
     for call, error, match in [
         (lambda: group.max(x), TypeError, "must be Int or Long, got Float"),
         (lambda: group.sum(words[::2]), ValueError, "must be contiguous"),
-        (lambda: group.all_to_all(words, words, [1] * (size + 1)), ValueError, "one a rank"),
-        (lambda: group.all_to_all(words, words, [-1] * size), ValueError, "at least 0, got -1"),
+        (lambda: group.all_to_all(words, words, *[[1] * (size + 1)] * 2), ValueError, "one a rank"),
+        (lambda: group.all_to_all(words, words, *[[-1] * size] * 2), ValueError, "0, got -1"),
+        (lambda: group.all_to_all(words, words, [0] * size, [1]), ValueError, "one a rank"),
         (lambda: group.all_gather(words, words, [7] * size), ValueError, "from must have 7 el"),
         (lambda: group.allreduce(x, x, norms, None, words[1:], *place), ValueError, "words must"),
         (lambda: group.allreduce(x, x.double(), norms, None, words, *place), TypeError, "out mu"),

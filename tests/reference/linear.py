@@ -159,9 +159,10 @@ def tile_keys(tiles: int, *, seed: int, step: int, tensor_id: int, stream: int) 
     """What all dither of each tile is drawn from (``uint64``)."""
     key = mix64(seed + ODD)
     key = mix64(key ^ (step + ODD) % 2**64)
-    key = mix64(key ^ (tensor_id + 2 * ODD) % 2**64)
+    first, number = divmod(tensor_id, 2**31)  # the first tile of a part of a tensor is above
+    key = mix64(key ^ (number + 2 * ODD) % 2**64)
     key = mix64(key ^ (stream + 3 * ODD) % 2**64)
-    return np.array([mix64(key + t) for t in range(tiles)], np.uint64)
+    return np.array([mix64((key + first + t) % 2**64) for t in range(tiles)], np.uint64)
 
 
 def hash_bits(keys: Array, index: Array) -> Array:

@@ -1,0 +1,279 @@
+"""Full precision within a node, few bits between nodes.
+
+On each node, an Alltoall brings the gradients of every shard to the rank that owns it, which adds
+them up in full precision, in the order of the ranks. The owners of one shard, one on each node,
+exchange these sums as codes, as if they were the only ranks: lanes have room for nodes, not for
+ranks, and the links between nodes carry each shard once. A last Alltoall within the node brings the
+result of every shard, still as codes, to all ranks, which decode the same. The bits are those of an
+exchange of the nodes' sums among as many ranks, however a bucket is cut.
+
+All other messages than reductions of norms go to some ranks alone: they are Alltoalls in which the
+others have no part, so that no transport needs groups of its own.
+
+Where the ranks do not know their nodes, as under Horovod, they tell each other the numbers of their
+hosts in the first message, which has the agreement too. It comes before all messages that need all
+ranks: once a rank has left by ``hvd.join()``, the others exchange without nodes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.bucket import Bucket, Item
+from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.errors import GAVE_UP, AgreementError
+from hvd_gqsgd.exchanges.among_owners import AmongOwners, Owned
+from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms
+from hvd_gqsgd.exchanges.collectives import Alltoall, Collective, Max, Sum
+from hvd_gqsgd.exchanges.contribution import Contribution, everyone
+from hvd_gqsgd.exchanges.parcels import Parcel, exchange_parcels
+from hvd_gqsgd.exchanges.remaining import RemainingSum
+from hvd_gqsgd.layout import Shard, part_identity, shards
+from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
+
+__all__ = ["NodeExchange"]
+
+
+class NodeExchange(Exchange):
+    """Sums within nodes, and codes between them.
+
+    Args:
+        setup: of all ranks.
+        flat: makes the exchange without nodes.
+        nodes: of the ranks; None: the ranks tell each other their hosts.
+        takes: whether to exchange by these nodes; else a bucket takes the flat exchange.
+
+    Raises:
+        ValueError: the options leave no levels to this many nodes, or, before the nodes are known,
+            to this many ranks.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        flat: Callable[[], Exchange],
+        nodes: Nodes | None,
+        takes: Callable[[Nodes], bool],
+    ) -> None:
+        self.options = setup.options
+        self.rank, self.size = setup.transport.rank, setup.transport.size
+        self._setup, self._nodes, self._takes = setup, nodes, takes
+        self._make_flat = flat
+        self._remaining = RemainingSum.of_wide_lanes(setup._replace(header=0))
+        self._known: dict[Nodes, AmongOwners] = {}
+        self.codec(self.options.most_bits)
+        norms = ("norms", "squares") if self.options.norm == "l2" else ("norms",)
+        # The header travels with hosts even if the nodes are known.
+        asks = nodes is None or setup.header > 0
+        self.messages = (
+            *(("hosts",) if asks else ()),
+            *("inside", *norms, "codes", "means", "results"),
+            *(("rest",) if self._remaining.at_risk else ()),
+        )
+
+    @property
+    def summands(self) -> int:
+        """Those among nodes; before the nodes are known, those of the flat exchange."""
+        return self._settled.summands
+
+    def codec(self, bits: int) -> Codec:
+        """See :class:`Exchange`."""
+        return self._settled.codec(bits)
+
+    def check(self, numel: int) -> None:
+        """See :class:`Exchange`."""
+        self._settled.check(numel)
+
+    def to_rehearse(self, bucket: Bucket) -> bool:
+        """See :class:`Exchange`."""
+        return self._remaining.to_rehearse(bucket)
+
+    def run(self, bucket: Bucket, terms: Terms) -> Running:
+        """See :class:`Exchange`."""
+        nodes, header = self._nodes, self._setup.header
+        if self.messages[0] == "hosts":
+            hosts = torch.zeros(header + self.size, dtype=torch.int64, device="cpu")
+            hosts[header + self.rank] = host_number()
+            hosts = yield Max("hosts", hosts)
+            if not terms.given_up and not terms.all_here:
+                return (yield from self._padded(self._remaining.all(bucket, terms), bucket))
+            if not terms.given_up and nodes is None:
+                nodes = nodes_of_hosts(tuple(hosts[header:].tolist()))
+                if not self._takes(nodes):
+                    return (yield from self._padded(self._flat.run(bucket, terms), bucket))
+        result = None
+        if nodes is None:  # given up before they were known
+            yield from self._nothing(bucket)
+        else:
+            result = yield from self._by_node(bucket, terms, nodes)
+        if self._remaining.at_risk and terms.rehearses:
+            yield from self._remaining.rehearse_alone(bucket)
+        elif self._remaining.at_risk:
+            yield Max("rest", torch.zeros(1, dtype=torch.int32, device="cpu"))
+        terms.raise_failure()
+        if result is None:
+            raise AgreementError(GAVE_UP)
+        return result
+
+    def _by_node(
+        self, bucket: Bucket, terms: Terms, nodes: Nodes
+    ) -> Generator[Collective, Tensor, Result | None]:
+        """Exchanges a bucket; None: this rank did not take part, or another one."""
+        block_size = self.options.block_size
+        place = bucket.layout(block_size, terms.bits)
+        members, among = nodes.of(self.rank), self._among(nodes)
+        # By owner, on this node. A bucket of few blocks leaves some shards empty.
+        cut = zip(members, shards(place.tensors, nodes.shards), strict=False)
+        parts = {rank: shard for rank, shard in cut if shard.parts}
+        own, owned, full = parts.get(self.rank), None, _type_of(bucket)
+        summands = yield from exchange_parcels(
+            self._setup, terms, "inside", bucket.device,
+            to={rank: Parcel(shard.numel, full) for rank, shard in parts.items()},
+            of={rank: Parcel(own.numel, full) for rank in members} if own else {},
+            write=functools.partial(_cut, bucket, parts),
+        )  # fmt: skip
+        if own:
+            sums = self._setup.take(own.numel, _sum_type(bucket), bucket.device)
+            with terms.attempt():
+                if summands and terms.takes_part:
+                    _add(summands.values(), sums)
+            owners = nodes.owners(members.index(self.rank))
+            owned = Owned(_shard(bucket, own, block_size, sums), own.norms, owners)
+        norms, message = yield from among.run(owned, bucket, place.num_norms, terms)
+
+        buckets = {rank: _shard(bucket, shard, block_size) for rank, shard in parts.items()}
+        last = {
+            rank: among.exchange.last_message(each, terms.bits) for rank, each in buckets.items()
+        }
+        parcels = {rank: Parcel(each.length, each.dtype) for rank, each in last.items()}
+        results = yield from exchange_parcels(
+            self._setup, terms, "results", bucket.device,
+            to=dict.fromkeys(members, parcels[self.rank]) if own else {}, of=parcels,
+            write=functools.partial(_copy, message),
+        )  # fmt: skip
+        if results is None:
+            return None
+        return _ByNode(
+            everyone(self.size),
+            [
+                (shard, buckets[rank], last[rank].read(norms[shard.norms], results[rank]))
+                for rank, shard in parts.items()
+            ],
+        )
+
+    def _nothing(self, bucket: Bucket) -> Generator[Collective, Tensor, None]:
+        """The messages of a rank that does not know the nodes."""
+        nothing = torch.empty(0, dtype=torch.int32, device=bucket.device)
+        for message in self.messages[1:]:
+            if message == "norms":
+                yield Max(message, self._no_norms(bucket, bucket.norm_dtype))
+            elif message == "squares":
+                yield Sum(message, self._no_norms(bucket, torch.int64))
+            elif message != "rest":
+                yield Alltoall(message, nothing, [0] * self.size, [0] * self.size)
+
+    def _padded(self, running: Running, bucket: Bucket) -> Running:
+        """An exchange without nodes, in as many messages: Horovod's operations are counted, and
+        once a rank has left, it must remember them; see ``exchanges/remaining.py``."""
+        left = len(self.messages) - 1
+        collective = next(running)
+        while True:
+            reduced = yield collective
+            left -= 1
+            try:
+                collective = running.send(reduced)
+            except StopIteration as end:
+                result: Result = end.value
+                break
+        for _ in range(left):
+            yield Max("norms", self._no_norms(bucket, bucket.norm_dtype))
+        return result
+
+    def _no_norms(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
+        norms = bucket.layout(self.options.block_size, self.options.most_bits).num_norms
+        return torch.zeros(max(norms, 1), dtype=dtype, device=bucket.device)
+
+    def _among(self, nodes: Nodes) -> AmongOwners:
+        if nodes not in self._known:
+            self._known[nodes] = AmongOwners(self._setup, nodes)
+        return self._known[nodes]
+
+    @functools.cached_property
+    def _flat(self) -> Exchange:
+        return self._make_flat()
+
+    @property
+    def _settled(self) -> Exchange:
+        """The exchange whose lanes a step's width is chosen for."""
+        return self._flat if self._nodes is None else self._among(self._nodes).exchange
+
+
+@dataclass(frozen=True)
+class _ByNode:
+    contribution: Contribution
+    shards: Sequence[tuple[Shard, Bucket, Result]]
+
+    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
+        flat = {item.place: out.view(-1) for item, out in zip(items, outs, strict=True)}
+        for shard, bucket, result in self.shards:
+            wanted = [
+                (item, flat[tensor][first:last])
+                for item, (tensor, first, last) in zip(bucket.items, shard.parts, strict=True)
+                if tensor in flat
+            ]
+            if wanted:
+                result.decode([item for item, _ in wanted], [out for _, out in wanted], scale)
+
+
+def _type_of(bucket: Bucket) -> torch.dtype:
+    """The type that gradients travel as within a node: their own, if they have one in common."""
+    types = {item.dtype for item in bucket.items}
+    return types.pop() if len(types) == 1 else _sum_type(bucket)
+
+
+def _sum_type(bucket: Bucket) -> torch.dtype:
+    return torch.float64 if bucket.norm_dtype == torch.int64 else torch.float32
+
+
+def _cut(bucket: Bucket, shards: Mapping[int, Shard], parcels: Mapping[int, Tensor]) -> None:
+    """Writes each shard of the gradients to its parcel."""
+    for rank, parcel in parcels.items():
+        parts = [bucket.items[t].x.view(-1)[a:b] for t, a, b in shards[rank].parts]
+        if len({part.dtype for part in parts} | {parcel.dtype}) > 1:
+            parts = [part.to(parcel.dtype) for part in parts]
+        torch.cat(parts, out=parcel)
+
+
+def _add(summands: Iterable[Tensor], sums: Tensor) -> None:
+    """Adds up gradients, in their order."""
+    first, *others = summands
+    sums.copy_(first)
+    for other in others:
+        sums += other
+
+
+def _copy(message: Tensor | None, copies: Mapping[int, Tensor]) -> None:
+    for copy in copies.values():
+        assert message is not None, "a rank that takes part has the result of its shard"
+        copy.copy_(message)
+
+
+def _shard(
+    bucket: Bucket, shard: Shard, block_size: int | None, sums: Tensor | None = None
+) -> Bucket:
+    """The tensors of a shard, in ``sums``; without, for their sizes alone."""
+    made = Bucket(bucket.name, (bucket.norm_dtype, bucket.device), bucket.stream)
+    begin = 0
+    for tensor, first, last in shard.parts:
+        item = bucket.items[tensor]
+        length = last - first
+        x = item.x.view(-1)[first:last] if sums is None else sums[begin : begin + length]
+        made.add(Item(x, len(made.items), part_identity(item.identity, first, block_size)))
+        begin += length
+    made.close()
+    return made
