@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hvd_gqsgd.bench.hosts import add_arguments, is_rank, launch
+from hvd_gqsgd.bench.hosts import add_arguments, is_rank, relaunch
 from hvd_gqsgd.bench.operators import OPERATORS
 from hvd_gqsgd.bench.table import show_table
 
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 0 < options.smallest * 2**10 <= options.largest * 2**20 or options.repeats < 1:
         parser.error("--smallest must be positive and at most --largest, and --repeats positive")
     if not is_rank():
-        sys.exit(launch("hvd_gqsgd.bench.allreduce", given, options.ranks, options.rate))
+        sys.exit(relaunch("hvd_gqsgd.bench.allreduce", given, options))
 
     import horovod.torch as hvd
     import torch

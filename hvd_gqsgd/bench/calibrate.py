@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from hvd_gqsgd.bench.hosts import add_arguments, is_rank, launch
+from hvd_gqsgd.bench.hosts import add_arguments, is_rank, relaunch
 from hvd_gqsgd.tools.cost_model import Machine
 
 __all__ = ["main", "measure"]
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.repeats < 1 or options.megabytes < 1:
         parser.error("--repeats and --megabytes must be at least 1")
     if not is_rank():
-        sys.exit(launch("hvd_gqsgd.bench.calibrate", given, options.ranks, options.rate))
+        sys.exit(relaunch("hvd_gqsgd.bench.calibrate", given, options))
 
     import horovod.torch as hvd
     import torch

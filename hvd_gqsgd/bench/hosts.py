@@ -19,7 +19,7 @@ from hvd_gqsgd.tools.launch import (
     run_job,
 )
 
-__all__ = ["HOSTS", "INTERFACE", "add_arguments", "is_rank", "launch"]
+__all__ = ["HOSTS", "INTERFACE", "add_arguments", "is_rank", "launch", "relaunch"]
 
 HOSTS = Path(__file__).with_name("hosts.sh")
 """The script that emulates hosts."""
@@ -28,19 +28,27 @@ INTERFACE = "HVD_GQSGD_BENCH_INTERFACE"
 """Environment variable with the network interface of an emulated host, for its rank."""
 
 
+SLOTS = "HVD_GQSGD_SLOTS"
+"""Environment variable with the number of ranks on each emulated host."""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds ``--ranks`` and ``--rate``."""
+    """Adds ``--ranks``, ``--rate`` and ``--hosts``."""
     group = parser.add_argument_group("ranks (unless started by mpirun or horovodrun)")
     group.add_argument("--ranks", type=_ranks, default=2, help="(default: %(default)s)")
     group.add_argument(
         "--rate",
-        help="limit of each host's link in both directions, such as 1gbit or 200mbit: makes a host "
-        "of each rank, by network namespaces; needs root",
+        help="limit of each host's link in both directions, such as 1gbit or 200mbit: makes hosts, "
+        "by network namespaces; needs root",
     )
+    group.add_argument(
+        "--hosts", type=_ranks, metavar="N",
+        help="with --rate, so many hosts, with as many ranks on each (default: one rank a host)",
+    )  # fmt: skip
 
 
 def _ranks(text: str) -> int:
-    """The value of ``--ranks``."""
+    """The value of ``--ranks`` or ``--hosts``."""
     ranks = int(text)
     if ranks < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {ranks}")
@@ -58,6 +66,7 @@ def launch(
     ranks: int,
     rate: str | None,
     output: IO[bytes] | None = None,
+    hosts: int | None = None,
 ) -> int:
     """Runs ``python -m module`` on several ranks, to the end.
 
@@ -68,10 +77,16 @@ def launch(
         rate: limit of the links between emulated hosts; None: ranks of this machine, as also
             without root, with a warning.
         output: a file for stdout and stderr; None: those of this process.
+        hosts: number of emulated hosts; None: one for each rank.
 
     Returns:
-        The exit status; 1, with a message on stderr, if there is no launcher.
+        The exit status; 1, with a message on stderr, if there is no launcher, or if the ranks
+        cannot be spread evenly.
     """
+    if hosts is not None and (rate is None or ranks % hosts):
+        print(f"hvd-gqsgd: --hosts needs --rate, and as many ranks on each host, got {ranks} ranks "
+              f"on {hosts} hosts", file=sys.stderr)  # fmt: skip
+        return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends ranks and hosts too
     if rate is not None and os.geteuid() != 0:
         print("hvd-gqsgd: --rate needs root: measuring on this machine's memory instead",
@@ -79,7 +94,7 @@ def launch(
         rate = None
     command = [sys.executable, "-m", module, *arguments]
     if rate is not None:
-        return _launch_on_hosts(command, ranks, rate, output)
+        return _launch_on_hosts(command, hosts or ranks, ranks, rate, output)
     bound = fits(ranks)
     try:
         job = [*launch_command("mpi", ranks, bound=bound), *command]
@@ -89,14 +104,21 @@ def launch(
     return _status(run_job(job, launch_environment(bound=bound), output=output))
 
 
+def relaunch(module: str, arguments: Sequence[str], options: argparse.Namespace) -> int:
+    """Runs a command once more, by ``launch``, where the options of ``add_arguments`` say."""
+    return launch(module, arguments, options.ranks, options.rate, hosts=options.hosts)
+
+
 def _launch_on_hosts(
-    command: Sequence[str], ranks: int, rate: str, output: IO[bytes] | None
+    command: Sequence[str], hosts: int, ranks: int, rate: str, output: IO[bytes] | None
 ) -> int:
-    env = launch_environment() | {INTERFACE: "eth0"}
-    up = subprocess.run([HOSTS, "up", str(ranks), rate], env=env, check=False)
+    env = launch_environment() | {INTERFACE: "eth0", SLOTS: str(ranks // hosts)}
+    up = subprocess.run([HOSTS, "up", str(hosts), rate], env=env, check=False)
     if up.returncode != 0:
         return up.returncode
-    job = [str(HOSTS), "mpirun", "-x", INTERFACE, "-x", "OMP_NUM_THREADS", *command]
+    passed = ["HOROVOD_HIERARCHICAL_ALLREDUCE"] if "HOROVOD_HIERARCHICAL_ALLREDUCE" in env else []
+    exports = [f for name in (INTERFACE, "OMP_NUM_THREADS", *passed) for f in ("-x", name)]
+    job = [str(HOSTS), "mpirun", *exports, *command]
     try:
         return _status(run_job(job, env, output=output))
     finally:

@@ -7,7 +7,7 @@
 #   hosts.sh limit DEV RATE  limit what leaves this machine by DEV, as in a container; none: no limit
 #   hosts.sh link HOST down  pull a host's cable; up: plug it in again
 #   hosts.sh on HOST CMD...  run a command on a host
-#   hosts.sh mpirun ARGS...  run Open MPI's mpirun on h0, one rank a host unless ARGS say otherwise
+#   hosts.sh mpirun ARGS...  run Open MPI's mpirun on h0, HVD_GQSGD_SLOTS ranks a host (default: 1)
 #   hosts.sh gloo ARGS...    the same with horovodrun --gloo
 #   hosts.sh down            end all that runs on the hosts and remove them
 #
@@ -109,7 +109,7 @@ down() {
 run() {
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 TMPDIR=/dev/shm
     local list
-    list=$(hosts | paste -sd,)
+    list=$(hosts | sed "s/\$/:${HVD_GQSGD_SLOTS:-1}/" | paste -sd,)
     on h0 mpirun --prtemca plm_ssh_agent "$self shell" --host "$list" --bind-to none \
         --mca pml ob1 --mca btl self,sm,tcp --mca btl_tcp_if_include eth0 \
         --mca btl_tcp_flags send,inplace --mca mpi_yield_when_idle 1 -x PATH "$@"
@@ -128,8 +128,9 @@ exec "$self" shell "\$host" "\$@"
 END
     chmod +x "$state/bin/ssh"
     local list
-    list=$(hosts | sed 's/$/:1/')
-    on h0 env PATH="$state/bin:$PATH" horovodrun --gloo -np "$(wc -l <<<"$list")" \
+    local slots=${HVD_GQSGD_SLOTS:-1}
+    list=$(hosts | sed "s/\$/:$slots/")
+    on h0 env PATH="$state/bin:$PATH" horovodrun --gloo -np "$(($(wc -l <<<"$list") * slots))" \
         -H "$(paste -sd, <<<"$list")" --network-interfaces eth0 "$@"
 }
 

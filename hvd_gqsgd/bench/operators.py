@@ -9,6 +9,7 @@ from hvd_gqsgd.codecs.block_bits import BlockBits
 __all__ = [
     "ARMS",
     "DDP_ARMS",
+    "FLAT",
     "FP16",
     "FP32",
     "FSDP_ARMS",
@@ -30,6 +31,12 @@ OPERATORS: dict[str, dict[str, Any]] = {
 
 FP32, FP16 = "Horovod fp32", "Horovod fp16"
 OURS = {f"GlobalQSGD {name}": options for name, options in OPERATORS.items()}
+FLAT = {
+    "GlobalQSGD 8 bits flat": {"bits": 8, "hierarchy": "flat"},
+    "GlobalQSGD 4 bits flat": {"bits": 4, "hierarchy": "flat"},
+}
+"""Options of arms that leave nodes out of account, for comparison with those above by node."""
+OURS |= FLAT
 DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits")
 
 FSDP_FP32, FSDP_BF16 = "FSDP2 fp32", "FSDP2 bf16 gradients"

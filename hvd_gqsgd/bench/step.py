@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS
-from hvd_gqsgd.bench.hosts import INTERFACE, add_arguments, is_rank, launch
-from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS, FSDP_ARMS
+from hvd_gqsgd.bench.hosts import INTERFACE, add_arguments, is_rank, relaunch
+from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS, FLAT, FSDP_ARMS
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["chosen", "main", "show"]
@@ -47,12 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     arms = chosen(options.arms)
+    if options.hosts is None:  # else the default goes by node
+        arms = [name for name in arms if name not in FLAT or name in options.arms]
     if options.exchange:
         arms = [name for name in arms if name not in (*DDP_ARMS, *FSDP_ARMS)]
     if not arms or options.repeats < 1:
         parser.error("--arms must leave something to measure, and --repeats be at least 1")
     if not is_rank():
-        sys.exit(launch("hvd_gqsgd.bench.step", given, options.ranks, options.rate))
+        sys.exit(relaunch("hvd_gqsgd.bench.step", given, options))
 
     import horovod.torch as hvd
 
@@ -110,11 +112,12 @@ def _title(result: dict[str, Any]) -> str:
 
 def _row(name: str, arm: dict[str, Any]) -> list[str]:
     if "error" in arm:
-        return [name, "does not run", "", "", ""]
+        return [name, "does not run", "", "", "", ""]
     low, high = min(arm["rounds_ms"]), max(arm["rounds_ms"])
     return [
         name, f"{arm['ms']:.1f}", f"{low:.0f} to {high:.0f}",
         f"{arm['times_faster']:.2f}", f"{arm['megabytes']:.1f}",
+        f"{arm['link_megabytes']:.1f}" if arm["link_megabytes"] else "",
     ]  # fmt: skip
 
 
@@ -136,7 +139,7 @@ def show(result: dict[str, Any]) -> None:
     by_section: dict[bool, list[tuple[str, dict[str, Any]]]] = {False: [], True: []}
     for name, arm in result["arms"].items():
         by_section[name in FSDP_ARMS].append((name, arm))
-    header = ["", "ms", "rounds", "times faster", "MB"]
+    header = ["", "ms", "rounds", "times faster", "MB", "MB on a link"]
     if by_section[False]:
         show_table(header, [_row(*each) for each in by_section[False]])
     if by_section[True]:

@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import horovod.torch as hvd
@@ -62,6 +63,7 @@ def run(
         result = measure(
             model, arms, repeats,
             exchange_alone=exchange_alone, most_load=most_load, progress=progress,
+            interface=interface,
         )  # fmt: skip
     if with_group:
         dist.destroy_process_group()
@@ -76,6 +78,7 @@ def measure(
     exchange_alone: bool = False,
     most_load: float = MOST_LOAD,
     progress: Callable[[], object] = lambda: None,
+    interface: str | None = None,
 ) -> dict[str, Any]:
     """Times a step of each arm on all ranks of Horovod; a collective call.
 
@@ -86,14 +89,17 @@ def measure(
         exchange_alone: time the exchange of gradients that are ready; for Horovod's arms.
         most_load: cores that other processes may use in a round that counts.
         progress: called after each round.
+        interface: network interface of this rank, whose bytes are counted; None: not.
 
     Returns:
         ``arms``: by name, ``ms`` and ``rounds_ms`` of the slowest rank (the median and all
         rounds), ``times_faster`` than the first arm, ``megabytes`` that a rank handed to
-        collectives, ``load`` by other processes, and the number of rounds ``discarded``; or the
-        ``error`` of an arm that does not run. Arms of FSDP2 are compared with the first of them,
-        and have ``gradient_ms``, ``gradient_times_faster`` and ``gradient_megabytes`` of the
-        reduction alone, and the same of weights. ``compute_ms``: a step without any exchange.
+        collectives, ``link_megabytes`` that a host sent in a step by its interface (the most of any
+        host; 0 if they were not counted), ``load`` by other processes, and the number of rounds
+        ``discarded``; or the ``error`` of an arm that does not run. Arms of FSDP2 are compared with
+        the first of them, and have ``gradient_ms``, ``gradient_times_faster`` and
+        ``gradient_megabytes`` of the reduction alone, and the same of weights. ``compute_ms``: a
+        step without any exchange.
         ``peak_megabytes``: the peak memory of a rank, of all arms together. And ``model``,
         ``ranks``, ``tensors``, ``parameters``, and ``what`` was timed, "step" or "exchange".
     """
@@ -111,8 +117,9 @@ def measure(
         alone = _Model(model)
         timed[COMPUTE] = Arm("", alone, [], _optimizer(alone), None, 0)
     calls = {name: arm.exchange if exchange_alone else arm.step for name, arm in timed.items()}
+    links = {name: _Link(interface) for name in calls}
     timings = interleaved(
-        calls,
+        {name: partial(links[name].count, call) for name, call in calls.items()},
         repeats,
         prepare=lambda name: timed[name].get_ready(exchange_alone),
         progress=progress,
@@ -126,6 +133,7 @@ def measure(
             "load": timing.load,
             "discarded": timing.discarded,
             "megabytes": made[name].megabytes(),
+            "link_megabytes": links[name].megabytes(),
         }
         for name, timing in timings.items()
     }
@@ -153,6 +161,37 @@ def measure(
         "compute_ms": compute,
         "arms": arms_ | {name: {"error": text} for name, text in errors.items()},
     }
+
+
+class _Link:
+    """Counts the bytes that this host sends during calls."""
+
+    def __init__(self, interface: str | None) -> None:
+        self._interface = interface
+        self._bytes = self._calls = 0
+
+    def count(self, call: Callable[[], object]) -> None:
+        """Calls, between barriers: the other ranks of the host send by the same interface."""
+        if self._interface is None:
+            call()
+            return
+        before = self._sent()
+        call()
+        hvd.barrier()
+        self._bytes += self._sent() - before
+        self._calls += 1
+
+    def megabytes(self) -> float:
+        """Megabytes a call; the most of any host."""
+        mean = torch.tensor([self._bytes / max(self._calls, 1) / 1e6])
+        return float(hvd.allreduce(mean, op=hvd.Max, name="bench.link"))
+
+    def _sent(self) -> int:
+        for line in Path("/proc/net/dev").read_text().splitlines():
+            name, _, counts = line.partition(":")
+            if name.strip() == self._interface:
+                return int(counts.split()[8])
+        raise RuntimeError(f"there is no network interface {self._interface!r}")
 
 
 def _together(call: Callable[[], _T]) -> _T:
