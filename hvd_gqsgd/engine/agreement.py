@@ -152,7 +152,8 @@ class AgreementProtocol(ABC):
         self._exchange.codec(bits)
         terms.step, terms.bits, terms.all_here = step, bits, agreed.all_here
         terms.behind, terms.rehearses = agreed.behind, rehearses > 0
-        self._settle(agreed)
+        if not terms.given_up:
+            self._settle(agreed)
 
 
 class WithNorms(AgreementProtocol):
@@ -197,8 +198,8 @@ class Ahead(AgreementProtocol):
             header = refusal()
         reduced = yield (Kept if self._exchange.alone else Max)("header", header)
         terms.raise_failure()
-        if not terms.given_up:
-            self._read(reduced, bucket, proposal, terms)
+        # Also for a bucket that was lost meanwhile: it goes on if the other ranks do.
+        self._read(reduced, bucket, proposal, terms)
         result = yield from _rest(exchange, (yield first))
         # All were here by the header; a rank that had an error since then sends no codes.
         if terms.all_here and result.contribution != everyone(self._exchange.size):

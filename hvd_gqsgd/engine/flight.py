@@ -66,6 +66,7 @@ class Flight:
         self._transport = transport
         self._stats = stats
         self._counted = counted
+        self._lost = False
         self._sent: Collective | None = None
         self._scale = math.nan
         self._outs: dict[int, Tensor] | None = None
@@ -88,6 +89,15 @@ class Flight:
         assert self.failure is not None
         told = self.failure is self._terms.failure
         return Ending.DISAGREEMENT if told else Ending.of(self.failure)
+
+    @property
+    def lost(self) -> bool:
+        """Whether it goes on without anybody who reads its result."""
+        return self._lost
+
+    def lose(self) -> None:
+        """Gives it up; its messages go on, and mean nothing."""
+        self._lost = self._terms.given_up = True
 
     def launch(self) -> None:
         """Starts the first collective."""

@@ -277,7 +277,13 @@ class Pipeline:
         if ending.starts_rest:
             self._start_rest()
             self._names.failures += 1
+        # Where ranks agree ahead, what they have agreed on goes to its end, though nobody reads the
+        # results: the ranks have come to different points of it, and operations go by their order.
+        goes_on = ending is Ending.DISAGREEMENT and not self._protocol_type.may_give_up
+        lost = self._stages.lose(goes_on)
         for flight in self._flights.values():
+            if flight in lost:
+                continue
             if flight.handle is not None:
                 self._orphans.append(flight.handle)
             flight.abandon()
@@ -287,7 +293,7 @@ class Pipeline:
         if ending is Ending.RESTARTED:
             self._orphans.clear()  # handles of another session mean nothing in this one
             self._way_or_none = None
-        self._stages.clear()
+            self._stages.clear()
         self._flights.clear()
         self._sent = 0
         self._record.forget()  # a part of the gradient teaches nothing

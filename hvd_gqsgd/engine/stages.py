@@ -33,11 +33,17 @@ class Stages:
         """Takes a flight one collective further; returns whether that went well."""
         stage = self._by_started[flight.started]
         if not flight.advance():
-            self._failed = True
+            if flight.lost:
+                del stage[flight]
+                flight.abandon()
+            else:
+                self._failed = True
             return False
         del stage[flight]
         if flight.result is None:
             self._by_started[flight.started][flight] = None
+        elif flight.lost:
+            flight.abandon()
         return True
 
     def due(self, last: int) -> Flight | None:
@@ -69,6 +75,26 @@ class Stages:
         if not self._failed:
             return None
         return next((flight for flight in self.flights() if flight.failure is not None), None)
+
+    def lose(self, go_on: bool) -> set[Flight]:
+        """Gives up all flights at the end of a step.
+
+        Args:
+            go_on: those without a failure stay, and go on before all flights of later steps.
+
+        Returns:
+            The flights that stay, those of earlier steps included.
+        """
+        for stage in self._by_started.values():
+            for flight in list(stage):
+                if flight.lost:
+                    continue
+                if go_on and flight.failure is None:
+                    flight.lose()
+                else:
+                    del stage[flight]
+        self._failed = False
+        return set(self.flights())
 
     def clear(self) -> None:
         """Forgets all of them."""

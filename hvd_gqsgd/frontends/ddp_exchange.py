@@ -237,6 +237,8 @@ class BucketExchange:
         finished: list[_Waiting] = []
         try:
             self._start()
+            if not self._in_flight:
+                self._pipeline.advance()  # buckets of a lost step, for which other ranks wait
             moved = True
             while moved and self._in_flight:
                 moved = self._land(finished)
