@@ -211,8 +211,8 @@ class Options:
         levels, of_one = (_levels(self._lane_bits, ranks) for ranks in (world_size, 1))
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
 
-    def describe(self, world_size: int) -> str:
-        """Describes the exchange and its levels per side for a world size."""
+    def describe(self, world_size: int, of: str = "ranks") -> str:
+        """Describes the exchange and its levels per side for a world size, counted in ``of``."""
         exchange = self.exchange_for(world_size)
         summands = world_size if exchange == "allreduce" else 1
         bits = self.bits
@@ -221,7 +221,7 @@ class Options:
         else:
             widths = [*bits.rule(summands)[1:3]] if isinstance(bits, BlockBits) else [bits]
         levels = sorted({_levels(width, summands) for width in (widths[0], widths[-1])})
-        return f"{exchange} on {world_size} ranks, levels per side: {' to '.join(map(str, levels))}"
+        return f"{exchange} on {world_size} {of}, levels per side: {' to '.join(map(str, levels))}"
 
     @property
     def bucket_bytes(self) -> int:

@@ -109,6 +109,10 @@ class Pipeline:
         """Whether nothing is sent, as there is one rank."""
         return self._way.exchange.alone
 
+    def describe(self) -> str:
+        """See ``Exchange.describe``."""
+        return self._way.exchange.describe()
+
     @property
     def messages(self) -> tuple[str, ...]:
         """The collectives of a bucket, by the last parts of their names.
@@ -277,13 +281,11 @@ class Pipeline:
         if ending.starts_rest:
             self._start_rest()
             self._names.failures += 1
-        # Where ranks agree ahead, what they have agreed on goes to its end, though nobody reads the
-        # results: the ranks have come to different points of it, and operations go by their order.
+        # Where ranks agree ahead, they have come to different points of what they agreed on, and
+        # operations match by order: buckets go on to their end, though nobody reads the results.
         goes_on = ending is Ending.DISAGREEMENT and not self._protocol_type.may_give_up
         lost = self._stages.lose(goes_on)
-        for flight in self._flights.values():
-            if flight in lost:
-                continue
+        for flight in set(self._flights.values()) - lost:
             if flight.handle is not None:
                 self._orphans.append(flight.handle)
             flight.abandon()

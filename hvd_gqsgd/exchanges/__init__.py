@@ -90,9 +90,7 @@ def _flat(setup: Setup) -> Exchange:
 def _describe(setup: Setup, exchange: Exchange) -> None:
     """Logs an exchange."""
     options, size = setup.options, setup.transport.size
-    by_node = " by node" if isinstance(exchange, NodeExchange) else ""
-    kind = options.exchange_for(size)
-    _say_once(logging.INFO, f"{kind} among {size} ranks{by_node}: {options}")
+    _say_once(logging.INFO, f"{exchange.describe()}: {options}")
     budget, least = budget_of(options.bits), least_bits(options.bits, exchange.summands)
     if least > budget:
         _say_once(

@@ -160,6 +160,10 @@ class Exchange(ABC):
             )
         return self._codecs[bits]
 
+    def describe(self) -> str:
+        """Names the exchange, its ranks and its levels per side."""
+        return self.options.describe(self.size)
+
     def to_rehearse(self, bucket: Bucket) -> bool:
         """Whether this rank proposes the rehearsal of ``Terms.rehearses``."""
         return False

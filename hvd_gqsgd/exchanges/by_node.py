@@ -89,6 +89,14 @@ class NodeExchange(Exchange):
         """See :class:`Exchange`."""
         self._settled.check(numel)
 
+    def describe(self) -> str:
+        """See :class:`Exchange`."""
+        if self._nodes is None and not self._known:
+            return f"by node, as soon as the nodes are known; else {self._flat.describe()}"
+        nodes = self._nodes or next(reversed(self._known))
+        among = self._among(nodes).exchange
+        return f"by node: {among.options.describe(among.size, 'nodes')}, of {self.size} ranks"
+
     def to_rehearse(self, bucket: Bucket) -> bool:
         """See :class:`Exchange`."""
         return self._remaining.to_rehearse(bucket)

@@ -135,6 +135,11 @@ class DDPState:
         return known
 
     @property
+    def described(self) -> str:
+        """The exchange; empty before the connections are opened."""
+        return self._exchange.described if self._exchange is not None else ""
+
+    @property
     def world_size(self) -> int | None:
         """Number of ranks; None before the connections are opened."""
         return self._exchange.size if self._exchange is not None else None
@@ -225,8 +230,7 @@ class DDPState:
 
     def __repr__(self) -> str:
         given = f"{type(self).__name__}({self.options.keywords(FRONT_END.without)})"
-        known = self.world_size
-        return given if known is None else f"{given}: {self.options.describe(known)}"
+        return f"{given}{': ' * bool(self.described)}{self.described}"
 
     def _held(self) -> AbstractContextManager[None]:
         return self._exchange.held() if self._exchange is not None else contextlib.nullcontext()

@@ -138,6 +138,7 @@ class BucketExchange:
         self._joining: Joining[_Waiting] = Joining(JOINED_BYTES)
         self._in_flight: deque[Joined[_Waiting]] = deque()
         self._failed = False  # in this step
+        self.described = self._pipeline.describe()
         if self._transport.nccl is not None:
             self._transport.nccl.connect()  # here, where all ranks are
 

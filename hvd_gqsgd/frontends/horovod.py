@@ -152,7 +152,7 @@ class GlobalQSGD(Compressor):
                 )
             self._given["process_set"] = process_set
         self._process_set = process_set
-        self._world_size: int | None = None  # of the last exchange
+        self._described = ""  # the exchange of the last ddp_state()
         self._stats = Stats()
         self._steps = Steps(self.options.bits)
         self._pipeline: Pipeline | None = None
@@ -198,8 +198,7 @@ class GlobalQSGD(Compressor):
         probe = make_probe(self._pipeline.rank, identity)
         if not self._pipeline.alone:
             self._stats.compressed_bytes_on_wire += PROBE_BYTES
-        self._world_size = self._pipeline.size
-        return probe, _Context(ticket, like, self._world_size)
+        return probe, _Context(ticket, like, self._pipeline.size)
 
     @ClassOrInstanceMethod
     @opaque
@@ -261,7 +260,7 @@ class GlobalQSGD(Compressor):
             Exception: as raised by ``DDPState``.
         """
         state = DDPState.of_compressor(process_group, self._given, self._stats, self._steps)
-        self._world_size = state.world_size
+        self._described = state.described
         return state
 
     @ClassOrInstanceMethod
@@ -328,7 +327,7 @@ class GlobalQSGD(Compressor):
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies have the options, the counts and the state of the training, but none
         of what is in flight."""
-        here = {"_pipeline": None, "_world_size": None}
+        here = {"_pipeline": None, "_described": ""}
         return {name: v for name, v in (self.__dict__ | here).items() if name != "_transport"}
 
     def __repr__(self) -> str:
@@ -339,9 +338,8 @@ class GlobalQSGD(Compressor):
             given.append(f"process_set={self._process_set}")
         if "patience" in self._given:
             given.append(f"patience={self._patience}")
-        known = self._world_size
-        described = f": {self.options.describe(known)}" if known is not None else ""
-        return f"{type(self).__name__}({', '.join(given)}){described}"
+        described = self._pipeline.describe() if self._pipeline is not None else self._described
+        return f"{type(self).__name__}({', '.join(given)}){': ' * bool(described)}{described}"
 
     @functools.cached_property
     def _transport(self) -> HorovodTransport:

@@ -16,6 +16,11 @@ import torch.distributed as dist
 from hvd_gqsgd import DDPState, GlobalQSGD
 from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.bench.training import start_process_group
+from hvd_gqsgd.engine import agreement
+from hvd_gqsgd.exchanges import by_node
+from hvd_gqsgd.nodes import nodes_of_hosts
+from hvd_gqsgd.transports import simulated
+from hvd_gqsgd.transports.horovod import HorovodTransport
 
 if "OMPI_COMM_WORLD_SIZE" in os.environ:
     # MPI must outlive Horovod for Horovod to be started anew, and the two must get along anyway.
@@ -42,21 +47,42 @@ def start_horovod() -> None:
     hvd.init(process_sets=sets)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds an option for nodes that this machine does not have."""
+    parser.addoption(
+        "--ranks-per-node", type=int, help="pretend that so many consecutive ranks are on one node"
+    )
+
+
+def pretend_nodes(per_node: int) -> None:
+    """Gives ranks the numbers of different hosts, and ``simulate`` the same nodes."""
+    for module in (agreement, by_node):
+        module.host_number = lambda: 1 + hvd.rank() // per_node  # type: ignore[attr-defined]
+    HorovodTransport.nodes = None  # type: ignore[assignment]
+    simulated.one_node = lambda size: nodes_of_hosts(  # type: ignore[attr-defined]
+        tuple(rank // per_node for rank in range(size))
+    )
+
+
 @pytest.hookimpl(trylast=True)  # after the terminal reporter was made
 def pytest_configure(config: pytest.Config) -> None:
     """Starts Horovod; rank 0 alone reports."""
     start_horovod()
+    if (per_node := config.getoption("--ranks-per-node")) is not None:
+        pretend_nodes(per_node)
     torch.set_num_threads(1)
     if hvd.rank() != 0:
         config.pluginmanager.unregister(name="terminalreporter")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """What disturbs later tests goes last: after join() and after errors ranks have counted
     different numbers of unnamed operations, and errors leave some behind that no other rank will
     answer."""
     last = ("test_semantics", "_join", "test_disagreement")
     items.sort(key=lambda item: next((i for i, n in enumerate(last, 1) if n in item.nodeid), 0))
+    if config.getoption("--ranks-per-node") is not None:
+        items[:] = [item for item in items if not item.get_closest_marker("flat")]
 
 
 @pytest.hookimpl(hookwrapper=True)

@@ -84,7 +84,10 @@ def test_zeros(rank):
     assert torch.equal(mean, torch.zeros(5000))
 
 
-@pytest.mark.parametrize("scale", [1e-45, 1e-40, 1e-38, 1e30, 3e38])
+@pytest.mark.parametrize("scale", [
+    1e-45, 1e-40, 1e-38, 1e30,
+    pytest.param(3e38, marks=pytest.mark.flat),  # the sum within a node overflows
+])  # fmt: skip
 def test_extreme_magnitudes(rank, size, scale):
     everyone = gradients(size, 5000)
     everyone = (everyone / everyone.abs().max()).double().mul(scale).float()

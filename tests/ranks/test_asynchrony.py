@@ -57,6 +57,7 @@ def test_unnamed_operations_between_backward_and_step(rank, size):
         assert hvd.allgather(torch.full((1,), rank)).tolist() == list(range(size))
 
 
+@pytest.mark.flat
 def test_sums_start_during_the_backward_pass(rank, size):
     """Not only at the end: the exchange of one bucket overlaps with the gradients of the next."""
     compressor = GlobalQSGD(bucket_mb=0.01)

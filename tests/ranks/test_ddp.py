@@ -91,6 +91,7 @@ def test_small_buckets_go_as_they_are(rank, size):
 
 
 @pytest.mark.few
+@pytest.mark.flat
 def test_statistics(rank, size):
     compressor = GlobalQSGD(bits=8, exchange="two_phase")
     wrapped = wrap(Given(100_000), compressor.ddp_state(process_group()))

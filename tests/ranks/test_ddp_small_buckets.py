@@ -46,6 +46,7 @@ def test_the_bits_do_not_depend_on_when_they_come(new_state, rank, size, options
 @pytest.mark.few
 @pytest.mark.usefixtures("several")
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.float32, torch.float64]], ids=str)
+@pytest.mark.flat
 def test_they_go_together(new_state, rank, size, dtypes):
     """In fewer exchanges than half as many, which is to be seen by their bytes."""
     state = new_state(bits=8)

@@ -23,6 +23,7 @@ def under_mpirun():
         pytest.skip("the same as under mpirun")
 
 
+@pytest.mark.flat
 def test_repr_of_a_compressor(size):
     """Before the first gradient it cannot know how many ranks there are."""
     compressor = GlobalQSGD(bits=16, seed=7)
@@ -32,6 +33,16 @@ def test_repr_of_a_compressor(size):
     hvd.allreduce(torch.ones(5000), compression=compressor)
     levels = (2**16 - 1) // (2 * size)
     assert repr(compressor) == f"{before}: allreduce on {size} ranks, levels per side: {levels}"
+
+
+def test_repr_by_node(size):
+    if size < 3:
+        pytest.skip("needs two nodes, one of them with two ranks")
+    known = f": by node: two_phase on 2 nodes, levels per side: 127, of {size} ranks"
+    compressor = GlobalQSGD(hierarchy=(1, size - 1))
+    hvd.allreduce(torch.ones(5000), compression=compressor)
+    assert repr(compressor).endswith(known)
+    assert repr(GlobalQSGD(hierarchy=(1, size - 1)).ddp_state(process_group())).endswith(known)
 
 
 def test_repr_with_a_process_set(process_set):
@@ -74,6 +85,7 @@ class TestDDPState:
         state.close()
         assert torch.equal(x, torch.full((5000,), float(size)))
 
+    @pytest.mark.flat
     def test_repr(self, size):
         levels = (2**16 - 1) // (2 * size)
         known = f": allreduce on {size} ranks, levels per side: {levels}"
@@ -81,7 +93,7 @@ class TestDDPState:
         for state in (DDPState(process_group(), bits=16), compressor.ddp_state(process_group())):
             state.close()
             assert repr(state).startswith("DDPState(bits=16, dither='linear', ")
-            assert repr(state).endswith(f"min_numel=4096){known}"), "without bucket_mb"
+            assert repr(state).endswith(f"min_numel=4096, hierarchy='auto'){known}")
         assert repr(compressor).endswith(known)
 
     def test_counts_can_be_reset(self, rank, size):

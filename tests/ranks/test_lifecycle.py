@@ -96,6 +96,7 @@ def test_horovod_starts_anew(rank, size, restart):
         assert_same_on_all_ranks(mean)
 
 
+@pytest.mark.flat
 def test_stats_count_every_byte(rank, size, several):
     compressor = GlobalQSGD()
     hvd.allreduce(torch.ones(4096 * 10), compression=compressor)

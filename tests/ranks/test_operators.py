@@ -100,6 +100,7 @@ def padded(numel, block, lanes, word, unit):
     [({"bits": 8}, 4, 4), ({"bits": 5}, 12, 8), ({"bits": 4, "dither": "exponential"}, 8, 4)],
 )
 @pytest.mark.parametrize("norm", ["max", "l2"])
+@pytest.mark.flat
 def test_bytes_of_a_two_phase_exchange(rank, size, norm, options, lanes, word, dtype):
     """Two tensors in one bucket, neither of which splits evenly."""
     options = {"exchange": "two_phase", "norm": norm, "block_size": 1500, **options}
@@ -165,6 +166,7 @@ def gradients_of(size, step, numel=20_000):
     return gradients(size, numel, seed=1) * (8 if 20 <= step < 25 else 1)
 
 
+@pytest.mark.flat
 def test_dynamic_widths_are_the_same_everywhere(rank, size, several):
     compressor = GlobalQSGD(bits=DynamicBits(5, total_steps=40, min_bits=3), exchange="two_phase")
     widths = []
