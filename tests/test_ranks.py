@@ -21,12 +21,20 @@ BUT_FSDP = [path for path in CORE if not path.name.startswith("test_fsdp")]
 # first step imports Dynamo, which takes seconds on each rank.
 ARITHMETIC = [RANKS / f"test_{name}.py" for name in ("allreduce", "collective", "operators")]
 ARITHMETIC += ["-k", "not training"]
+# Two nodes of two ranks, where the default goes by node.
+NODES = ["--ranks-per-node", "2"]
+NODES += [
+    RANKS / f"test_{name}.py"
+    for name in ("allreduce", "collective", "ddp", "ddp_small_buckets", "disagreement", "join",
+                 "lifecycle", "optimizer", "statistics", "told")
+]  # fmt: skip
 
 # Over Gloo an operation takes some ten times as long when there are more ranks than cores.
 JOBS = [
     *((mpirun, n, "not few", TESTS) for n in (1, 2)),
     (mpirun, 3, "", TESTS),
     *((mpirun, n, "core", ARITHMETIC) for n in (4, 5)),
+    (mpirun, 4, "not flat", NODES),
     (mpirun, 7, "core", BUT_FSDP),
     (mpirun, 8, "core", CORE),
     (gloo, 2, "", TESTS),
