@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict, TypeVar, get_args
 from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.codecs.by_name import CODECS, Registered
 
 __all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
 
@@ -22,12 +23,10 @@ WIRE_VERSION = 4
 # examples reach the loss of fp32; with 15 (8 ranks) the language model loses 0.7 % of perplexity.
 ENOUGH_LEVELS = 31
 
-Dither = Literal["linear", "exponential"]
+Dither = Literal["linear", "exponential"] | Registered
 Exchange = Literal["auto", "allreduce", "two_phase", "one_phase", "gather", "reduce_scatter"]
 Norm = Literal["max", "l2"]
 Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
-
-EXPONENTIAL_BITS = (4, 8)
 
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
@@ -66,13 +65,14 @@ class Options:
             ``BlockBits(...)`` that of each block, by its global norm, and
             ``BlockBits(DynamicBits(...))`` both.
         dither: ``"linear"`` has evenly spaced levels. ``"exponential"`` has levels each twice the
-            one below, so that small elements keep their relative precision.
+            one below, so that small elements keep their relative precision. ``register_codec`` adds
+            others.
         exchange: ``"allreduce"`` sums codes as integers in an ordinary Allreduce, with
             ``(2**bits - 1) // (2 * world_size)`` levels per side. ``"two_phase"`` is an Alltoall of
             codes, a mean on the rank that owns a segment, and an Allgather of means; it has
             ``2**(bits - 1) - 1`` levels per side for any world size. ``"auto"`` takes two phases
-            for exponential dithering and ``BlockBits``, and where an Allreduce would have fewer
-            than 31 levels and two phases have more.
+            for codes that cannot be added and for ``BlockBits``, and where an Allreduce would have
+            fewer than 31 levels and two phases have more.
             ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds nothing
             twice: it is that of ``GlobalQSGD.fsdp``, and ``simulate`` has it.
             ``"gather"`` is that of the weights of ``GlobalQSGD.fsdp``, and adds nothing up.
@@ -113,17 +113,19 @@ class Options:
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits | BlockBits):
             check_int("bits", self.bits, MIN_BITS, MAX_BITS, "DynamicBits(...) or BlockBits(...)")
-        check_choice("dither", self.dither, get_args(Dither))
+        check_choice("dither", self.dither, tuple(CODECS))
         check_choice("exchange", self.exchange, get_args(Exchange))
         check_choice("norm", self.norm, get_args(Norm))
-        if self.dither == "exponential":
-            if self.bits not in EXPONENTIAL_BITS:
-                raise ValueError(f"bits must be 4 or 8 for dither='exponential', got {self.bits}")
-            if self.exchange == "allreduce":
-                raise ValueError(
-                    "exchange must be 'two_phase' or 'auto' for dither='exponential', whose codes "
-                    "cannot be added, got 'allreduce'"
-                )
+        codec = CODECS[self.dither]
+        if codec.widths is not None and self.bits not in codec.widths:
+            *widths, last = map(str, codec.widths)
+            either = f"{', '.join(widths)} or {last}" if widths else last
+            raise ValueError(f"bits must be {either} for dither={self.dither!r}, got {self.bits}")
+        if self.exchange == "allreduce" and not codec.added:
+            raise ValueError(
+                f"exchange must be 'two_phase' or 'auto' for dither={self.dither!r}, whose codes "
+                "cannot be added, got 'allreduce'"
+            )
         if self.exchange == "reduce_scatter" and (self.dither, self.norm) != ("exponential", "max"):
             raise ValueError(
                 "exchange='reduce_scatter' goes with dither='exponential' and norm='max', got "
@@ -206,7 +208,7 @@ class Options:
         """
         if self.exchange != "auto":
             return self.exchange
-        if self.dither == "exponential" or isinstance(self.bits, BlockBits):
+        if not CODECS[self.dither].added or isinstance(self.bits, BlockBits):
             return "two_phase"
         levels, of_one = (_levels(self._lane_bits, ranks) for ranks in (world_size, 1))
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
@@ -220,7 +222,8 @@ class Options:
             widths = Schedule(bits).usable(summands)
         else:
             widths = [*bits.rule(summands)[1:3]] if isinstance(bits, BlockBits) else [bits]
-        levels = sorted({_levels(width, summands) for width in (widths[0], widths[-1])})
+        levels_for = CODECS[self.dither].levels_for
+        levels = sorted({levels_for(width, summands) for width in (widths[0], widths[-1])})
         return f"{exchange} on {world_size} {of}, levels per side: {' to '.join(map(str, levels))}"
 
     @property

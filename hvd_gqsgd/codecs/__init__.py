@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvd_gqsgd.codecs.base import Codec, CodeKind
+from hvd_gqsgd.codecs.by_name import CODECS, register_codec
 from hvd_gqsgd.codecs.exponential import ExponentialCodec
 from hvd_gqsgd.codecs.linear import LinearCodec, levels_for
+from hvd_gqsgd.codecs.plain import PlainCodec
 from hvd_gqsgd.codecs.support import (
     check_compressible,
     check_device,
@@ -24,6 +26,7 @@ __all__ = [
     "Codec",
     "ExponentialCodec",
     "LinearCodec",
+    "PlainCodec",
     "check_compressible",
     "check_device",
     "check_plain",
@@ -31,13 +34,8 @@ __all__ = [
     "is_compressible",
     "levels_for",
     "make_codec",
+    "register_codec",
 ]
-
-CODECS: dict[str, type[Codec]] = {
-    "linear": LinearCodec,
-    "exponential": ExponentialCodec,
-}
-"""The class for each value of the option ``dither``."""
 
 
 def make_codec(options: Options, bits: int, *, summands: int, rank: int, world_size: int) -> Codec:

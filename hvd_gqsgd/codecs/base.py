@@ -34,6 +34,11 @@ class Codec(ABC):
     """One rank's encoder and decoder for codes of one width."""
 
     kind: ClassVar[CodeKind]
+    """Of codes with native code."""
+    widths: ClassVar[tuple[int, ...] | None] = None
+    """The widths of lanes that there are, of which all steps and blocks have one; None: all."""
+    added: ClassVar[bool] = True
+    """Whether lanes can be added as integers, as in an Allreduce."""
 
     bits: int
     levels: int

@@ -17,6 +17,8 @@ class ExponentialCodec(Codec):
     """Codes of 4 or 8 bits."""
 
     kind = CodeKind.EXPONENTIAL
+    widths = (4, 8)
+    added = False
 
     @classmethod
     def levels_for(cls, bits: int, summands: int) -> int:
