@@ -46,7 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 HEADER = 16
-"""Words of a header: more than it holds, so that what follows begins on a cache line."""
+"""Words of a header: more than it holds, so that the rest of the message begins on a cache line."""
 
 ORDER = (
     "without named_parameters tensors are told apart by their order of arrival, so pass "

@@ -35,7 +35,7 @@ EXCHANGES: dict[str, Callable[[Setup], Exchange]] = {
 def make_exchange(setup: Setup) -> Exchange:
     """The exchange that the options ask for among this many ranks.
 
-    Rank 0 logs what a user may not expect of it.
+    Rank 0 logs it, and warns of a budget that cannot be held.
 
     Raises:
         ValueError: the options leave no levels to this many ranks, or ask for an exchange that

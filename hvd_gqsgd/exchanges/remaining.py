@@ -93,8 +93,8 @@ class RemainingSum(AllreduceExchange):
     def rehearse(
         self, bucket: Bucket, widths: Widths, own: Tensor
     ) -> Generator[Collective, Tensor, Tensor]:
-        """Puts the means of all ranks one behind the other, as an Allgather does, by a message like
-        that of :meth:`sum`: each rank adds zeros to the means of the others.
+        """Concatenates the means of all ranks, as an Allgather does, by a message like that of
+        :meth:`sum`: each rank adds zeros to the means of the others.
 
         Means that do not fit in, as those of 16 bits, take the Allgather.
         """

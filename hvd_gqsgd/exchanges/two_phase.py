@@ -61,8 +61,8 @@ class TwoPhaseExchange(CodedExchange):
         own = self._take(lengths[self.rank], widths.means_dtype, bucket.device)
         own[:FLAG] = 0
         if terms.takes_part:
-            # Horovod lets ranks send what they like. Another rank may have been sent what it
-            # should: all come to know by this one's flag.
+            # Horovod allows any splits. Another rank may have received the right number of words:
+            # the flag of this rank tells all others.
             fits = received.numel() == self.size * widths.words[self.rank]
             if not (fits or self._may_give_up):
                 raise AgreementError(GAVE_UP)

@@ -34,7 +34,7 @@ FRONT_END = FrontEnd(
     own=("process_group",),
     without={
         "bucket_mb": "DDP makes the buckets; give bucket_cap_mb to DistributedDataParallel",
-        "named_parameters": "DDP knows its parameters, and hands in buckets; leave it out",
+        "named_parameters": "DDP passes buckets, not parameters; leave it out",
         "process_set": "that is Horovod's; give a process_group",
         "patience": "DDP waits for the timeout of its process group; give that to the group",
     },
@@ -267,7 +267,7 @@ def ddp_hook(
         )
     if isinstance(bucket, tuple):
         # DDP under compiled autograd hands in the gradients one by one, expects the mean in their
-        # place, and looks at no future. What follows is not for Dynamo to trace.
+        # place, and reads no future. Dynamo must not trace the rest.
         average: Callable[..., Future[Tensor]] = torch.compiler.disable(state.average_gradient)
         return average(*bucket)
     return state.average_bucket(bucket)

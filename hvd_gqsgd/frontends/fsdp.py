@@ -31,7 +31,7 @@ __all__ = ["attach"]
 
 _NOT_ITS = {
     "bucket_mb": "FSDP reduces a module at a time; apply fully_shard to larger or smaller ones",
-    "named_parameters": "FSDP knows its parameters; leave it out",
+    "named_parameters": "FSDP identifies its parameters itself; leave it out",
     "process_set": "that is Horovod's; the model's device mesh says which ranks take part",
     "hierarchy": "shard within nodes and pass replicate_group, the ranks with the same shard",
     "patience": "FSDP waits for the timeout of its process group; give that to the group",

@@ -77,7 +77,7 @@ class ParameterNames:
         return self._found(self._seen[id(tensor)])
 
     def _likely(self, tensor: Tensor) -> Iterator[int]:
-        # Within a backward pass autograd knows whose gradient it has just made.
+        # Within a backward pass autograd tells the parameter of the gradient.
         node = torch._C._current_autograd_node()
         yield self._places.get(getattr(node, "variable", None), -1)
         yield self._after.get(self._last, self._last + 1)
