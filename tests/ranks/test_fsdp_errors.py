@@ -184,3 +184,27 @@ def test_a_mesh_that_replicates(rank, size):
     model = shard(Given(6000), mesh=grid(size))
     with pytest.raises(ValueError, match=r"HSDP.*replicate_group=mesh\['replicate'\]\.get_group"):
         GlobalQSGD().fsdp(model)
+
+
+@pytest.mark.usefixtures("several")
+def test_replicas_that_hold_different_shards(rank, size):
+    """On the last rank alone, too: the others are told."""
+    group = mesh().get_group()
+    for own in (True, rank == size - 1):
+        model = shard(Given(6000))
+        kind, message = (ValueError, "hold different shards") if own else (AgreementError, "part")
+        with pytest.raises(kind, match=message):
+            GlobalQSGD().fsdp(model, replicate_group=group if own else None)
+
+
+def test_replicas_no_more(rank, size):
+    """A second call replaces the first, with replicas and without."""
+    both = grid(size)
+    group, everyone = both["replicate"].get_group(), gradients(size, 6000)
+    model, compressors = shard(Given(6000), mesh=both["shard"]), []
+    for replicas in (group, None, group):
+        compressors.append(GlobalQSGD(min_numel=0))
+        compressors[-1].fsdp(model, replicate_group=replicas)
+        model(everyone[rank]).backward()
+    # PyTorch reduces among more than one rank only.
+    assert [each.stats().tensors for each in compressors] == [1, size > 2, 1]

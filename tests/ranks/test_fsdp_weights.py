@@ -272,6 +272,16 @@ def test_replicas_compute_with_the_same_weights(rank, size):
     assert torch.allclose(model.first.grad.full_tensor(), torch.ones(61, 70))
 
 
+def test_as_they_are_again(rank, size):
+    """A second call replaces the first."""
+    model = Matrices()
+    exact = exact_weights(model)
+    shard(model)
+    GlobalQSGD().fsdp(model, weight_bits=2)
+    GlobalQSGD().fsdp(model)
+    assert_weights(model(), exact, size, set())
+
+
 @pytest.mark.usefixtures("several")
 def test_statistics(rank, size):
     compressor = GlobalQSGD(min_numel=100)
