@@ -251,6 +251,13 @@ def _fsdp_modules(model: object) -> list[Any]:
             + ("one of FullyShardedDataParallel, its forerunner" if old else f"{type(model)}")
             + ": call fully_shard(model) before"
         )
+    for module in found:
+        if len(getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())) > 1:
+            raise NotImplementedError(
+                "GlobalQSGD.fsdp() got a module whose parameters are on several meshes, by "
+                "shard_placement_fn: PyTorch does not let its communication be replaced. Apply "
+                "fully_shard to modules with the parameters of one mesh each"
+            )
     return found
 
 

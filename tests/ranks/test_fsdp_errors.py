@@ -6,11 +6,14 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import gradients
 from hooked import Given
 from sharded import mesh, shard, step
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
 
 from hvd_gqsgd import AgreementError, DynamicBits, GlobalQSGD, simulate
 from hvd_gqsgd._native import ops
@@ -150,6 +153,24 @@ def test_a_pytorch_without_the_seam(rank, size, seam, monkeypatch):
 def test_what_is_no_model_of_fsdp(rank, size, model):
     with pytest.raises(TypeError, match=r"takes a model of .*: call fully_shard\(model\) before"):
         GlobalQSGD().fsdp(model)
+
+
+def test_parameters_on_several_meshes(rank, size):
+    common = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_common")
+    if not hasattr(common, "ShardPlacementResult"):
+        pytest.skip("needs a PyTorch that has them")
+    ours, other = (
+        common.FSDPMeshInfo(mesh=each, shard_mesh_dim=0)
+        for each in (mesh(), DeviceMesh.from_group(dist.new_group([*range(size)]), "cpu"))
+    )
+    model = shard(
+        nn.Linear(50, 50),
+        shard_placement_fn=lambda parameter: common.ShardPlacementResult(
+            Shard(0), ours if parameter.dim() == 2 else other
+        ),
+    )
+    with pytest.raises(NotImplementedError, match="parameters are on several meshes"):
+        GlobalQSGD().fsdp(model, weight_bits=8)
 
 
 # --- HSDP ----------------------------------------------------------------------------------------
