@@ -160,7 +160,7 @@ class _ReduceScatter(Allocates):
     ) -> None:
         """Reduces the shards in ``input_tensor``, one behind the other, to that of this rank."""
         exchange = self._groups.of(group)
-        if exchange.bypasses(input_tensor):
+        if exchange.bypasses(self, input_tensor):
             _reduce_scatter(output=output_tensor, input=input_tensor, op=op, group=group)
             return
         try:
@@ -181,7 +181,7 @@ class _ReplicaMean:
     def __call__(self, reduce_output: Tensor) -> None:
         """Averages in place."""
         share = 1 / self._group.size
-        if self._group.bypasses(reduce_output):
+        if self._group.bypasses(self, reduce_output):
             dist.all_reduce(reduce_output.mul_(share), group=self._group.group)
             return
         self._group.reduce(self, reduce_output, reduce_output, share)
