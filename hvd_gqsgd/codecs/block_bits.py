@@ -100,9 +100,7 @@ class BlockBits:
 
     def at(self, bits: int) -> BlockBits:
         """The rule for a step whose budget the ranks have settled as ``bits``."""
-        if not isinstance(self.budget, DynamicBits):
-            return self
-        return dataclasses.replace(self, budget=float(bits))
+        return _at(self, bits)
 
     def rule(self, summands: int = 1) -> tuple[int, int, int, int]:
         """Power, least and largest width, and summands, in the order of the native operators."""
@@ -125,3 +123,9 @@ class BlockBits:
         lanes = 64 // self._least(summands)
         pairs = sum(-(-COLUMN * count // lanes) for count in columns)
         return 2 * max(-(-words // 2), pairs)
+
+
+@functools.lru_cache(maxsize=256)  # one object for equal rules, whose layouts are cached by it
+def _at(rule: BlockBits, bits: int) -> BlockBits:
+    dynamic = isinstance(rule.budget, DynamicBits)
+    return dataclasses.replace(rule, budget=float(bits)) if dynamic else rule
