@@ -107,7 +107,11 @@ class TwoPhaseExchange(CodedExchange):
 
     @functools.cached_property
     def _remaining(self) -> RemainingSum:
-        return RemainingSum.of_wide_lanes(self._setup)
+        def room(bucket: Bucket) -> int:
+            widths = self._widths(bucket, self.options.most_bits)
+            return widths.means[-1] * widths.means_dtype.itemsize
+
+        return RemainingSum.of_wide_lanes(self._setup, room)
 
 
 @dataclass(frozen=True)
