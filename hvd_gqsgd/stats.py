@@ -128,9 +128,14 @@ class Stats:
         )
 
     def bypass(self, why: Reason, nbytes: int, rank: Callable[[], int]) -> None:
-        """Counts an uncompressed tensor; rank 0 warns once if none of the first many is compressed.
+        """Counts an uncompressed tensor.
 
-        ``rank`` is called only for this warning.
+        Rank 0 logs one warning if none of the first 100 tensors is compressed.
+
+        Args:
+            why: the reason that the tensor is not compressed.
+            nbytes: size of the tensor in bytes.
+            rank: returns the number of this rank; called for the warning alone.
         """
         self.tensors_bypassed += 1
         self.bypassed_bytes += nbytes
