@@ -242,7 +242,7 @@ class DDPState:
         self._closed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of the next step and the schedule of ``DynamicBits``.
+        """Returns the number of the next step and the schedule of ``DynamicBits``, as ints.
 
         See ``GlobalQSGD.state_dict``.
         """
