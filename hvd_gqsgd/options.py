@@ -93,9 +93,9 @@ class Options:
             above 0 and at most 2048.
         hierarchy: ``"node"`` sums gradients in full precision within each node, and exchanges codes
             between nodes alone, as many as there would be with one rank a node. ``"flat"``
-            exchanges codes between all ranks. ``"auto"`` goes by node with two nodes or more that
-            have two ranks or more each. A tuple has the number of ranks of each node in order of
-            rank, as ``(8, 8)``, where host names do not tell.
+            exchanges codes between all ranks. ``"auto"`` goes by node in place of two phases, with
+            two nodes or more of two ranks or more each. A tuple has the number of ranks of each
+            node in order of rank, as ``(8, 8)``, where host names do not tell.
 
     Raises:
         TypeError: an option has the wrong type.
