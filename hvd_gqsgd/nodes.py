@@ -37,7 +37,7 @@ class Nodes:
 
     @property
     def pays(self) -> bool:
-        """Whether ``hierarchy="auto"`` may exchange by node: two nodes or more, of two ranks or more
+        """Whether ``hierarchy="auto"`` may exchange by node: two nodes or more of two ranks or more
         each. A node of one rank would own the whole bucket, as in a flat exchange."""
         return len(self.members) > 1 and self.shards > 1
 
