@@ -65,15 +65,17 @@ def blocks(file: Path) -> list[Block]:
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Lets a block make the default process group of PyTorch, and destroys it."""
+    import numpy as np
     import torch.distributed as dist
     from mpi4py import MPI
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = MPI.COMM_WORLD.bcast(free.getsockname()[1])
+        port = np.array([free.getsockname()[1]])
+    MPI.COMM_WORLD.Bcast(port)
     os.environ |= {
         "RANK": str(MPI.COMM_WORLD.rank), "WORLD_SIZE": str(MPI.COMM_WORLD.size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port[0]),
     }  # fmt: skip
     yield
     if dist.is_initialized():
