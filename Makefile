@@ -30,6 +30,7 @@ ARGS ?=
 
 NATIVE := $(shell find native -name '*.h' -o -name '*.cc' -o -name '*.cu')
 STYLED := $(NATIVE) $(wildcard tests/emulated_cuda/*.h tests/emulated_cuda/*.cc tests/fuzz/*.h tests/fuzz/*.cc)
+SCRIPTS := $(wildcard .ci/run) $(shell find docker examples hvd_gqsgd native tests -name '*.sh')
 NVCC := $(shell command -v nvcc)
 
 # --- commands ------------------------------------------------------------------------------------
@@ -75,11 +76,13 @@ test: setup ## run the tests in two processes, those that need all cores one at 
 quick: setup ## run the tests that start no ranks, in less than two minutes
 	@$(RUN) $(PY) -m pytest -q $(PARALLEL) -m 'not launches and not slow and not long' tests
 
-check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, types, known vulnerabilities, and (with nvcc) that GPU kernels compile
+check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, spelling, types, known vulnerabilities, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 	@$(VENV)/bin/clang-format --dry-run -Werror $(STYLED)
+	@$(VENV)/bin/shellcheck $(SCRIPTS)
+	@$(VENV)/bin/codespell
 	@$(PY) tests/audit.py
 
 format: $(STAMPS)/requirements ## put the sources into the style that check asks for

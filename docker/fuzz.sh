@@ -15,7 +15,7 @@ mkdir -p "$1/corpus"
 work=$(realpath "$1")
 seconds=${2:-60}
 flags=(-std=c++17 -O1 -g1 -fno-math-errno -ffp-contract=off -Inative
-    -fsanitize=address,undefined -fno-sanitize-recover=all)
+    "-fsanitize=address,undefined" -fno-sanitize-recover=all)
 clang=${CLANGXX:-clang++}
 
 echo "hvd_gqsgd: building the fuzzers"

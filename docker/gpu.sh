@@ -48,7 +48,7 @@ done
 
 step "measuring"
 for options in "" "--bits 4" "--dtype bfloat16" "--block-size 256"; do
-    # shellcheck disable=SC2086
+    # shellcheck disable=SC2086 # an option and its value are two words
     "$python" -m hvd_gqsgd.bench.kernels --device cuda $options
 done
 step "done"

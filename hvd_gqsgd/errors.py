@@ -16,5 +16,6 @@ class AgreementError(RuntimeError):
     """The ranks disagree on an exchange, so no correct result exists.
 
     Raised on every participating rank if options, tensors or the order of tensors differ between
-    ranks, or if the reduction is not linear. No gradient is returned.
+    ranks, or if the reduction is not linear. No gradient is returned, and the message has the first
+    difference. Under DDP, ``backward()`` raises it as a ``RuntimeError`` with the same message.
     """

@@ -101,7 +101,7 @@ def _lanes(bits: int) -> int:
     return 8 * word_dtype(bits).itemsize // bits
 
 
-# --- buckets: the tensors one behind the other, and the part that each rank averages ------------
+# --- buckets: concatenated tensors, and the part that each rank averages -------------------------
 
 
 class Part(NamedTuple):
@@ -112,7 +112,7 @@ class Part(NamedTuple):
     words: slice
     """In the words that each rank sends to this one."""
     means: slice
-    """In the means of all ranks, one behind the other."""
+    """In the concatenated means of all ranks."""
 
 
 class Segments(NamedTuple):

@@ -37,8 +37,8 @@ class Nodes:
 
     @property
     def pays(self) -> bool:
-        """Whether ``hierarchy="auto"`` exchanges by node: with two nodes or more, and two ranks or
-        more on each. A node of one rank would own the whole bucket, as in a flat exchange."""
+        """Whether ``hierarchy="auto"`` may exchange by node: two nodes or more of two ranks or more
+        each. A node of one rank would own the whole bucket, as in a flat exchange."""
         return len(self.members) > 1 and self.shards > 1
 
     def node(self, rank: int) -> int:

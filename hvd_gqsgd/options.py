@@ -55,9 +55,11 @@ class OptionKeywords(OptionsButBits, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """The options of a compressor.
+    """The options of a compressor, as keywords of ``GlobalQSGD``, ``DDPState``, ``allreduce`` and
+    ``simulate``.
 
-    All ranks must use the same options. A difference is an error on all ranks.
+    All ranks must use the same options. A difference is an error on all ranks. The operators are
+    those of Global-QSGD (arXiv 2305.18627).
 
     Args:
         bits: lane width on the wire, from 2 to 16 bits per element; 4 or 8 for exponential
@@ -73,26 +75,27 @@ class Options:
             ``2**(bits - 1) - 1`` levels per side for any world size. ``"auto"`` takes two phases
             for codes that cannot be added and for ``BlockBits``, and where an Allreduce would have
             fewer than 31 levels and two phases have more.
-            ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds nothing
-            twice: it is that of ``GlobalQSGD.fsdp``, and ``simulate`` has it.
-            ``"gather"`` is that of the weights of ``GlobalQSGD.fsdp``, and adds nothing up.
+            ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds once: the
+            exchange of ``GlobalQSGD.fsdp``, accepted by ``simulate`` alone. ``"gather"`` is that of
+            the weights of ``GlobalQSGD.fsdp``, and is not an option of users.
             ``"reduce_scatter"`` sums exponential codes by an MPI operator, and rounds at each sum:
-            for ``allreduce`` over MPI only, to compare with the paper.
+            for ``allreduce`` over MPI alone, to compare with the paper.
         norm: the norm of a block over all ranks: ``"max"``, its largest magnitude, or ``"l2"``.
-        block_size: number of consecutive elements that share a norm; None for one norm per tensor.
-            ``BlockBits(block_size=...)`` has its own.
+        block_size: number of consecutive elements that share a norm, at least 1; None for one norm
+            per tensor. ``BlockBits(block_size=...)`` has its own.
         correlated: whether the ranks draw their dither from strata of one shared number, so that
-            their rounding errors cancel. If False, their dither is independent.
-        seed: seed of the dither. The same seed and gradients give the same bits.
-        min_numel: smallest number of elements to compress. Smaller tensors go to Horovod as they
-            are, unless it cannot reduce them (bfloat16, not contiguous). Smaller buckets
-            of DDP, and modules of FSDP with fewer gradients, are not compressed.
-        bucket_mb: size in megabytes of the buckets in which gradients are exchanged under Horovod.
+            their rounding errors cancel (arXiv 2203.04925). If False, their dither is independent.
+        seed: seed of the dither, an int of 64 bits. The same seed and gradients give the same bits.
+        min_numel: smallest number of elements to compress, at least 0. Smaller tensors are reduced
+            uncompressed by Horovod, unless it cannot reduce them (bfloat16, not contiguous).
+            Smaller buckets of DDP, and modules of FSDP with fewer gradients, are not compressed.
+        bucket_mb: size of the buckets in which gradients are exchanged under Horovod, in MiB,
+            above 0 and at most 2048.
         hierarchy: ``"node"`` sums gradients in full precision within each node, and exchanges codes
             between nodes alone, as many as there would be with one rank a node. ``"flat"``
-            exchanges codes between all ranks. ``"auto"`` goes by node with two nodes or more that
-            have two ranks or more each. A tuple has the number of ranks of each node in order of
-            rank, as ``(8, 8)``, where host names do not tell.
+            exchanges codes between all ranks. ``"auto"`` goes by node in place of two phases, with
+            two nodes or more of two ranks or more each. A tuple has the number of ranks of each
+            node in order of rank, as ``(8, 8)``, where host names do not tell.
 
     Raises:
         TypeError: an option has the wrong type.

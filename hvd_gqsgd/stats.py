@@ -74,7 +74,7 @@ class Stats:
     _REASONS: ClassVar[dict[str, str]] = {
         "small": "smaller than min_numel",
         "sparse": "sparse",
-        "alone": "of a rank that is alone, which exchanges nothing",
+        "alone": "of a single rank, which exchanges nothing",
         "other": "of a type without kernels, or needed by autograd",
     }
 
@@ -123,12 +123,19 @@ class Stats:
         }  # fmt: skip
         counts["other"] = self.tensors_bypassed - sum(counts.values())
         reasons = (f"{n:,} {self._REASONS[why]}" for why, n in counts.items() if n)
-        return f"no tensor was compressed of {self.tensors_bypassed:,}: {', '.join(reasons)}"
+        return (
+            f"GlobalQSGD compressed none of {self.tensors_bypassed:,} tensors: {', '.join(reasons)}"
+        )
 
     def bypass(self, why: Reason, nbytes: int, rank: Callable[[], int]) -> None:
-        """Counts an uncompressed tensor; rank 0 warns once if none of the first many is compressed.
+        """Counts an uncompressed tensor.
 
-        ``rank`` is called only for this warning.
+        Rank 0 logs one warning if none of the first 100 tensors is compressed.
+
+        Args:
+            why: the reason that the tensor is not compressed.
+            nbytes: size of the tensor in bytes.
+            rank: returns the number of this rank; called for the warning alone.
         """
         self.tensors_bypassed += 1
         self.bypassed_bytes += nbytes
@@ -150,7 +157,7 @@ class Stats:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.steps:,} steps, {self.tensors:,} tensors, {self.tensors_bypassed:,} of them "
+            f"steps: {self.steps:,}; tensors: {self.tensors:,}, of which {self.tensors_bypassed:,} "
             f"bypassed ({self.bypassed_share:.1%})",
             f"all tensors: {self.bytes_before:,} bytes -> {self.bytes_on_wire:,} on the wire, "
             f"{self.ratio:.2f} times fewer",
@@ -159,7 +166,7 @@ class Stats:
             lines.append(self.why_nothing)
         if self.elements:
             lines.append(
-                f"compressed ones: {self.compressed_bytes_before:,} bytes -> "
+                f"compressed tensors: {self.compressed_bytes_before:,} bytes -> "
                 f"{self.compressed_bytes_on_wire:,} on the wire, "
                 f"{self.compressed_ratio:.2f} times fewer, {self.mean_bits:.2f} bits per element"
             )

@@ -159,6 +159,19 @@ def test_a_budget_for_each_step(exchange: Any) -> None:
     assert len(set(budgets)) > 3
 
 
+@pytest.mark.parametrize("budget", [4.5, DynamicBits(5)], ids=str)
+def test_layouts_are_made_once(budget: Any) -> None:
+    """For equal rules, as those of each step, and of each call of ``allreduce``."""
+    rows, budgets = spread(RNG(12), (2, 4096)), set()
+    layout.block_segments.cache_clear()
+    for _ in range(3):
+        group = Group(2, bits=BlockBits(budget))
+        for _ in range(2):
+            group.exchange([[("x", row)] for row in rows])
+            budgets.add(group.ranks[0].stats.bits)
+    assert layout.block_segments.cache_info().misses == len(budgets)
+
+
 def test_a_schedule_is_saved() -> None:
     group = Group(2, bits=BlockBits(DynamicBits(5)))
     rows = spread(RNG(12), (2, 4096))

@@ -13,6 +13,7 @@ from hvd_gqsgd.bench import predict
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.link_plot import POWER_SGD, power_sgd_seconds
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.tools import advice
 from hvd_gqsgd.tools import cost_model as model
 from hvd_gqsgd.tools import sharded_model as sharded
 from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
@@ -80,7 +81,7 @@ def test_predictions_are_sane(preset: str, ranks: int, name: str) -> None:
     best = max(
         (step["times_faster"], name) for name, step in result["steps"].items() if name != FP32.name
     )
-    if ranks == 1 or best[0] < 1 / (1 - model.MARGIN):
+    if ranks == 1 or best[0] < 1 / (1 - advice.MARGIN):
         assert result["advice"].startswith("Do not compress")
     else:
         assert result["advice"].startswith("Take ")
@@ -138,19 +139,23 @@ def test_of_two_as_fast_the_more_accurate_is_recommended() -> None:
     """Widths per block in place of one width, for the same bytes but for norms."""
     gradients = predict.gradients_of("resnet50")
     for preset in ("1gbe", "200mbit"):
-        advice = model.recommend(gradients, 8, PRESETS[preset], 0.03, 0.07)
-        assert advice.startswith("Take 4 bits per block, two phases: ")
+        steps = model.steps_of(gradients, 8, PRESETS[preset], 0.03, 0.07)
+        assert advice.recommend(steps, 8).startswith("Take 4 bits per block, two phases: ")
 
 
 def test_break_even() -> None:
     """Below it quantization is recommended, and above it is not."""
     gradients = predict.gradients_of("resnet50")
+
+    def steps_on(machine: Machine) -> dict[model.Setting, float]:
+        return model.steps_of(gradients, 8, machine, 0.03, 0.07)
+
     machine = PRESETS["10gbe"]
-    beta = model.break_even(gradients, 8, machine, 0.03, 0.07)
+    beta = advice.break_even(steps_on, 8, machine)
     assert 1e8 < beta < 1e10
-    for factor, advice in ((0.9, "Take"), (1.1, "Do not compress")):
+    for factor, said in ((0.9, "Take"), (1.1, "Do not compress")):
         there = dataclasses.replace(machine, beta=beta * factor)
-        assert model.recommend(gradients, 8, there, 0.03, 0.07).startswith(advice)
+        assert advice.recommend(steps_on(there), 8).startswith(said)
 
 
 @pytest.mark.parametrize("ranks", [2, 4, 16])

@@ -13,9 +13,9 @@ COUNTS = {
 
 def test_what_is_printed() -> None:
     assert str(Stats(**COUNTS)).splitlines() == [
-        "1,200 steps, 9,600 tensors, 4,800 of them bypassed (50.0%)",
+        "steps: 1,200; tensors: 9,600, of which 4,800 bypassed (50.0%)",
         "all tensors: 41,000,000 bytes -> 11,000,000 on the wire, 3.73 times fewer",
-        "compressed ones: 40,000,000 bytes -> 10,000,000 on the wire, 4.00 times fewer, "
+        "compressed tensors: 40,000,000 bytes -> 10,000,000 on the wire, 4.00 times fewer, "
         "8.00 bits per element",
     ]
 
@@ -23,7 +23,7 @@ def test_what_is_printed() -> None:
 def test_what_is_printed_of_nothing() -> None:
     """No mean over no elements, and no division by zero."""
     assert str(Stats()).splitlines() == [
-        "0 steps, 0 tensors, 0 of them bypassed (0.0%)",
+        "steps: 0; tensors: 0, of which 0 bypassed (0.0%)",
         "all tensors: 0 bytes -> 0 on the wire, 1.00 times fewer",
     ]
 

@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hvd_gqsgd.bench.hosts import add_arguments, is_rank, relaunch
-from hvd_gqsgd.tools.cost_model import Machine
+from hvd_gqsgd.tools.cost_model import FP32, TWO_PHASE_8, Machine
+from hvd_gqsgd.tools.node_model import Cluster, link_bytes
 
 __all__ = ["main", "measure"]
 
@@ -147,7 +148,12 @@ def measure(
             return (whole - part) / (4 * (large - small))
         return whole / (4 * large)  # noise, or latency alone: a lower bound of the bandwidth
 
-    each = (n - 1) / n
+    # Ranks of one machine alone have its memory as their links.
+    per_node = 1 if hvd.local_size() == n else hvd.local_size()
+    cluster = Cluster(n // per_node, per_node)
+    summed, sent_twice = (
+        link_bytes(setting, 1, cluster, by_node=False) for setting in (FP32, TWO_PHASE_8)
+    )
     held_up = (seconds["beside"] - seconds[f"sum {large}"]) / (BESIDE * seconds["kernels"])
     # What is left of many small tensors without the time of their bytes.
     sent = of_a_byte("sum") * sum(tensor.nbytes for tensor in tensors)
@@ -155,9 +161,9 @@ def measure(
     compressed = seconds["compressed"] - 4 * seconds["sum 1"] - sent / 4
     return Machine(
         alpha=20e-6,  # much less than an operation of Horovod's takes, which is measured
-        beta=2 * each / of_a_byte("sum"),
+        beta=summed / of_a_byte("sum"),
         gamma=1e15,  # within beta
-        beta_two_phase=2 * each / of_a_byte("two"),
+        beta_two_phase=sent_twice / of_a_byte("two"),
         operation=seconds["sum 1"],
         tensor=max(0.0, plain) / TENSORS,
         compressed_tensor=max(0.0, compressed - plain) / TENSORS / 2,

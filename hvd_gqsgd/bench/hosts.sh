@@ -78,6 +78,7 @@ up() { # up N RATE
         ip -n "$ns" link set eth0 up
     done
     for host in $(hosts); do
+        # shellcheck disable=SC2016 # the shell of the host expands it
         setsid ip netns exec "$prefix$host" unshare --uts --ipc --mount sh -ec '
             hostname "$1"
             mount -t tmpfs tmpfs /dev/shm

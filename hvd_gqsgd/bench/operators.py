@@ -33,6 +33,11 @@ FP32, FP16 = "Horovod fp32", "Horovod fp16"
 OURS = {f"GlobalQSGD {name}": options for name, options in OPERATORS.items()}
 FLAT = {
     "GlobalQSGD 8 bits flat": {"bits": 8, "hierarchy": "flat"},
+    "GlobalQSGD 8 bits two-phase flat": {
+        "bits": 8,
+        "exchange": "two_phase",
+        "hierarchy": "flat",
+    },
     "GlobalQSGD 4 bits flat": {"bits": 4, "hierarchy": "flat"},
 }
 """Options of arms that leave nodes out of account, for comparison with those above by node."""

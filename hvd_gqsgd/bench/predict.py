@@ -12,7 +12,10 @@ from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS, layers_of, shapes_of
 from hvd_gqsgd.bench.link_plot import plot_links
+from hvd_gqsgd.bench.node_plot import PER_NODE, plot_nodes
 from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.tools import node_model
+from hvd_gqsgd.tools.advice import break_even, recommend
 from hvd_gqsgd.tools.cost_model import (
     BLOCKS_4,
     FP16,
@@ -20,16 +23,14 @@ from hvd_gqsgd.tools.cost_model import (
     LINEAR_4,
     LINEAR_8,
     PRESETS,
-    SETTINGS,
     TWO_PHASE_8,
     Gradients,
     Machine,
-    break_even,
-    exchange_seconds,
+    Setting,
     possible,
-    recommend,
-    step_seconds,
+    steps_of,
 )
+from hvd_gqsgd.tools.node_model import Cluster
 from hvd_gqsgd.tools.sharded_model import (
     SHARDED_SETTINGS,
     gradient_seconds,
@@ -47,7 +48,10 @@ ARMS = {
     "GlobalQSGD 4 bits per block": BLOCKS_4,
     "GlobalQSGD 8 bits two-phase": TWO_PHASE_8,
 }
-"""The settings of arms of ``hvd-gqsgd bench step``."""
+"""The settings of arms of ``hvd-gqsgd bench step``, by node where a host has several ranks."""
+
+FLAT_ARMS = {"GlobalQSGD 8 bits flat": LINEAR_8, "GlobalQSGD 4 bits flat": LINEAR_4}
+"""The settings of its arms that leave nodes out of account."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -62,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--machine", type=Path, metavar="FILE", help="the output of hvd-gqsgd bench calibrate"
     )
     parser.add_argument("--ranks", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument(
+        "--per-node", type=int, default=1, metavar="L",
+        help="ranks on each node, which share the node's link (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument(
         "--compute", type=float, default=100, metavar="MS",
@@ -78,14 +86,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--plot-links", type=Path, metavar="FILE",
         help="write a figure of the step over the speed of the link, with PowerSGD, as PNG",
     )  # fmt: skip
+    parser.add_argument(
+        "--plot-nodes", type=Path, metavar="FILE",
+        help="write a figure of the step over the number of nodes, as PNG; of --per-node ranks "
+        f"each, or else {PER_NODE}",
+    )  # fmt: skip
     options = parser.parse_args(arguments)
     if options.ranks < 1 or not 0 <= options.compute < math.inf:
         parser.error(
             "--ranks must be at least 1, and --compute a number of at least 0, got "
             f"{options.ranks} and {options.compute:g}"
         )
-    if options.measured is not None and (options.plot or options.plot_links):
+    if options.per_node < 1 or options.ranks % options.per_node:
+        parser.error(
+            "--per-node must be a number that divides --ranks, got "
+            f"{options.per_node} and {options.ranks}"
+        )
+    if options.measured is not None and (options.plot or options.plot_links or options.plot_nodes):
         parser.error("--plot draws predictions for many ranks; leave it or --measured out")
+    if options.per_node > 1 and (options.plot or options.plot_links):
+        parser.error("--plot and --plot-links draw one rank a node; leave --per-node out")
     chosen = PRESETS[options.preset]
     try:
         if options.machine is not None:
@@ -96,26 +116,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    result = predict(gradients_of(options.model), options.ranks, chosen, options.compute / 1e3)
-    result["fsdp2"] = predict_sharded(
-        modules_of(options.model), options.ranks, chosen, options.compute / 1e3
-    )
+    gradients, compute = gradients_of(options.model), options.compute / 1e3
+    result = predict(gradients, options.ranks, chosen, compute, options.per_node)
+    if options.per_node == 1:
+        modules = modules_of(options.model)
+        result["fsdp2"] = predict_sharded(modules, options.ranks, chosen, compute)
     if options.plot is not None:
-        _plot(gradients_of(options.model), options.compute / 1e3, chosen, options.plot)
+        _plot(gradients, compute, chosen, options.plot)
     if options.plot_links is not None:
-        compute = options.compute / 1e3
         plot_links(options.model, options.ranks, compute, chosen, options.plot_links)
+    if options.plot_nodes is not None:
+        per_node = options.per_node if options.per_node > 1 else PER_NODE
+        plot_nodes(options.model, gradients, per_node, compute, chosen, options.plot_nodes)
     if options.json:
         print(json.dumps(result))
         return
+    _show(result, options)
+
+
+def _show(result: dict[str, Any], options: argparse.Namespace) -> None:
     rows = [
         [name, f"{step['ms']:.1f}", f"{step['times_faster']:.2f}"]
         for name, step in result["steps"].items()
     ]
     ranks = f"{options.ranks} rank{'s' * (options.ranks > 1)}"
+    if options.per_node > 1:
+        ranks += f", {options.per_node} on each node"
     print(f"{options.model} on {ranks}, {options.compute:g} ms of computing a step")
     show_table(["", "ms a step", "times faster"], rows)
     print(result["advice"])
+    if "fsdp2" not in result:
+        return
     rows = [
         [name, *(f"{step[key]:.1f}" for key in ("ms", "gradient_ms", "weight_ms")),
          f"{step['times_faster']:.2f}"]
@@ -158,26 +189,35 @@ def predict_sharded(
     }
 
 
-def predict(gradients: Gradients, ranks: int, machine: Machine, compute: float) -> dict[str, Any]:
+def predict(
+    gradients: Gradients, ranks: int, machine: Machine, compute: float, per_node: int = 1
+) -> dict[str, Any]:
     """Predicts a step with each setting that is possible.
 
     Args:
         gradients, ranks, machine: the exchange.
         compute: seconds of the forward and the backward pass; the latter takes two thirds.
+        per_node: ranks of each node. With several, settings are predicted flat and by node.
 
     Returns:
         ``steps``, by the setting's name: ``ms`` and ``times_faster`` than fp32; ``break_even``, the
         bandwidth in bytes per second below which the best setting pays; and ``advice``, a sentence.
     """
-    forward, backward = _passes(compute)
-    seconds = _seconds(gradients, ranks, machine, compute)
+
+    def steps_on(there: Machine) -> dict[Setting, float]:
+        if per_node == 1:
+            return steps_of(gradients, ranks, there, *_passes(compute))
+        cluster = Cluster(ranks // per_node, per_node)
+        return node_model.steps_of(gradients, cluster, there, *_passes(compute))
+
+    steps = steps_on(machine)
     return {
         "steps": {
-            name: {"ms": time * 1e3, "times_faster": seconds[FP32.name] / time}
-            for name, time in seconds.items()
+            setting.name: {"ms": time * 1e3, "times_faster": steps[FP32] / time}
+            for setting, time in steps.items()
         },
-        "break_even": break_even(gradients, ranks, machine, forward, backward),
-        "advice": recommend(gradients, ranks, machine, forward, backward),
+        "break_even": break_even(steps_on, ranks, machine),
+        "advice": recommend(steps, ranks),
     }
 
 
@@ -186,30 +226,43 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
 
     Returns:
         By arm, and by the parts of a step under FSDP2: ``measured_ms``, ``predicted_ms``, and
-        ``off``, the error of the prediction relative to the measured time.
+        ``off``, the error of the prediction relative to the measured time; without FSDP2 where
+        each of several hosts has several ranks.
+
+    Raises:
+        ValueError: hosts have different numbers of ranks.
     """
-    gradients, ranks = gradients_of(measured["model"]), measured["ranks"]
-    found = {}
-    sharded = predict_sharded(
-        modules_of(measured["model"]), ranks, machine, measured.get("compute_ms", 0.0) / 1e3
-    )
+    gradients, cluster = gradients_of(measured["model"]), _cluster(measured)
+    compute, found = measured.get("compute_ms", 0.0) / 1e3, {}
+    sharded = {}
+    if cluster.per_node == 1:
+        sharded = predict_sharded(modules_of(measured["model"]), cluster.ranks, machine, compute)
     for name, arm in measured["arms"].items():
         for kind, part in (("ms", ""), ("gradient_ms", ", gradients"), ("weight_ms", ", weights")):
             if name in sharded and kind in arm:
                 found[f"{name}{part}"] = _compared(arm[kind], sharded[name][kind])
     for name, arm in measured["arms"].items():
-        setting = ARMS.get(name)
+        setting = (ARMS | FLAT_ARMS).get(name)
         if setting is None or "error" in arm:
             continue
-        if not possible(setting, ranks):  # exchange="auto" took two phases
+        if not possible(setting, cluster.ranks):  # exchange="auto" took two phases
             setting = dataclasses.replace(setting, two_phase=True)
+        exchange = (setting, gradients, cluster, machine, name not in FLAT_ARMS)
         if measured["what"] == "exchange":
-            seconds = exchange_seconds(setting, gradients, ranks, machine)
+            seconds = node_model.exchange_seconds(*exchange)
         else:
             passes = _passes(measured["compute_ms"] / 1e3)
-            seconds = step_seconds(setting, gradients, ranks, machine, *passes)
+            seconds = node_model.step_seconds(*exchange, *passes)
         found[name] = _compared(arm["ms"], seconds * 1e3)
     return found
+
+
+def _cluster(measured: dict[str, Any]) -> Cluster:
+    """The nodes of a measurement. One host alone has its memory as the links of its ranks."""
+    ranks, hosts = measured["ranks"], measured.get("hosts", 1)
+    if ranks % hosts:
+        raise ValueError(f"each host must have as many ranks, got {ranks} on {hosts} hosts")
+    return Cluster(hosts, ranks // hosts) if hosts > 1 else Cluster(ranks, 1)
 
 
 def _compared(measured: float, predicted: float) -> dict[str, float]:
@@ -238,7 +291,7 @@ def _machine(file: Path) -> Machine:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not optional and not (number and 0 <= value < math.inf):
             raise ValueError(f"--machine {file}: {name} must be a number from 0 on, got {value!r}")
-    for name in ("beta", "beta_two_phase", "gamma"):
+    for name in ("beta", "beta_two_phase", "gamma", "inside"):
         if numbers.get(name) == 0:
             raise ValueError(f"--machine {file}: {name} must be above 0")
     return Machine(**numbers)
@@ -254,7 +307,7 @@ def _measured(file: Path, machine: Machine) -> tuple[dict[str, Any], dict[str, d
     measured = _read(file, "--measured", "step --json")
     try:
         return measured, against(measured, machine)
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"--measured {file}: it must be the output of hvd-gqsgd bench step --json "
             f"({type(error).__name__}: {error})"
@@ -293,17 +346,6 @@ def _passes(compute: float) -> tuple[float, float]:
     return compute / 3, 2 * compute / 3
 
 
-def _seconds(
-    gradients: Gradients, ranks: int, machine: Machine, compute: float
-) -> dict[str, float]:
-    """Seconds of a step, by the name of each setting that is possible."""
-    return {
-        setting.name: step_seconds(setting, gradients, ranks, machine, *_passes(compute))
-        for setting in SETTINGS
-        if possible(setting, ranks)
-    }
-
-
 def _plot(gradients: Gradients, compute: float, machine: Machine, file: Path) -> None:
     """Draws the speed-up by the best setting, over ranks and bandwidth."""
     from matplotlib.figure import Figure
@@ -316,8 +358,8 @@ def _plot(gradients: Gradients, compute: float, machine: Machine, file: Path) ->
         gains = []
         for beta in bandwidths:
             there = dataclasses.replace(machine, beta=beta, beta_two_phase=None)
-            seconds = _seconds(gradients, ranks, there, compute)
-            gains.append(seconds[FP32.name] / min(seconds.values()))
+            seconds = steps_of(gradients, ranks, there, *_passes(compute))
+            gains.append(seconds[FP32] / min(seconds.values()))
         axes.plot([8 * beta for beta in bandwidths], gains, label=f"{ranks} ranks")
     axes.set(xscale="log", xlabel="bandwidth of each link, bit/s", ylabel="times faster than fp32")
     axes.set_title("a step with the best setting")

@@ -1,6 +1,6 @@
 """Times a training step of a model's shape, against plain Horovod, the hooks of DDP, and FSDP2.
 
-``hvd-gqsgd bench step [--rate 1gbit]``. The launching process imports neither PyTorch nor Horovod.
+``hvd-gqsgd bench step [--rate 1gbit]``.
 """
 
 from __future__ import annotations

@@ -101,7 +101,8 @@ def measure(
         ``gradient_megabytes`` of the reduction alone, and the same of weights. ``compute_ms``: a
         step without any exchange.
         ``peak_megabytes``: the peak memory of a rank, of all arms together. And ``model``,
-        ``ranks``, ``tensors``, ``parameters``, and ``what`` was timed, "step" or "exchange".
+        ``ranks``, ``hosts``, ``tensors``, ``parameters``, and ``what`` was timed, "step" or
+        "exchange".
     """
     made: dict[str, Arm | FsdpArm] = {}
     errors = {}
@@ -155,6 +156,7 @@ def measure(
         "peak_megabytes": hvd.allreduce(peak, op=hvd.Max, name="bench.peak").item(),
         "model": model,
         "ranks": hvd.size(),
+        "hosts": hvd.size() // hvd.local_size(),
         "tensors": len(tensors),
         "parameters": sum(math.prod(shape) for _, shape in tensors),
         "what": "exchange" if exchange_alone else "step",

@@ -100,7 +100,10 @@ def check_power(power: object) -> float:
 
 @dataclass(frozen=True)
 class DynamicBits:
-    """A bit width that follows the norm of the gradient; see ``hvd_gqsgd.codecs.bit_schedule``.
+    """A width for each step, which follows the norm of the gradient, within a budget of mean bits.
+
+    The rule is that of DQ-SGD (arXiv 2107.14575), with feedback that holds the budget. See
+    ``hvd_gqsgd/codecs/bit_schedule.py`` and section 6 of ``docs/THEORY.md``.
 
     Raises:
         TypeError: an option is of the wrong type.
@@ -108,14 +111,15 @@ class DynamicBits:
     """
 
     budget: float = 5.0
-    """Mean bits an element that the codes take on the wire; norms and padding come on top."""
+    """Mean bits per element that the codes take on the wire; norms and padding are extra."""
     total_steps: int | None = None
-    """Steps of the run, over which the budget is held; ``None``: over some dozens of steps."""
+    """Steps of the run, over which the budget is held; ``None`` holds it over about 32 steps."""
     form: Form = "nonconvex"
-    """Or "convex", which weighs later steps more, and needs ``total_steps``."""
+    """The rule of the paper for this kind of loss. ``"convex"`` gives more bits to later steps, and
+    needs ``total_steps``."""
     contraction: float | None = None
-    """The share of the loss that a step leaves, above 0 and at most 1: for the convex form only,
-    where ``None`` is 0.999."""
+    """The factor by which a step reduces the loss, above 0 and at most 1; for ``form="convex"``
+    alone, where ``None`` is 0.999."""
     min_bits: int = 2
     """The narrowest lanes, 2 to 16 bits."""
     max_bits: int = 16

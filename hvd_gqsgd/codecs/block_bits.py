@@ -39,7 +39,10 @@ BUDGET_UNIT = 1024
 
 @dataclass(frozen=True)
 class BlockBits:
-    """A width for each block, within a budget of mean bits; see ``hvd_gqsgd.codecs.block_bits``.
+    """A width for each block, which follows its global norm, within a budget of mean bits.
+
+    The rule is that of DQ-SGD (arXiv 2107.14575), for blocks instead of steps. See
+    ``hvd_gqsgd/codecs/block_bits.py`` and section 6 of ``docs/THEORY.md``.
 
     Raises:
         TypeError: an option is of the wrong type.
@@ -99,13 +102,22 @@ class BlockBits:
         return math.ceil(self.mean_bits)
 
     def at(self, bits: int) -> BlockBits:
-        """The rule for a step whose budget the ranks have settled as ``bits``."""
-        if not isinstance(self.budget, DynamicBits):
-            return self
-        return dataclasses.replace(self, budget=float(bits))
+        """Returns the rule of one step.
+
+        Args:
+            bits: the budget of the step in bits per element, which the ranks have agreed on.
+        """
+        return _at(self, bits)
 
     def rule(self, summands: int = 1) -> tuple[int, int, int, int]:
-        """Power, least and largest width, and summands, in the order of the native operators."""
+        """Returns the arguments of the native operators.
+
+        Args:
+            summands: number of codes that a lane holds the sum of.
+
+        Returns:
+            ``power`` in units of 1/256, least and largest width in bits, and ``summands``.
+        """
         least = self._least(summands)
         return round(self.power * POWER_UNIT), least, self.max_bits, summands
 
@@ -114,10 +126,14 @@ class BlockBits:
         return max(self.min_bits, (2 * summands).bit_length() if summands > 1 else 0)
 
     def words_for(self, columns: Sequence[int], summands: int = 1) -> int:
-        """32-bit words for blocks of so many columns each: those of the budget, or of the least
-        width where that takes more.
+        """Returns the number of 32-bit words on the wire.
 
-        Codes that are added take lanes of 64-bit words, and so an even number.
+        The words hold the budget, or the least width where that takes more. Codes that are added
+        take lanes of 64-bit words, and so an even number.
+
+        Args:
+            columns: number of columns of each block, of 32 elements each.
+            summands: number of codes that a lane holds the sum of.
         """
         words = round(self.mean_bits * BUDGET_UNIT) * sum(columns) // BUDGET_UNIT
         if summands == 1:
@@ -125,3 +141,9 @@ class BlockBits:
         lanes = 64 // self._least(summands)
         pairs = sum(-(-COLUMN * count // lanes) for count in columns)
         return 2 * max(-(-words // 2), pairs)
+
+
+@functools.lru_cache(maxsize=256)  # one object for equal rules, whose layouts are cached by it
+def _at(rule: BlockBits, bits: int) -> BlockBits:
+    dynamic = isinstance(rule.budget, DynamicBits)
+    return dataclasses.replace(rule, budget=float(bits)) if dynamic else rule

@@ -21,6 +21,8 @@ from hvd_gqsgd.codecs.base import Codec
 
 __all__ = ["PlainCodec"]
 
+_REQUANTIZE = 2**63  # the stream of the second rounding; those of ranks are smaller
+
 
 class PlainCodec(Codec):
     """Codes from 0 to ``2**bits - 1``, in lanes that cannot be added.
@@ -89,8 +91,7 @@ class PlainCodec(Codec):
             at += tiles.num_words
             mean = self._sum(rows, norm, tiles) / len(rows)
             own = mean.abs().amax(1, keepdim=True)
-            # Its owner alone draws it; no rank has a stream below 0.
-            dither = _dither(tiles, self.seed, step, tensor_ids[tensor], 2**63 + first)
+            dither = _dither(tiles, self.seed, step, tensor_ids[tensor], _REQUANTIZE, first)
             words = self._pack(self.round(_shares(mean, own), dither))
             odd = words.shape[1] * words.itemsize % means.itemsize  # half a unit, or nothing
             units = pad(words, (0, 1 if odd else 0)).view(means.dtype)
@@ -204,8 +205,18 @@ def _decoded(shares: Tensor, norm: Tensor) -> Tensor:
     return torch.where(norm.isfinite(), shares * norm, torch.nan)
 
 
-def _dither(tiles: _Tiles, *key: int) -> Tensor:
-    """Uniform numbers from [0, 1), which depend on the key alone: the same on all machines."""
-    generator = np.random.default_rng([number % 2**64 for number in key])
-    flat = torch.from_numpy(generator.random(tiles.end - tiles.begin, dtype=np.float32))
-    return _spread(flat.to(tiles.elements.device), tiles.elements)
+def _dither(
+    tiles: _Tiles, seed: int, step: int, tensor_id: int, stream: int, first: int = 0
+) -> Tensor:
+    """Uniform numbers from [0, 1) for each tile, whichever tiles are asked for together.
+
+    ``tensor_id`` is the tensor's number, and above 31 bits its first tile; see
+    ``hvd_gqsgd.layout.part_identity``.
+    """
+    before, number = divmod(tensor_id, 2**31)
+    rows, columns = tiles.elements.shape
+    numbers = np.empty((rows, columns), np.float32)
+    for row in range(rows):
+        key = [seed % 2**64, step, number, stream, before + first + row]
+        numbers[row] = np.random.default_rng(key).random(columns, dtype=np.float32)
+    return torch.from_numpy(numbers).to(tiles.elements.device)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,7 +46,7 @@ __all__ = [
 ]  # fmt: skip
 
 HEADER = 16
-"""Words of a header: more than it holds, so that what follows begins on a cache line."""
+"""Words of a header: more than it holds, so that the rest of the message begins on a cache line."""
 
 ORDER = (
     "without named_parameters tensors are told apart by their order of arrival, so pass "
@@ -224,7 +224,7 @@ def refusal() -> Tensor:
 
 def refuse(transport: Transport, name: str) -> None:
     """Sends a refusal to the other ranks, which wait for this one's header of this name."""
-    with _outside_of_func():
+    with _plain_tensors():
         _max(transport, refusal(), name)
 
 
@@ -254,18 +254,21 @@ def check(transport: Transport, options: Options, name: str) -> None:
 
 def find_nodes(transport: Transport, name: str) -> Nodes:
     """The nodes of all ranks, which must call this together."""
-    with _outside_of_func():
+    with _plain_tensors():
         hosts = torch.zeros(transport.size, dtype=torch.int64, device="cpu")
         hosts[transport.rank] = host_number()
         _max(transport, hosts, name)
         return nodes_of_hosts(tuple(hosts.tolist()))
 
 
-def _outside_of_func() -> AbstractContextManager[object]:
-    """Within torch.func even a new tensor has no memory to send."""
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Within torch.func and FakeTensorMode even a new tensor has no memory to send."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
 
-    return temporarily_clear_interpreter_stack()
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
 
 
 def _max(transport: Transport, message: Tensor, name: str) -> None:

@@ -1,8 +1,8 @@
 """Memory that is used again, step after step.
 
 A fresh buffer of some megabytes costs a page fault for every 4 KiB, about as much time as the whole
-kernel that fills it. So buffers are kept, and handed out again once nobody else looks at them: not
-Horovod, and not the ``p.grad`` that a decoded gradient became.
+kernel that fills it. So buffers are kept, and reused once nothing else refers to them: neither
+Horovod nor the ``p.grad`` that a decoded gradient became.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BufferPool:
     def take_each(self, kinds: Sequence[Kind]) -> list[Tensor]:
         """A tensor of each kind, as by ``take``."""
         if any(device.type != "cpu" for _, _, device in kinds):
-            # PyTorch keeps this memory, and knows the streams that use it.
+            # PyTorch caches this memory, and tracks the streams that use it.
             return [
                 torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in kinds
             ]

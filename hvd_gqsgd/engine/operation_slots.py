@@ -1,7 +1,7 @@
 """Operation slots: points of the program at which every rank starts one operation.
 
-When a collective is done differs from rank to rank, but Horovod names what its users leave unnamed
-by counting the operations started so far. So a collective is started in a slot only, and a rank
+Ranks see the end of a collective at different times, but Horovod names unnamed operations by
+counting the operations started so far. So a collective is started in a slot only, and a rank
 that has none to start fills the slot with a small operation. A slot that was used is made up for by
 a filling at the end, so that all ranks have started as many collectives and filled as many slots.
 
@@ -81,7 +81,7 @@ class OperationSlots:
 
 
 def reaped(handle: Handle) -> bool:
-    """Releases an operation that nobody waits for any more, if it is done."""
+    """Releases an abandoned operation, if it is done; returns whether it was."""
     if not handle.done():
         return False
     with contextlib.suppress(Exception):

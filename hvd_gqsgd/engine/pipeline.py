@@ -281,8 +281,8 @@ class Pipeline:
         if ending.starts_rest:
             self._start_rest()
             self._names.failures += 1
-        # Where ranks agree ahead, they have come to different points of what they agreed on, and
-        # operations match by order: buckets go on to their end, though nobody reads the results.
+        # Where ranks agree ahead, they may be at different points of these buckets, and operations
+        # match by order: the buckets run to their end, and their results are discarded.
         goes_on = ending is Ending.DISAGREEMENT and not self._protocol_type.may_give_up
         lost = self._stages.lose(goes_on)
         for flight in set(self._flights.values()) - lost:

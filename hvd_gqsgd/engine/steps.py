@@ -85,7 +85,7 @@ class Steps:
     def _begin_records(self) -> None:
         self._records: weakref.WeakSet[StepRecord] = weakref.WeakSet()
         self._records_made = 0
-        # Outlives its pipeline, so that what its last step taught is not lost.
+        # Outlives its pipeline, so that the norm of its last step is not lost.
         self._latest: StepRecord | None = None
 
     def __getstate__(self) -> dict[str, Any]:

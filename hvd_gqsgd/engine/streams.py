@@ -38,7 +38,7 @@ class Streams:
 
 
 def on(stream: Stream) -> AbstractContextManager[None]:
-    """Enqueues there what is done within, in whatever thread."""
+    """Enqueues the work of a ``with`` block on the stream, in any thread."""
     return _NOWHERE if stream is None else _on(stream)
 
 

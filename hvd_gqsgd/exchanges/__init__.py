@@ -35,7 +35,7 @@ EXCHANGES: dict[str, Callable[[Setup], Exchange]] = {
 def make_exchange(setup: Setup) -> Exchange:
     """The exchange that the options ask for among this many ranks.
 
-    Rank 0 logs what a user may not expect of it.
+    Rank 0 logs it, and warns of a budget that cannot be held.
 
     Raises:
         ValueError: the options leave no levels to this many ranks, or ask for an exchange that
@@ -56,7 +56,10 @@ def _by_node(setup: Setup) -> NodeExchange | None:
     """The exchange by nodes, unless the flat one is asked for, or the better one."""
     options, size = setup.options, setup.transport.size
     hierarchy, nodes = options.hierarchy, setup.transport.nodes
-    if hierarchy == "flat" or options.exchange_for(size) not in ("allreduce", "two_phase"):
+    kind = options.exchange_for(size)
+    if hierarchy == "flat" or kind not in ("allreduce", "two_phase"):
+        return None
+    if hierarchy == "auto" and not by_node_pays(kind):
         return None
     if isinstance(hierarchy, tuple):
         nodes = nodes_of_sizes(hierarchy, size)
@@ -67,6 +70,12 @@ def _by_node(setup: Setup) -> NodeExchange | None:
     if nodes is not None and not takes(nodes):
         return None
     return NodeExchange(setup, lambda: _flat(setup), nodes, takes)
+
+
+def by_node_pays(kind: str) -> bool:
+    """Whether ``hierarchy="auto"`` replaces a kind of exchange: an Allreduce of codes may add up
+    within nodes first, with as few bytes between them and fewer messages."""
+    return kind == "two_phase"
 
 
 def _flat(setup: Setup) -> Exchange:

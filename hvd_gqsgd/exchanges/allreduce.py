@@ -55,9 +55,10 @@ class AllreduceExchange(CodedExchange):
         widths = self._widths(bucket, terms.bits)
         message = self._message(bucket, widths)
         message[: self._marks] = 0
+        end = self._marks + widths.num_words
         with terms.attempt():
             if terms.takes_part:
-                widths.encode(bucket, norms, message[self._marks :], terms.step)
+                widths.encode(bucket, norms, message[self._marks : end], terms.step)
                 if self._marks:
                     mark(message, self.rank)
         summed = yield Sum(name, message)
@@ -81,7 +82,8 @@ class AllreduceExchange(CodedExchange):
                 f"{bucket.name}: got the codes of {contribution.count} ranks, and there are "
                 f"{self.size}: a rank sent an invalid message"
             )
-        return _Summed(contribution, widths, norms, summed[self._marks :])
+        words = summed[self._marks : self._marks + widths.num_words]
+        return _Summed(contribution, widths, norms, words)
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Terms:
     """Whether the ranks use the message that is left to them once one of them has left; a proposal
     like the step."""
     given_up: bool = False
-    """Whether this rank has given up the step, and sends only what others may be waiting for."""
+    """Whether this rank has given up the step, and sends only the messages that others wait for."""
     failure: Exception | None = None
     """An error of this rank alone, raised once its messages have told the others."""
 
@@ -200,7 +200,7 @@ class CodedExchange(Exchange):
         raise NotImplementedError(f"{type(self).__name__} leaves each rank a result of its own")
 
     def _norms(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, Tensor]:
-        """Exchanges the block norms of all tensors, one behind the other."""
+        """Exchanges the concatenated block norms of all tensors."""
         codec, header = self.codec(terms.bits), self._header
         layout = bucket.layout(self.options.block_size, terms.bits)
         message = self._take(header + layout.num_norms, bucket.norm_dtype, bucket.device)

@@ -18,7 +18,7 @@ ranks: once a rank has left by ``hvd.join()``, the others exchange without nodes
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -139,17 +139,18 @@ class NodeExchange(Exchange):
         cut = zip(members, shards(place.tensors, nodes.shards), strict=False)
         parts = {rank: shard for rank, shard in cut if shard.parts}
         own, owned, full = parts.get(self.rank), None, _type_of(bucket)
+        others = [rank for rank in members if rank != self.rank]
         summands = yield from exchange_parcels(
             self._setup, terms, "inside", bucket.device,
-            to={rank: Parcel(shard.numel, full) for rank, shard in parts.items()},
-            of={rank: Parcel(own.numel, full) for rank in members} if own else {},
+            to={rank: Parcel(parts[rank].numel, full) for rank in others if rank in parts},
+            of={rank: Parcel(own.numel, full) for rank in others} if own else {},
             write=functools.partial(_cut, bucket, parts),
         )  # fmt: skip
         if own:
             sums = self._setup.take(own.numel, _sum_type(bucket), bucket.device)
             with terms.attempt():
-                if summands and terms.takes_part:
-                    _add(summands.values(), sums)
+                if summands is not None and terms.takes_part:
+                    _add([summands.get(rank) for rank in members], _slices(bucket, own), sums)
             owners = nodes.owners(members.index(self.rank))
             owned = Owned(_shard(bucket, own, block_size, sums), own.norms, owners)
         norms, message = yield from among.run(owned, bucket, place.num_norms, terms)
@@ -161,11 +162,14 @@ class NodeExchange(Exchange):
         parcels = {rank: Parcel(each.length, each.dtype) for rank, each in last.items()}
         results = yield from exchange_parcels(
             self._setup, terms, "results", bucket.device,
-            to=dict.fromkeys(members, parcels[self.rank]) if own else {}, of=parcels,
+            to=dict.fromkeys(others, parcels[self.rank]) if own else {},
+            of={rank: parcel for rank, parcel in parcels.items() if rank != self.rank},
             write=functools.partial(_copy, message),
         )  # fmt: skip
         if results is None:
             return None
+        if message is not None:
+            results[self.rank] = message
         return _ByNode(
             everyone(self.size),
             [
@@ -251,18 +255,27 @@ def _sum_type(bucket: Bucket) -> torch.dtype:
 def _cut(bucket: Bucket, shards: Mapping[int, Shard], parcels: Mapping[int, Tensor]) -> None:
     """Writes each shard of the gradients to its parcel."""
     for rank, parcel in parcels.items():
-        parts = [bucket.items[t].x.view(-1)[a:b] for t, a, b in shards[rank].parts]
+        parts = _slices(bucket, shards[rank])
         if len({part.dtype for part in parts} | {parcel.dtype}) > 1:
             parts = [part.to(parcel.dtype) for part in parts]
         torch.cat(parts, out=parcel)
 
 
-def _add(summands: Iterable[Tensor], sums: Tensor) -> None:
-    """Adds up gradients, in their order."""
-    first, *others = summands
-    sums.copy_(first)
-    for other in others:
-        sums += other
+def _slices(bucket: Bucket, shard: Shard) -> list[Tensor]:
+    """This rank's gradients in a shard."""
+    return [bucket.items[tensor].x.view(-1)[a:b] for tensor, a, b in shard.parts]
+
+
+def _add(summands: Sequence[Tensor | None], own: Sequence[Tensor], sums: Tensor) -> None:
+    """Adds up the gradients of the ranks of a node, in their order; None: those of this rank."""
+    pieces = sums.split([part.numel() for part in own])
+    for place, summand in enumerate(summands):
+        targets = [sums] if summand is not None else pieces
+        for target, x in zip(targets, own if summand is None else [summand], strict=True):
+            if place:
+                target += x
+            else:
+                target.copy_(x)
 
 
 def _copy(message: Tensor | None, copies: Mapping[int, Tensor]) -> None:

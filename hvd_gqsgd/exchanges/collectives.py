@@ -20,7 +20,7 @@ class Collective(ABC):
     message: str
     """Ends the name of the operation."""
     tensor: Tensor
-    """What this rank sends; reduced in place by ``Max`` and ``Sum``."""
+    """The data of this rank; reduced in place by ``Max`` and ``Sum``."""
 
     @property
     def inside(self) -> bool:
@@ -89,7 +89,7 @@ class Alltoall(Collective):
 
 @dataclass(frozen=True)
 class Allgather(Collective):
-    """Puts the flat tensors of all ranks one behind the other."""
+    """Concatenates the flat tensors of all ranks."""
 
     lengths: Sequence[int]
     """Elements of each rank's tensor."""

@@ -3,7 +3,7 @@
 Nothing is added up, so norms are those of the owner's own tensor, and travel with its codes: one
 message. All ranks decode the same bytes, the owner too, so all have the same bits.
 
-Tensors of integers are not rounded. A caller that wants floats as they are gives them in that form.
+Tensors of integers are not rounded. To gather floats unrounded, view them as integers.
 
 A rank encodes before the first collective, so that an agreement ahead of it tells of an error.
 """

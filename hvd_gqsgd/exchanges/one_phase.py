@@ -4,7 +4,7 @@ It is the first phase of two. An Alltoall brings the codes of each shard to the 
 which decodes them and adds them up. Nothing is rounded a second time. The bytes are those of a
 reduce-scatter of as many, and the number of levels does not fall with the number of ranks.
 
-A tensor holds the shards of all ranks, one behind the other and of one length. Each has blocks,
+A tensor is the concatenation of the shards of all ranks, of equal length. Each has blocks,
 norms and a dither of its own, as if it were a tensor.
 
 Where ranks can see it, a flag before the codes of each rank tells whether it took part.
@@ -79,7 +79,7 @@ class OnePhaseExchange(CodedExchange):
         return _Received(everyone(self.size), widths, norms, got[:, flag:], own)
 
     def _shards(self, bucket: Bucket) -> Bucket:
-        """The shards of all tensors, those of a rank one behind the other."""
+        """The shards of all tensors, in the order of the ranks that own them."""
         shards = Bucket(bucket.name, (bucket.norm_dtype, bucket.device), bucket.stream)
         for rank in range(self.size):
             for item in bucket.items:

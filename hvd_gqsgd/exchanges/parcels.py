@@ -78,7 +78,7 @@ def exchange_parcels(
     received = yield Alltoall(name, message, splits, counts, inside=True)
     if not terms.takes_part:
         return None
-    # Horovod lets ranks send what they like. Over NCCL none gives up, and the host need not look.
+    # Horovod allows any splits. Over NCCL no rank gives up, and the host need not read the flags.
     flags = [end - count for end, count in zip(ends, counts, strict=True) if count]
     if received.numel() != ends[-1] or (
         setup.may_give_up and not bool((received[flags] == 1).all())

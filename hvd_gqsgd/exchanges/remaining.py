@@ -13,7 +13,7 @@ messages after the norms are ones that Horovod remembers: the sum is rehearsed w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from torch import Tensor
 
@@ -23,7 +23,7 @@ from hvd_gqsgd.codecs.bit_schedule import MAX_BITS
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import Running, Setup, Terms
-from hvd_gqsgd.exchanges.collectives import Allgather, Collective, Max, Sum
+from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.widths import Widths
 
 __all__ = ["RemainingSum"]
@@ -41,24 +41,30 @@ class RemainingSum(AllreduceExchange):
     Args:
         setup: that of the other exchange.
         levels: the levels a side that the lanes are to hold, as far as there are such lanes.
+        room: the bytes that the message of a bucket must have room for, the same in all steps.
     """
 
-    def __init__(self, setup: Setup, levels: int) -> None:
+    def __init__(
+        self, setup: Setup, levels: int, room: Callable[[Bucket], int] = lambda bucket: 0
+    ) -> None:
         summed = levels * setup.transport.size
         self._width = min((2 * summed).bit_length(), MAX_BITS)
         options = dataclasses.replace(
             setup.options, bits=self._width, dither="linear", exchange="allreduce"
         )
         super().__init__(setup._replace(options=options))
+        self._room = room
         self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
         self._rehearsed: set[str] = set()
 
     @classmethod
-    def of_wide_lanes(cls, setup: Setup) -> RemainingSum:
-        """With the levels that lanes have which hold the code of one rank."""
+    def of_wide_lanes(
+        cls, setup: Setup, room: Callable[[Bucket], int] = lambda bucket: 0
+    ) -> RemainingSum:
+        """With the levels of lanes that hold the code of one rank."""
         bits = setup.options.bits
         most = bits.max_bits if isinstance(bits, BlockBits) else setup.options.most_bits
-        return cls(setup, levels_for(most, 1))
+        return cls(setup, levels_for(most, 1), room)
 
     @property
     def at_risk(self) -> bool:
@@ -93,21 +99,22 @@ class RemainingSum(AllreduceExchange):
     def rehearse(
         self, bucket: Bucket, widths: Widths, own: Tensor
     ) -> Generator[Collective, Tensor, Tensor]:
-        """Puts the means of all ranks one behind the other, as an Allgather does, by a message like
-        that of :meth:`sum`: each rank adds zeros to the means of the others.
-
-        Means that do not fit in, as those of 16 bits, take the Allgather.
+        """Concatenates the means of all ranks, as an Allgather does, by a message like that of
+        :meth:`sum`: each rank adds zeros to the means of the others.
         """
-        message = self._message(bucket, self._widths(bucket, self._width))
+        message = self._message(bucket, self._widths(bucket, self._width)).zero_()
         means = message[: message.numel() // 2 * 2].view(widths.means_dtype)
-        if widths.means[-1] > means.numel():
-            return (yield Allgather("means", own, widths.means_of_ranks))
-        message.zero_()
         begin = widths.means[self.rank]
         means[begin : begin + own.numel()] = own
         yield Sum(self._name(bucket), message)  # in place
         self._rehearsed.add(self._full_name(bucket))
         return means[: widths.means[-1]]
+
+    def _message(self, bucket: Bucket, widths: Widths) -> Tensor:
+        itemsize = widths.word_dtype.itemsize
+        room = -(-self._room(bucket) // 8) * (8 // itemsize)
+        length = max(self._marks + widths.num_words, room)
+        return self._take(length, widths.word_dtype, bucket.device)
 
     def _name(self, bucket: Bucket) -> str:
         """Of the sum, by its size too: Horovod remembers one size of a name."""

@@ -61,8 +61,8 @@ class TwoPhaseExchange(CodedExchange):
         own = self._take(lengths[self.rank], widths.means_dtype, bucket.device)
         own[:FLAG] = 0
         if terms.takes_part:
-            # Horovod lets ranks send what they like. Another rank may have been sent what it
-            # should: all come to know by this one's flag.
+            # Horovod allows any splits. Another rank may have received the right number of words:
+            # the flag of this rank tells all others.
             fits = received.numel() == self.size * widths.words[self.rank]
             if not (fits or self._may_give_up):
                 raise AgreementError(GAVE_UP)
@@ -107,7 +107,11 @@ class TwoPhaseExchange(CodedExchange):
 
     @functools.cached_property
     def _remaining(self) -> RemainingSum:
-        return RemainingSum.of_wide_lanes(self._setup)
+        def room(bucket: Bucket) -> int:
+            widths = self._widths(bucket, self.options.most_bits)
+            return widths.means[-1] * widths.means_dtype.itemsize
+
+        return RemainingSum.of_wide_lanes(self._setup, room)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ FRONT_END = FrontEnd(
     own=("process_group",),
     without={
         "bucket_mb": "DDP makes the buckets; give bucket_cap_mb to DistributedDataParallel",
-        "named_parameters": "DDP knows its parameters, and hands in buckets; leave it out",
+        "named_parameters": "DDP passes buckets, not parameters; leave it out",
         "process_set": "that is Horovod's; give a process_group",
         "patience": "DDP waits for the timeout of its process group; give that to the group",
     },
@@ -75,6 +75,7 @@ class DDPState:
         AgreementError: on all ranks, if options differ; on all other ranks, if one rank raises an
             error about its options.
         RuntimeError: NCCL could not be initialized.
+        Exception: as raised by ``torch.distributed`` if a connection cannot be opened.
     """
 
     @FRONT_END.documented
@@ -93,7 +94,17 @@ class DDPState:
         stats: Stats,
         steps: Steps,
     ) -> "DDPState":
-        """The state of ``GlobalQSGD.ddp_state``: of a compressor's keywords, counts and steps."""
+        """Returns the state of ``GlobalQSGD.ddp_state``.
+
+        Args:
+            process_group: the process group of the model; None for the default group.
+            given: the keywords that the compressor was created with.
+            stats: the counts of the compressor, which the state increases.
+            steps: the number of the next step, shared with the compressor.
+
+        Raises:
+            Exception: as raised by ``DDPState``.
+        """
         state = cls.__new__(cls)
         state._set_up(process_group, OF_COMPRESSOR, given, stats, steps)
         return state
@@ -145,13 +156,23 @@ class DDPState:
         return self._exchange.size if self._exchange is not None else None
 
     def average(self, buffer: Tensor, first: bool) -> Future[Tensor]:
-        """Starts averaging a flat buffer in place, or a sparse one to a new tensor; ``first``
-        begins a step.
+        """Starts averaging a buffer over the ranks, without blocking.
+
+        All ranks must call this in the same order, with buffers of the same size and dtype.
+
+        Args:
+            buffer: a contiguous tensor of one dimension, or a sparse tensor of any shape. It must
+                not be modified until the future is complete.
+            first: whether the buffer begins a step.
+
+        Returns:
+            A future of ``buffer``, which then holds the mean; of a new tensor, if it is sparse.
 
         Raises:
-            NotImplementedError: it is on a device for which there are no kernels.
+            NotImplementedError: the buffer is on a device without kernels in this build.
             RuntimeError: the state was closed.
-            ValueError: it is on another GPU than was the current one when this was made.
+            ValueError: the buffer is on another GPU than the current one of the first bucket.
+            Exception: as raised by ``DDPState``, if this is the first bucket.
         """
         if self._closed:
             raise RuntimeError("the state of ddp_hook was closed: create another one")
@@ -160,7 +181,17 @@ class DDPState:
         return exchange.average(buffer, first)
 
     def average_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-        """Starts averaging a bucket. All models of one backward pass share a step."""
+        """Starts averaging a bucket. All models of one backward pass share a step.
+
+        Args:
+            bucket: the bucket that DDP passes to its hook.
+
+        Returns:
+            A future of the bucket's buffer, which then holds the mean.
+
+        Raises:
+            Exception: as raised by ``average``.
+        """
         first = bucket.index() == 0
         if first:
             backward = torch._C._current_graph_task_id()
@@ -169,7 +200,18 @@ class DDPState:
         return self.average(bucket.buffer(), first)
 
     def average_gradient(self, gradient: Tensor, parameter: Tensor) -> Future[Tensor]:
-        """Averages a gradient in place, and waits for that."""
+        """Averages a gradient in place, and blocks until it is the mean.
+
+        Args:
+            gradient: a tensor of any shape and layout, or a sparse tensor.
+            parameter: the parameter of the gradient. A parameter that comes again begins a step.
+
+        Returns:
+            A completed future of the mean.
+
+        Raises:
+            Exception: as raised by ``average``, or by the exchange.
+        """
         first = not self._parameters or id(parameter) in self._parameters
         if first:
             self._parameters.clear()
@@ -200,12 +242,25 @@ class DDPState:
         self._closed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """See ``GlobalQSGD.state_dict``."""
+        """Returns the number of the next step and the schedule of ``DynamicBits``, as ints.
+
+        See ``GlobalQSGD.state_dict``.
+        """
         with self._held():
             return self._steps.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``GlobalQSGD.load_state_dict``."""
+        """Restores a result of ``state_dict``; the next step continues from this state.
+
+        See ``GlobalQSGD.load_state_dict``.
+
+        Args:
+            state: a result of ``state_dict`` with the same kind of ``bits``.
+
+        Raises:
+            TypeError: the state is not a dict, or a value is not an int.
+            ValueError: the state belongs to another kind of object.
+        """
         with self._held():
             self._steps.load_state_dict(state)
 
@@ -258,6 +313,9 @@ def ddp_hook(
     Returns:
         A future of the bucket's buffer, which then holds the mean. ``backward()`` raises an error
         of the exchange on all ranks, as a ``RuntimeError`` that quotes it.
+
+    Raises:
+        TypeError: ``state`` is of another class.
     """
     if not isinstance(state, DDPState):
         remedy = "; pass its ddp_state()" if hasattr(state, "ddp_state") else ""
@@ -267,7 +325,7 @@ def ddp_hook(
         )
     if isinstance(bucket, tuple):
         # DDP under compiled autograd hands in the gradients one by one, expects the mean in their
-        # place, and looks at no future. What follows is not for Dynamo to trace.
+        # place, and reads no future. Dynamo must not trace the rest.
         average: Callable[..., Future[Tensor]] = torch.compiler.disable(state.average_gradient)
         return average(*bucket)
     return state.average_bucket(bucket)

@@ -1,9 +1,9 @@
 """The exchange of DDP's buckets among the ranks of one process group.
 
-It goes on by itself: the process group's threads call back when a collective is done, and whoever
-is called starts the next one. Each kind of collective has connections of its own, as the order in
+It needs no thread of its own: a thread of the process group calls back when a collective is done,
+and starts the next one. Each kind of collective has connections of its own, as the order in
 which those of different kinds are started differs between ranks. Over NCCL that is so for the
-agreements alone: what follows one is enqueued at once, bucket after bucket.
+agreements alone: the work after an agreement is enqueued at once, bucket after bucket.
 
 Small buckets of the host go together where they come faster than they can be exchanged. The bits of
 their means do not depend on it.
@@ -129,7 +129,7 @@ class BucketExchange:
         self._pipeline = Pipeline(
             self.options, self._transport, protocol=Ahead, steps=self.steps, stats=stats
         )
-        # Held by whoever works on the pipeline: the thread of the backward pass, or one of the
+        # Held by the thread that works on the pipeline: that of the backward pass, or one of the
         # process group's. Those do not wait for it, but leave word that there is more to do.
         self._lock = threading.Lock()
         self._more = False
@@ -190,7 +190,7 @@ class BucketExchange:
             kind = kind_of(buffer.dtype, buffer.device)
             alone = buffer.is_cuda or not self._joins
             self._joining.add(waiting, None if alone else kind, buffer.nbytes)
-            # Here, as it must come after what this thread has enqueued on a GPU.
+            # Here, after the work that this thread has enqueued on a GPU.
             finished = self._step()
         self._hand_back(finished)
         return averaged
@@ -219,7 +219,7 @@ class BucketExchange:
     def _progress(self) -> None:
         """Takes all buckets as far as they can go now, and hands back those that are done."""
         self._more = True
-        # Whoever holds the lock looks for more once it has let go of it.
+        # The thread that holds the lock checks for more after it has released the lock.
         while self._more and self._lock.acquire(blocking=False):
             try:
                 self._more = False
@@ -230,7 +230,7 @@ class BucketExchange:
 
     def _hand_back(self, finished: list[_Waiting]) -> None:
         for waiting in finished:
-            # With the buffer as its value, a future notes what this stream has to do before.
+            # With the buffer as its value, a future records the work of this stream.
             with on(waiting.stream):
                 waiting.future.set_result(waiting.buffer)
 

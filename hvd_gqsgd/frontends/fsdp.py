@@ -31,7 +31,7 @@ __all__ = ["attach"]
 
 _NOT_ITS = {
     "bucket_mb": "FSDP reduces a module at a time; apply fully_shard to larger or smaller ones",
-    "named_parameters": "FSDP knows its parameters; leave it out",
+    "named_parameters": "FSDP identifies its parameters itself; leave it out",
     "process_set": "that is Horovod's; the model's device mesh says which ranks take part",
     "hierarchy": "shard within nodes and pass replicate_group, the ranks with the same shard",
     "patience": "FSDP waits for the timeout of its process group; give that to the group",
@@ -75,6 +75,8 @@ def attach(
     Parameters with less than two dimensions (norms, biases) or less than ``min_numel`` elements are
     gathered as they are, and so are those of ``weight_exceptions``, in the same message.
 
+    A second call, for the same model or a part of it, replaces the first.
+
     For HSDP, apply ``fully_shard`` on a mesh of one dimension, as the ranks of a host, and give
     the group of ranks that hold the same shard. Shards are then averaged over that group as small
     integers, by ``exchange``, and PyTorch reduce-scatters within the mesh.
@@ -93,8 +95,8 @@ def attach(
         TypeError: the model is none of ``fully_shard``, an option is unknown or has no effect
             here, or one has the wrong type.
         ValueError: an option is out of range, ``bits`` is ``DynamicBits``, the model is on a
-            mesh of two dimensions that replicates it, or ``weight_exceptions`` has no effect, or
-            leaves nothing to round.
+            mesh of two dimensions that replicates it, ranks of ``replicate_group`` hold different
+            shards, or ``weight_exceptions`` has no effect, or leaves nothing to round.
         NotImplementedError: this PyTorch does not let FSDP's communication be replaced.
         AgreementError: on all ranks, if their options differ; on all other ranks, if one raises an
             error about its options.
@@ -102,8 +104,9 @@ def attach(
     modules = _fsdp_modules(model)
     replicas = [] if replicate_group is None else [check_group(replicate_group)]
     shards = list(dict.fromkeys(_shard_groups(modules)))
-    groups = [*replicas, *shards]
+    groups = list(dict.fromkeys([*replicas, *shards]))
     try:
+        _check_replicas(replicas, shards)
         options = _options(REPLICATED if replicas else SHARDED, given)
         options = ShardedOptions.of(options, weight_bits, weight_exceptions)
         parts = parts_of(model, modules, options) if weight_bits is not None else {}
@@ -121,6 +124,7 @@ def attach(
             raise
     step = WeightStep(steps)
     for module in modules:
+        _give_back(module)
         if replicas:
             module.set_all_reduce_hook(_ReplicaMean(known.of(replicas[0])))
         else:
@@ -157,7 +161,7 @@ class _ReduceScatter(Allocates):
     ) -> None:
         """Reduces the shards in ``input_tensor``, one behind the other, to that of this rank."""
         exchange = self._groups.of(group)
-        if exchange.bypasses(input_tensor):
+        if exchange.bypasses(self, input_tensor):
             _reduce_scatter(output=output_tensor, input=input_tensor, op=op, group=group)
             return
         try:
@@ -178,7 +182,7 @@ class _ReplicaMean:
     def __call__(self, reduce_output: Tensor) -> None:
         """Averages in place."""
         share = 1 / self._group.size
-        if self._group.bypasses(reduce_output):
+        if self._group.bypasses(self, reduce_output):
             dist.all_reduce(reduce_output.mul_(share), group=self._group.group)
             return
         self._group.reduce(self, reduce_output, reduce_output, share)
@@ -189,6 +193,38 @@ def _scale(op: Any, size: int) -> float:
     if op == dist.ReduceOp.PREMUL_SUM:
         return float(op.__getstate__()[1])
     return 1 / size if reduction(op) == "mean" else 1.0
+
+
+def _give_back(module: Any) -> None:
+    """Undoes an earlier call, which may have replaced what the new one does not."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is None:  # all parameters are in modules within it
+        return
+    torch_own = importlib.import_module("torch.distributed.fsdp._fully_shard._fsdp_collectives")
+    if isinstance(group._reduce_scatter_comm, _ReduceScatter):
+        module.set_custom_reduce_scatter(torch_own.DefaultReduceScatter())
+    if isinstance(group._all_gather_comm, AllGather):
+        module.set_custom_all_gather(torch_own.DefaultAllGather())
+    if isinstance(group._all_reduce_hook, _ReplicaMean):
+        module.set_all_reduce_hook(None)
+
+
+def _check_replicas(
+    replicas: Sequence[dist.ProcessGroup], shards: Sequence[dist.ProcessGroup]
+) -> None:
+    """Checks that the ranks that are to hold the same shard do not hold different ones.
+
+    Raises:
+        ValueError: they do.
+    """
+    for replica in replicas:
+        for shard in shards:
+            same, parts = (dist.get_process_group_ranks(group) for group in (replica, shard))
+            if len(common := sorted({*same} & {*parts})) > 1:
+                raise ValueError(
+                    "replicate_group must be of ranks that hold the same shard, got ranks "
+                    f"{same}, of which {common} hold different shards"
+                )
 
 
 def _fsdp_modules(model: object) -> list[Any]:
@@ -216,6 +252,13 @@ def _fsdp_modules(model: object) -> list[Any]:
             + ("one of FullyShardedDataParallel, its forerunner" if old else f"{type(model)}")
             + ": call fully_shard(model) before"
         )
+    for module in found:
+        if len(getattr(module._get_fsdp_state(), "_fsdp_param_groups", ())) > 1:
+            raise NotImplementedError(
+                "GlobalQSGD.fsdp() got a module whose parameters are on several meshes, by "
+                "shard_placement_fn: PyTorch does not let its communication be replaced. Apply "
+                "fully_shard to modules with the parameters of one mesh each"
+            )
     return found
 
 

@@ -85,13 +85,16 @@ class Group:
         """The ranks; None once the process group was destroyed."""
         return self._group()
 
-    def bypasses(self, x: Tensor) -> bool:
-        """Whether a gradient goes as it is; then it is counted."""
+    def bypasses(self, of: object, x: Tensor) -> bool:
+        """Whether the gradients of ``of`` go as they are; then they are counted."""
         self.stats.tensors += 1
         why = why_bypassed(x, self.options.min_numel)
-        if why is not None:
-            self.stats.bypass(why, x.nbytes, lambda: self._on_host.rank)
-        return why is not None
+        if why is None:
+            return False
+        self.stats.bypass(why, x.nbytes, lambda: self._on_host.rank)
+        if self.options.weight_bits is not None:  # weights have a new dither in each step
+            self._comes(of, x.device)
+        return True
 
     def reduce(self, of: object, x: Tensor, out: Tensor, scale: float) -> None:
         """Writes ``scale`` times the sum over the ranks to ``out``, or this rank's shard of it.
@@ -101,12 +104,7 @@ class Group:
         """
         try:
             check_device("GlobalQSGD.fsdp() got gradients", x)
-            pipeline = self._pipeline(x.device)
-            if not self._seen or of in self._seen:
-                self._seen.clear()
-                for each in self._pipelines.values():
-                    each.begin_step()
-            self._seen.add(of)
+            pipeline = self._comes(of, x.device)
             ticket = pipeline.submit(x, scale=scale, out=out)
         except Exception:
             self.refuse()
@@ -134,6 +132,16 @@ class Group:
     def refuse(self) -> None:
         """Tells the other ranks, which may be waiting, that this one does not take part."""
         refuse(self._on_host, "header")
+
+    def _comes(self, of: object, device: torch.device) -> Pipeline:
+        """The pipeline of gradients that come, in the same step or in a new one."""
+        pipeline = self._pipeline(device)
+        if not self._seen or of in self._seen:
+            self._seen.clear()
+            for each in self._pipelines.values():
+                each.begin_step()
+        self._seen.add(of)
+        return pipeline
 
     def _pipeline(self, device: torch.device) -> Pipeline:
         if device not in self._pipelines:

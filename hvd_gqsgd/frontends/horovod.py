@@ -41,7 +41,7 @@ from hvd_gqsgd.frontends.horovod_probe import (
     make_probe,
     with_shape,
 )
-from hvd_gqsgd.frontends.parameter_names import ParameterNames
+from hvd_gqsgd.frontends.parameter_names import ParameterNames, pairs
 from hvd_gqsgd.options import FrontEnd, OptionsButBits
 from hvd_gqsgd.registry import of_horovod
 from hvd_gqsgd.stats import Stats
@@ -83,10 +83,8 @@ class GlobalQSGD(Compressor):
 
     Use the class itself for the defaults, or an instance::
 
-        opt = hvd.DistributedOptimizer(opt, named_parameters=model.named_parameters(),
-                                       compression=GlobalQSGD)
-        opt = hvd.DistributedOptimizer(opt, named_parameters=model.named_parameters(),
-                                       compression=GlobalQSGD(bits=4, seed=7))
+        opt = hvd.DistributedOptimizer(sgd, compression=GlobalQSGD)
+        opt = hvd.DistributedOptimizer(sgd, compression=GlobalQSGD(bits=4, seed=7))
 
     All ranks must use the same options.
 
@@ -131,18 +129,7 @@ class GlobalQSGD(Compressor):
             self._given["patience"] = patience
         self._names = None
         if named_parameters is not None:
-            if not isinstance(named_parameters, Iterable):
-                raise TypeError(
-                    "named_parameters must be pairs as from model.named_parameters(), got "
-                    f"{named_parameters!r}"
-                )
-            named = self._given["named_parameters"] = list(named_parameters)
-            if not named:
-                raise ValueError(
-                    "GlobalQSGD() got named_parameters that yield nothing: pass a new "
-                    "model.named_parameters(), as an iterator cannot be used twice, or leave the "
-                    "argument out"
-                )
+            named = self._given["named_parameters"] = pairs(named_parameters)
             self._names = ParameterNames(named)
         if process_set is not None:
             if _no_horovod is None and not isinstance(process_set, ProcessSet):
@@ -175,9 +162,12 @@ class GlobalQSGD(Compressor):
                 compressed.
 
         Returns:
-            The tensor that Horovod is to allreduce instead, and the context for ``decompress``.
+            The tensor for Horovod to allreduce, a probe of 7 float64 numbers on the CPU, and the
+            context for ``decompress``. ``tensor`` and None, if it is not compressed.
 
         Raises:
+            ImportError: Horovod is not installed.
+            TypeError: the tensor wraps others, as a DTensor does, or is within ``torch.func``.
             ValueError: ``bits`` is too small for the number of ranks.
             NotImplementedError: the tensor is on a device without kernels in this build.
         """
@@ -272,13 +262,27 @@ class GlobalQSGD(Compressor):
         weight_bits: int | None = None,
         weight_exceptions: Iterable[str] = (),
     ) -> nn.Module:
-        """Reduce-scatters the gradients of a model of ``fully_shard`` as small integers, and
-        gathers its weights as such if ``weight_bits`` is given::
+        """Reduce-scatters the gradients of a model of ``fully_shard`` as integers::
 
-            model = GlobalQSGD(bits=8).fsdp(fully_shard(model))
             model = GlobalQSGD(bits=8).fsdp(fully_shard(model), weight_bits=8)
 
-        See :func:`hvd_gqsgd.frontends.fsdp.attach`. ``stats`` includes the counts of FSDP.
+        All ranks must call this together. ``stats`` includes the counts of FSDP.
+
+        Args:
+            model: a model with ``fully_shard`` applied to it or to modules in it.
+            replicate_group: the ranks that hold the same shard, for HSDP; None for no replicas.
+            weight_bits: lane width of gathered weights, from 2 to 16; None gathers exact weights.
+            weight_exceptions: names of parameters that are gathered exactly, or patterns of
+                ``fnmatch``, as ``("*embed*", "head.weight")``.
+
+        Returns:
+            ``model``, modified in place.
+
+        Raises:
+            TypeError: no module has ``fully_shard``, or an option has the wrong type or no effect.
+            ValueError: an option or the mesh is not supported, or no weight is left to round.
+            NotImplementedError: PyTorch is older than 2.9.
+            AgreementError: on all ranks, if options differ or another rank raises an error.
         """
         attach(
             model, self._given, self._stats, self._steps, replicate_group=replicate_group,
@@ -314,6 +318,9 @@ class GlobalQSGD(Compressor):
 
         Call it before or after ``ddp_state()``. A rank that does not call this, such as a
         worker that joins later, adopts the state of the others.
+
+        Args:
+            state: a result of ``state_dict`` with the same kind of ``bits``.
 
         Raises:
             TypeError: the state is not a dict, or a value is not an int.

@@ -114,5 +114,5 @@ def disagreement(
 
 
 def _close(a: float, b: float) -> bool:
-    # What has overflowed is not close to anything.
+    # An overflow is close to nothing.
     return abs(a - b) <= RTOL * max(abs(a), abs(b)) < math.inf

@@ -12,7 +12,29 @@ from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.options import Options, digest
 
-__all__ = ["ParameterNames"]
+__all__ = ["ParameterNames", "pairs"]
+
+
+def pairs(named_parameters: object) -> list[tuple[str, Tensor]]:
+    """Returns the pairs of the argument ``named_parameters``, which may be an iterator.
+
+    Raises:
+        TypeError: it is not iterable.
+        ValueError: it yields nothing.
+    """
+    if not isinstance(named_parameters, Iterable):
+        raise TypeError(
+            "named_parameters must be pairs as from model.named_parameters(), got "
+            f"{named_parameters!r}"
+        )
+    named = list(named_parameters)
+    if not named:
+        raise ValueError(
+            "GlobalQSGD() got named_parameters that yield nothing: pass a new "
+            "model.named_parameters(), as an iterator cannot be used twice, or leave the "
+            "argument out"
+        )
+    return named
 
 
 class ParameterNames:
@@ -77,7 +99,7 @@ class ParameterNames:
         return self._found(self._seen[id(tensor)])
 
     def _likely(self, tensor: Tensor) -> Iterator[int]:
-        # Within a backward pass autograd knows whose gradient it has just made.
+        # Within a backward pass autograd tells the parameter of the gradient.
         node = torch._C._current_autograd_node()
         yield self._places.get(getattr(node, "variable", None), -1)
         yield self._after.get(self._last, self._last + 1)

@@ -19,6 +19,14 @@ def attach(accelerator: Accelerator, model: nn.Module, compressor: GlobalQSGD) -
 
     ``accelerator.save_state()`` and ``load_state()`` save and load the compressor's state too.
 
+    Args:
+        accelerator: the accelerator that prepared the model.
+        model: a result of ``accelerator.prepare``.
+        compressor: the compressor, whose ``stats()`` has the counts.
+
+    Returns:
+        ``model``.
+
     Raises:
         TypeError: on several processes, Accelerate has not wrapped the model in DDP.
     """

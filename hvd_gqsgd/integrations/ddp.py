@@ -16,6 +16,10 @@ def attach(model: nn.Module, compressor: GlobalQSGD) -> None:
 
     In a single process, libraries do not wrap the model, and the function has no effect.
 
+    Args:
+        model: a ``DistributedDataParallel``, or a result of ``torch.compile`` on one.
+        compressor: the compressor, whose ``stats()`` has the counts.
+
     Raises:
         TypeError: on several ranks, the model is not wrapped in DistributedDataParallel.
     """

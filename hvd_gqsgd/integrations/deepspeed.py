@@ -24,6 +24,10 @@ def attach(engine: DeepSpeedEngine, compressor: GlobalQSGD) -> None:
     ``communication_data_type``. Pass ``compressor.state_dict()`` in the ``client_state`` of
     ``engine.save_checkpoint()``.
 
+    Args:
+        engine: an engine of ``deepspeed.initialize`` with ZeRO stage 0, 1 or 2.
+        compressor: the compressor, whose ``stats()`` has the counts.
+
     Raises:
         ValueError: ZeRO shards the parameters (stage 3), or the engine allreduces no gradients.
     """

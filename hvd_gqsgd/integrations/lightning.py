@@ -30,17 +30,32 @@ class GQSGDStrategy(DDPStrategy):
         self.compressor = compressor or GlobalQSGD()
 
     def configure_ddp(self) -> None:
-        """Wraps the model and registers the hook."""
+        """Wraps the model and registers the hook.
+
+        Raises:
+            TypeError: on several ranks, Lightning has not wrapped the model in DDP.
+        """
         super().configure_ddp()
         attach(self.model, self.compressor)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """Saves the state of the compressor too."""
+        """Saves a checkpoint with the state of the compressor.
+
+        Args:
+            checkpoint: the content of the checkpoint, to which the state is added.
+            args: further arguments of ``DDPStrategy.save_checkpoint``.
+            kwargs: further keywords of it.
+        """
         checkpoint[KEY] = self.compressor.state_dict()
         super().save_checkpoint(checkpoint, *args, **kwargs)
 
     def load_checkpoint(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loads the state of the compressor too, if there is one."""
+        """Returns a checkpoint, and restores the state of the compressor if the checkpoint has one.
+
+        Args:
+            args: arguments of ``DDPStrategy.load_checkpoint``.
+            kwargs: keywords of it.
+        """
         checkpoint: dict[str, Any] = super().load_checkpoint(*args, **kwargs)
         if KEY in checkpoint:
             self.compressor.load_state_dict(checkpoint[KEY])

@@ -20,9 +20,12 @@ def prepare_model(model: nn.Module, compressor: GlobalQSGD | None, **options: An
     ``compressor.state_dict()`` with your checkpoints.
 
     Args:
-        model: on the CPU.
-        compressor: of this worker; None: gradients are not compressed.
-        options: of ``ray.train.torch.prepare_model``.
+        model: a model on the CPU.
+        compressor: the compressor of this worker; None sends gradients uncompressed.
+        options: keywords of ``ray.train.torch.prepare_model``.
+
+    Returns:
+        The model on the device of the worker, in ``DistributedDataParallel`` on several workers.
 
     Raises:
         TypeError: on several workers, ``parallel_strategy`` is another one than ``"ddp"``.

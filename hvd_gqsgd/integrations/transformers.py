@@ -29,7 +29,17 @@ class GQSGDCallback(TrainerCallback, ExportableState):
         self.compressor = compressor
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Registers the hook, and resumes from a checkpoint if there is one."""
+        """Registers the hook, and restores the compressor if the training is resumed.
+
+        Args:
+            args: the ``TrainingArguments``; not used.
+            state: the ``TrainerState``, with the step and the saved states of callbacks.
+            control: the ``TrainerControl``; not used.
+            kwargs: the trainer's other objects; not used.
+
+        Raises:
+            TypeError: on several processes, the trainer has not wrapped the model in DDP.
+        """
         if state.global_step:
             saved = state.stateful_callbacks.get(type(self).__name__)
             if saved is not None:
@@ -37,5 +47,5 @@ class GQSGDCallback(TrainerCallback, ExportableState):
         attach(self.trainer.model_wrapped, self.compressor)
 
     def state(self) -> dict[str, Any]:
-        """Returns the content for a checkpoint."""
+        """Returns the content for a checkpoint, with ``state_dict()`` of the compressor."""
         return {"args": {}, "attributes": {"compressor_state": self.compressor.state_dict()}}

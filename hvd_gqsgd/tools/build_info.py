@@ -23,14 +23,15 @@ def build_info() -> dict[str, Any]:
         A dictionary with
 
         - ``version``, ``python``, ``torch``: versions
-        - ``native``: for the native libraries ``cpu``, ``cuda`` and ``mpi``, whether each is
-          ``built``, whether it ``loads``, and the ``error`` if it does not. ``loads`` is None where
-          it was not tried: without the library; for all others if that of the CPU does not load;
-          and for ``mpi``, as it would load an MPI before mpi4py can choose one
+        - ``native``: for each of the native libraries ``cpu``, ``cuda`` and ``mpi``, a dictionary
+          with ``built`` and ``loads`` (bool) and ``error`` (str or None). ``loads`` is None where
+          loading was not tried: without the library; for all others if that of the CPU does not
+          load; and for ``mpi``, which would load an MPI before mpi4py can choose one
         - ``parts``: the native parts compiled in, of ``cpu``, ``cuda``, ``mpi`` and ``nccl``
-        - ``instruction_sets``: those this build has kernels for and this processor runs
-        - ``instruction_set``: the one in use; None without the native part
-        - ``threads``: threads that a kernel may use
+        - ``instruction_sets``: names of the instruction sets that this build has kernels for and
+          this processor supports
+        - ``instruction_set``: name of the one in use; None without the native part
+        - ``threads``: number of threads that a kernel may use
         - ``horovod``: None if it is not installed, else its ``version`` and whether it was built
           with ``mpi``, ``gloo`` and ``nccl``
     """

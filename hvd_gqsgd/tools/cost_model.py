@@ -1,8 +1,8 @@
-"""A performance model of a training step: does quantization pay, and with which setting?
+"""A performance model of a training step. ``advice`` recommends a setting by it.
 
-The n ranks are alike, and each has one link of its own. An exchange of S bytes takes, by the
-performance model of Global-QSGD (arXiv 2305.18627), with latency alpha, bandwidth beta and rate of
-reduction gamma:
+The n ranks are alike, and each has one link of its own; in ``node_model`` the ranks of a node share
+one. An exchange of S bytes takes, by the performance model of Global-QSGD (arXiv 2305.18627), with
+latency alpha, bandwidth beta and rate of reduction gamma:
 
     tree, in the paper   2 log2(n) alpha + 2 log2(n) S/beta + log2(n) S/gamma
     ring                 2 (n-1) alpha + 2 (n-1)/n S/beta + (n-1)/n S/gamma
@@ -16,8 +16,10 @@ operation. The module is pure Python: it works without PyTorch, Horovod and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 __all__ = [
     "BLOCKS_4",
@@ -30,12 +32,19 @@ __all__ = [
     "TWO_PHASE_8",
     "Gradients",
     "Machine",
+    "Parts",
     "Setting",
-    "break_even",
+    "Stages",
+    "allreduce_seconds",
+    "buckets_of",
     "exchange_seconds",
+    "flat_parts",
+    "parts_of_stages",
     "possible",
-    "recommend",
+    "relative_variance",
+    "step_of",
     "step_seconds",
+    "steps_of",
 ]
 
 
@@ -70,14 +79,16 @@ class Machine:
     exposed: float = 0.0
     """Share of the computing beside a transfer that delays the transfer, from 0 (spare cores) to 1
     (the cores that compute also send)."""
+    inside: float = 10e9
+    """Bandwidth within a node, in bytes per second, of each rank."""
 
 
 _GPU = {"operation": 1e-3, "norm": 1.5e-12, "quantize": 2e-12, "dequantize": 2e-12,
         "cast": 2.5e-12, "copy": 1e-12, "gamma": 5e11}  # fmt: skip
 
 PRESETS: Mapping[str, Machine] = {
-    "nvlink": Machine(5e-6, 450e9, **_GPU),
-    "pcie": Machine(10e-6, 12e9, **_GPU),
+    "nvlink": Machine(5e-6, 450e9, inside=300e9, **_GPU),
+    "pcie": Machine(10e-6, 12e9, inside=12e9, **_GPU),
     "25gbe": Machine(20e-6, 25e9 / 8),
     "10gbe": Machine(30e-6, 10e9 / 8),
     "1gbe": Machine(50e-6, 1e9 / 8),
@@ -140,6 +151,34 @@ MIN_LEVELS = 31
 """Fewest levels a side in an Allreduce, as for ``exchange="auto"``."""
 
 
+class Parts(NamedTuple):
+    """Seconds of an exchange."""
+
+    first: float
+    """Before the first payload is sent."""
+    travel: float
+    """While payloads travel."""
+    last: float
+    """After the last one."""
+
+
+class Stages(NamedTuple):
+    """Seconds of the stages of one bucket."""
+
+    messages: float
+    """Messages before the codes, such as norms."""
+    encode: float
+    """Kernels before the codes."""
+    codes: float
+    """Messages of codes."""
+    between: float
+    """Kernels between the messages of codes."""
+    decode: float
+    """Kernels after the codes."""
+    operations: tuple[int, int]
+    """Operations up to the codes, and after these."""
+
+
 def possible(setting: Setting, ranks: int) -> bool:
     """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more."""
     if not setting.quantized or setting.two_phase:
@@ -188,8 +227,7 @@ def exchange_seconds(setting: Setting, gradients: Gradients, ranks: int, machine
     Raises:
         ValueError: the lanes cannot hold the sum of this many ranks.
     """
-    first, rest, last = _parts(setting, gradients, ranks, machine)
-    return first + rest + last
+    return sum(_parts(setting, gradients, ranks, machine))
 
 
 def step_seconds(
@@ -213,109 +251,109 @@ def step_seconds(
     Raises:
         ValueError: the lanes cannot hold the sum of this many ranks.
     """
-    first, rest, last = _parts(setting, gradients, ranks, machine)
-    share = min(1.0, (BUCKET if setting.quantized else 0) / max(4 * gradients.elements, 1))
-    beside = machine.exposed * (1 - share) * backward
-    computed = forward + backward
-    return max(computed, forward + share * backward + first + rest + beside) + last
+    parts = _parts(setting, gradients, ranks, machine)
+    return step_of(parts, setting, gradients, machine, forward, backward)
 
 
-MARGIN = 0.1
-"""Least gain of a setting that is recommended: the model is no more accurate than that."""
-
-
-def recommend(
+def steps_of(
     gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
-) -> str:
-    """A recommendation, in one sentence; arguments as for ``step_seconds``."""
-    if ranks == 1:
-        return "Do not compress: one rank exchanges nothing."
-    best, seconds, plain = _best(gradients, ranks, machine, forward, backward)
-    if seconds > plain * (1 - MARGIN):
-        return (
-            "Do not compress: no setting makes a step more than "
-            f"{MARGIN:.0%} faster than fp32 ({plain * 1e3:.0f} ms)."
-        )
-    return (
-        f"Take {best.name}: a step of {seconds * 1e3:.0f} ms in place of {plain * 1e3:.0f} ms, "
-        f"{plain / seconds:.1f} times faster than fp32."
-    )
-
-
-def break_even(
-    gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
-) -> float:
-    """The bandwidth, in bytes per second, below which the best setting is recommended.
-
-    0 if it is not recommended at any bandwidth, infinity if at all. Arguments are those of
-    ``step_seconds``.
-    """
-
-    def pays(beta: float) -> bool:
-        there = replace(machine, beta=beta, beta_two_phase=None)
-        _, seconds, plain = _best(gradients, ranks, there, forward, backward)
-        return seconds <= plain * (1 - MARGIN)
-
-    low, high = 1e5, 1e13
-    if not pays(low):
-        return 0.0
-    if pays(high):
-        return math.inf
-    while high / low > 1.01:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if pays(middle) else (low, middle)
-    return low
-
-
-def _best(
-    gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
-) -> tuple[Setting, float, float]:
-    """The most accurate of the fastest settings but fp32, and the seconds of a step with it and
-    with fp32. Two settings are as fast if they differ by less than ``MARGIN``."""
-    steps = {
+) -> dict[Setting, float]:
+    """Seconds of a step with each setting that is possible; arguments as for ``step_seconds``."""
+    return {
         setting: step_seconds(setting, gradients, ranks, machine, forward, backward)
         for setting in SETTINGS
         if possible(setting, ranks)
     }
-    plain = steps.pop(FP32)
-    fastest, pays = min(steps.values()), plain * (1 - MARGIN)
-    enough = min(fastest / (1 - MARGIN), pays) if fastest <= pays else fastest
-    fast = [setting for setting, seconds in steps.items() if seconds <= enough]
-    best = min(fast, key=lambda setting: relative_variance(setting, ranks))
-    return best, steps[best], plain
 
 
-def _parts(
-    setting: Setting, gradients: Gradients, ranks: int, machine: Machine
-) -> tuple[float, float, float]:
-    """Seconds before the first payload is sent, while payloads travel, and after the last."""
+def step_of(
+    parts: Parts,
+    setting: Setting,
+    gradients: Gradients,
+    machine: Machine,
+    forward: float,
+    backward: float,
+) -> float:
+    """Seconds of a training step, given those of its exchange; see ``step_seconds``."""
+    share = min(1.0, (BUCKET if setting.quantized else 0) / max(4 * gradients.elements, 1))
+    beside = machine.exposed * (1 - share) * backward
+    before = forward + share * backward + parts.first + parts.travel + beside
+    return max(forward + backward, before) + parts.last
+
+
+def buckets_of(gradients: Gradients) -> tuple[int, float]:
+    """Number of buckets, and the elements of each."""
+    elements = gradients.elements - gradients.small_elements
+    buckets = max(1, math.ceil(4 * elements / BUCKET))
+    return buckets, elements / buckets
+
+
+def flat_parts(
+    setting: Setting,
+    gradients: Gradients,
+    ranks: int,
+    machine: Machine,
+    allreduce: Callable[[float], float],
+    two_phase: Callable[[float], float],
+) -> Parts:
+    """The exchange among all ranks.
+
+    Args:
+        setting, gradients, ranks, machine: the exchange.
+        allreduce: seconds of an Allreduce, given its bytes.
+        two_phase: the same of an Alltoall and an Allgather.
+
+    Raises:
+        ValueError: the lanes cannot hold the sum of this many ranks.
+    """
     g, m = gradients, machine
     if not setting.quantized:
         sent = g.elements * setting.bits / 8
         operations = max(1, math.ceil(sent / FUSED))
         cast = g.elements * m.cast if setting.bits == 16 else 0.0
-        travel = operations * m.operation + allreduce_seconds(sent, ranks, m) + sent * m.copy
-        return g.tensors * m.tensor + cast, travel, sent * m.copy + cast
+        travel = operations * m.operation + allreduce(sent) + sent * m.copy
+        return Parts(g.tensors * m.tensor + cast, travel, sent * m.copy + cast)
     if not possible(setting, ranks):
         raise ValueError(f"{setting.name} is too narrow for {ranks} ranks")
-    small, tensors = g.small_elements, g.tensors - g.small_tensors
-    elements = g.elements - small
-    buckets = max(1, math.ceil(4 * elements / BUCKET))
-    each, python = elements / buckets, tensors / buckets * m.compressed_tensor
-    norms, codes = 4 * each / setting.block_size, each * setting.bits / 8
-    exchange = two_phase_seconds if setting.two_phase else allreduce_seconds
-    more = each * (m.dequantize + m.quantize) if setting.two_phase else 0.0
-    first = (
-        g.tensors * m.tensor + python + each * (m.norm + m.quantize)
-        + 2 * m.operation + allreduce_seconds(norms, ranks, m)
-    )  # fmt: skip
-    plain = allreduce_seconds(4 * small + PROBE_BYTES * tensors, ranks, m) + m.operation
-    stages = 2 if setting.two_phase else 1
-    travel = (
-        plain
-        + buckets * (exchange(codes, ranks, m) + more)
-        + ((buckets - 1) * allreduce_seconds(norms, ranks, m) + (stages - 1) * m.operation)
+    _, each = buckets_of(g)
+    exchange = two_phase if setting.two_phase else allreduce
+    stages = Stages(
+        messages=allreduce(4 * each / setting.block_size),
+        encode=each * (m.norm + m.quantize),
+        codes=exchange(each * setting.bits / 8),
+        between=each * (m.dequantize + m.quantize) if setting.two_phase else 0.0,
+        decode=each * m.dequantize,
+        operations=(2, 1 if setting.two_phase else 0),
     )
-    kernels = (buckets - 1) * (each * (m.norm + m.quantize + m.dequantize) + python)
+    return parts_of_stages(stages, g, m, allreduce)
+
+
+def parts_of_stages(
+    stages: Stages, gradients: Gradients, machine: Machine, allreduce: Callable[[float], float]
+) -> Parts:
+    """The exchange of quantized gradients, bucket after bucket.
+
+    Args:
+        stages: of a bucket.
+        gradients, machine: the exchange.
+        allreduce: seconds of an Allreduce, given its bytes.
+    """
+    g, m = gradients, machine
+    tensors, (buckets, _) = g.tensors - g.small_tensors, buckets_of(g)
+    python, (before, after) = tensors / buckets * m.compressed_tensor, stages.operations
+    first = g.tensors * m.tensor + python + stages.encode + before * m.operation + stages.messages
+    travel = (
+        allreduce(4 * g.small_elements + PROBE_BYTES * tensors) + (1 + after) * m.operation
+        + buckets * (stages.codes + stages.between) + (buckets - 1) * stages.messages
+    )  # fmt: skip
+    kernels = (buckets - 1) * (stages.encode + stages.decode + python)
     travel += m.exposed * kernels
-    return first, max(travel, kernels), each * m.dequantize + python
+    return Parts(first, max(travel, kernels), stages.decode + python)
+
+
+def _parts(setting: Setting, gradients: Gradients, ranks: int, machine: Machine) -> Parts:
+    return flat_parts(
+        setting, gradients, ranks, machine,
+        partial(allreduce_seconds, ranks=ranks, machine=machine),
+        partial(two_phase_seconds, ranks=ranks, machine=machine),
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the pipeline needs of whatever moves the bytes. Transports know no codec."""
+"""The interface of transports, which move bytes between ranks and are independent of codecs."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ __all__ = ["transport_for"]
 
 
 def transport_for(device: torch.device, base: Transport, nccl: bool = True) -> Transport:
-    """``base`` itself for the CPU. For a GPU, one over NCCL if that is wanted and was built, and
-    otherwise by way of the host. All ranks must want the same."""
+    """``base`` itself for the CPU. For a GPU, one over NCCL if ``nccl`` is true and NCCL was built,
+    and otherwise one that stages through host memory. ``nccl`` must be the same on all ranks."""
     if device.type == "cpu":
         return base
     return NcclTransport(base, device) if nccl and native_nccl.built() else StagedTransport(base)

@@ -121,8 +121,8 @@ class HorovodTransport:
         return _HorovodHandle(handle, name)
 
     def fill_slot(self, name: str) -> _HorovodHandle:
-        """Starts an operation of ``SLOT_BYTES``, the result of which nobody reads: Horovod counts
-        it like the one that is started in its place."""
+        """Starts an operation of ``SLOT_BYTES`` with an unused result: Horovod counts it like the
+        operation that another rank starts in its place."""
         return self._allreduce(torch.zeros(1, dtype=torch.int32, device="cpu"), name, hvd.Sum)
 
     def idle(self, waited: float = 0.0) -> None:

@@ -1,4 +1,4 @@
-"""Tensors of a GPU by way of the host's memory, for transports that take no others."""
+"""Tensors of a GPU staged through host memory, for transports that take CPU tensors alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _StagedHandle:
 class StagedTransport(WrappedTransport):
     """Another transport, that takes tensors of a GPU too.
 
-    They are copied to pinned memory, which waits for what made them, and the results are copied
+    They are copied to pinned memory, after the work that made them, and the results are copied
     back, on the stream that is the current one by then.
 
     Args:

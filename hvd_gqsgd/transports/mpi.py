@@ -1,4 +1,4 @@
-"""MPI, by way of mpi4py: non-blocking collectives on a communicator of the user's."""
+"""MPI through mpi4py: non-blocking collectives on a communicator of the user."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hvd_gqsgd.transports.base import received_from
 __all__ = ["MpiTransport"]
 
 
-# MPI reads from and writes to the memory of an operation until its end, whoever still waits for it.
+# MPI accesses the memory of an operation until its end, even if the operation was abandoned.
 _in_flight: dict[int, _MpiHandle] = {}
 
 

@@ -1,4 +1,4 @@
-"""NCCL for the tensors of one GPU, beside another transport for what the host has to see."""
+"""NCCL for the tensors of one GPU, beside another transport for tensors of the host."""
 
 from __future__ import annotations
 

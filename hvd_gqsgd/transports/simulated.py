@@ -65,7 +65,7 @@ class _SimulatedHandle:
         return bool(self.operation.results)
 
     def wait(self) -> Tensor:
-        assert self.operation.results, "nobody else can finish it while this thread waits"
+        assert self.operation.results, "no other rank can run while this thread waits"
         return self.operation.results[self.rank]
 
 

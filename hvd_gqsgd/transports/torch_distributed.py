@@ -67,7 +67,7 @@ class TorchDistributedTransport:
         notify: Callable[[], None] | None = None,
         nodes: Nodes | None = None,
     ) -> None:
-        # Weakly: what is remembered for a group must not keep it.
+        # Weakly: state that is kept for a group must not keep the group alive.
         self._group = weakref.ref(group)
         self.rank: int = group.rank()
         self.size: int = group.size()
@@ -108,7 +108,7 @@ class TorchDistributedTransport:
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _WorkHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        # Gloo wants them to be of one length.
+        # Gloo requires equal lengths.
         longest = max(lengths)
         every = tensor.new_empty(self.size, longest)
         if longest == min(lengths) == tensor.numel():

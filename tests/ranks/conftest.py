@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hvd_gqsgd import DDPState, GlobalQSGD
+from hvd_gqsgd import DDPState, GlobalQSGD, exchanges
 from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.bench.training import start_process_group
 from hvd_gqsgd.engine import agreement
@@ -59,6 +59,7 @@ def pretend_nodes(per_node: int) -> None:
     for module in (agreement, by_node):
         module.host_number = lambda: 1 + hvd.rank() // per_node  # type: ignore[attr-defined]
     HorovodTransport.nodes = None  # type: ignore[assignment]
+    exchanges.by_node_pays = lambda kind: True  # by node whatever the options
     simulated.one_node = lambda size: nodes_of_hosts(  # type: ignore[attr-defined]
         tuple(rank // per_node for rank in range(size))
     )

@@ -35,6 +35,7 @@ def test_a_step_of_each_arm(several, capsys):
     assert megabytes["GlobalQSGD 4 bits"] < megabytes["GlobalQSGD 8 bits"] < megabytes[FP16]
     assert all(len(arm["rounds_ms"]) == 1 for arm in result["arms"].values())
     assert (result["tensors"], result["parameters"], result["ranks"]) == (2, 9010, hvd.size())
+    assert result["hosts"] == 1
     sharded = [result["arms"][name] for name in FSDP_ARMS]
     stock, bf16, eight, four, both = (arm["gradient_megabytes"] for arm in sharded)
     assert stock == pytest.approx(4 * 9010 / 1e6, rel=0.03)

@@ -68,7 +68,7 @@ def test_a_sparse_bucket_goes_as_it_is(rank, size):
     stats = state.stats()
     assert (stats.tensors, stats.tensors_bypassed, stats.tensors_sparse) == (1, 1, 1)
     assert stats.bypassed_bytes == 4 * (4 * 8 + 2 * 4)  # values, and indices of 64 bits
-    assert "no tensor was compressed of 1: 1 sparse" in str(stats)
+    assert "compressed none of 1 tensors: 1 sparse" in str(stats)
     state.close()
 
 
@@ -77,8 +77,8 @@ def test_a_warning_if_nothing_is_ever_compressed(rank, size, caplog):
     state = DDPState(process_group())
     for _ in range(150):
         state.average(torch.ones(9), first=True).wait()
-    said = [r.getMessage() for r in caplog.records if "no tensor was compressed" in r.getMessage()]
-    expected = ["no tensor was compressed of 100: 100 smaller than min_numel"]
+    said = [r.getMessage() for r in caplog.records if "compressed none" in r.getMessage()]
+    expected = ["GlobalQSGD compressed none of 100 tensors: 100 smaller than min_numel"]
     assert said == (expected if rank == 0 else [])
     assert state.stats().tensors_small == 150
     state.close()

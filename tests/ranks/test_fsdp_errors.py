@@ -6,11 +6,14 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import gradients
 from hooked import Given
 from sharded import mesh, shard, step
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import Shard
 
 from hvd_gqsgd import AgreementError, DynamicBits, GlobalQSGD, simulate
 from hvd_gqsgd._native import ops
@@ -152,6 +155,24 @@ def test_what_is_no_model_of_fsdp(rank, size, model):
         GlobalQSGD().fsdp(model)
 
 
+def test_parameters_on_several_meshes(rank, size):
+    common = pytest.importorskip("torch.distributed.fsdp._fully_shard._fsdp_common")
+    if not hasattr(common, "ShardPlacementResult"):
+        pytest.skip("needs a PyTorch that has them")
+    ours, other = (
+        common.FSDPMeshInfo(mesh=each, shard_mesh_dim=0)
+        for each in (mesh(), DeviceMesh.from_group(dist.new_group([*range(size)]), "cpu"))
+    )
+    model = shard(
+        nn.Linear(50, 50),
+        shard_placement_fn=lambda parameter: common.ShardPlacementResult(
+            Shard(0), ours if parameter.dim() == 2 else other
+        ),
+    )
+    with pytest.raises(NotImplementedError, match="parameters are on several meshes"):
+        GlobalQSGD().fsdp(model, weight_bits=8)
+
+
 # --- HSDP ----------------------------------------------------------------------------------------
 
 
@@ -184,3 +205,27 @@ def test_a_mesh_that_replicates(rank, size):
     model = shard(Given(6000), mesh=grid(size))
     with pytest.raises(ValueError, match=r"HSDP.*replicate_group=mesh\['replicate'\]\.get_group"):
         GlobalQSGD().fsdp(model)
+
+
+@pytest.mark.usefixtures("several")
+def test_replicas_that_hold_different_shards(rank, size):
+    """On the last rank alone, too: the others are told."""
+    group = mesh().get_group()
+    for own in (True, rank == size - 1):
+        model = shard(Given(6000))
+        kind, message = (ValueError, "hold different shards") if own else (AgreementError, "part")
+        with pytest.raises(kind, match=message):
+            GlobalQSGD().fsdp(model, replicate_group=group if own else None)
+
+
+def test_replicas_no_more(rank, size):
+    """A second call replaces the first, with replicas and without."""
+    both = grid(size)
+    group, everyone = both["replicate"].get_group(), gradients(size, 6000)
+    model, compressors = shard(Given(6000), mesh=both["shard"]), []
+    for replicas in (group, None, group):
+        compressors.append(GlobalQSGD(min_numel=0))
+        compressors[-1].fsdp(model, replicate_group=replicas)
+        model(everyone[rank]).backward()
+    # PyTorch reduces among more than one rank only.
+    assert [each.stats().tensors for each in compressors] == [1, size > 2, 1]

@@ -272,6 +272,29 @@ def test_replicas_compute_with_the_same_weights(rank, size):
     assert torch.allclose(model.first.grad.full_tensor(), torch.ones(61, 70))
 
 
+def test_another_dither_in_each_step(rank, size):
+    """Where all gradients go as they are, too: most parameters are frozen."""
+    model = Matrices()
+    exact = exact_weights(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "small")
+    GlobalQSGD(min_numel=100).fsdp(shard(model), weight_bits=8)
+    for step in range(3):
+        found = model()
+        assert_weights(found, exact, size, {"first", "second"}, step=step)
+        found["small"].sum().backward()
+
+
+def test_as_they_are_again(rank, size):
+    """A second call replaces the first."""
+    model = Matrices()
+    exact = exact_weights(model)
+    shard(model)
+    GlobalQSGD().fsdp(model, weight_bits=2)
+    GlobalQSGD().fsdp(model)
+    assert_weights(model(), exact, size, set())
+
+
 @pytest.mark.usefixtures("several")
 def test_statistics(rank, size):
     compressor = GlobalQSGD(min_numel=100)

@@ -13,7 +13,7 @@ import torch
 from conftest import process_group
 from helpers import assert_same_on_all_ranks, gradients
 
-from hvd_gqsgd import AgreementError, simulate
+from hvd_gqsgd import AgreementError, BlockBits, simulate
 from hvd_gqsgd._native import nccl as native_nccl
 from hvd_gqsgd.codecs import CodeKind
 from hvd_gqsgd.engine.agreement import Ahead, WithNorms
@@ -102,6 +102,22 @@ def test_the_bits_of_simulate(rank, size, transport, options):
         everyone = gradients(size, numel)
         mean = exchange(transport, everyone[rank], **options)
         assert torch.equal(mean, simulate(everyone, **options)), numel
+        assert_same_on_all_ranks(mean)
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"bits": 5, "exchange": "allreduce"}, {"bits": BlockBits(4)}, {"norm": "l2"},
+    {"dither": "exponential"},
+], ids=str)  # fmt: skip
+def test_by_node(rank, size, transport, options):
+    """The Alltoalls among some ranks, with parts of different lengths."""
+    if size < 3:
+        pytest.skip("needs two nodes, one of them with two ranks")
+    nodes = (size // 2, size - size // 2)
+    for numel in (0, 1, 2500, 30_001):
+        everyone = gradients(size, numel)
+        mean = exchange(transport, everyone[rank], hierarchy=nodes, **options)
+        assert torch.equal(mean, simulate(everyone, hierarchy=nodes, **options)), numel
         assert_same_on_all_ranks(mean)
 
 

@@ -24,10 +24,21 @@ from hvd_gqsgd.codecs.linear import levels_for
         # Those that remain are summed, in lanes with as many levels.
         ({"exchange": "two_phase"}, 127),
         ({"exchange": "two_phase", "bits": 4}, 7),
+        # Lanes have 16 bits at the most: these are fewer levels, on 8 ranks at the least.
+        ({"exchange": "two_phase", "bits": 16}, 4095),
+        ({"bits": BlockBits(16, min_bits=16, max_bits=16)}, 4095),
         ({"dither": "exponential"}, 127),
         ({"exchange": "allreduce", "bits": BlockBits(8, power=0)}, None),  # 8 bits for all blocks
     ],
-    ids=["allreduce", "two_phase", "two_phase-4", "exponential", "allreduce-blocks"],
+    ids=[
+        "allreduce",
+        "two_phase",
+        "two_phase-4",
+        "two_phase-16",
+        "blocks-16",
+        "exponential",
+        "allreduce-blocks",
+    ],
 )
 def test_join_with_uneven_batches(rank, size, several, options, levels):
     """Average divides by all ranks, as Horovod's does, though some have left."""

@@ -94,7 +94,8 @@ def test_optimizer(rank, size, found):
             optimizer.step()
         results.append(torch.cat([p.detach().view(-1) for p in model.parameters()]))
         assert_same_on_all_ranks(results[-1])
-        assert compressor.stats().bytes_inside > compressor.stats().compressed_bytes_on_wire
+        alone = size == 3 and rank == 0  # on its node
+        assert (compressor.stats().bytes_inside == 0) == alone
     assert torch.equal(*results)
 
 

@@ -40,11 +40,25 @@ def within(transform):
     return lambda x, comm: transform(lambda row: allreduce(row, comm).sum())(x)
 
 
+def faked(call):
+    def within_mode(x, comm):
+        from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            call(x, comm)
+
+    return within_mode
+
+
 # What rank 0 does with a tensor of 5000 ones, the error, and its text.
 TENSORS = {
     "DTensor": (distributed, TypeError, r"plain tensor, got a .*DTensor.*: pass its to_local\(\)"),
     "vmap": (within(torch.func.vmap), TypeError, r"within torch\.func .*: call this outside"),
     "grad": (within(torch.func.grad), TypeError, r"within torch\.func .*: call this outside"),
+    "fake": (faked(allreduce), TypeError, r"plain tensor, got a .*FakeTensor"),
+    "fake array": (
+        lambda x, comm: faked(allreduce)(x.numpy(), comm), TypeError, "plain tensor, got a .*Fake",
+    ),
     "meta": (lambda x, comm: allreduce(x.to("meta"), comm), NotImplementedError, "x is on meta"),
     "nested": (
         lambda x, comm: allreduce(torch.nested.nested_tensor([x], layout=torch.strided), comm),

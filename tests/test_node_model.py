@@ -1,0 +1,230 @@
+"""The performance model of nodes: its formulas, its limits, and its command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from hvd_gqsgd.bench import predict
+from hvd_gqsgd.nodes import nodes_of_sizes
+from hvd_gqsgd.tools import advice, cost_model, node_model
+from hvd_gqsgd.tools.cost_model import (
+    FP32,
+    LINEAR_4,
+    LINEAR_8,
+    PRESETS,
+    SETTINGS,
+    TWO_PHASE_8,
+    Gradients,
+    Machine,
+    Setting,
+)
+from hvd_gqsgd.tools.node_model import Cluster
+
+RESNET = predict.gradients_of("resnet50")
+LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9, inside=1e9)
+SHAPES = [(2, 2), (2, 4), (3, 5), (8, 8), (16, 2)]
+two_phase = pytest.mark.parametrize("setting", [s for s in SETTINGS if s.two_phase])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8, 100])
+@pytest.mark.parametrize("by_node", [False, True])
+def test_one_rank_a_node(ranks: int, preset: str, by_node: bool) -> None:
+    """It is the model of ranks, whichever way the options say."""
+    machine, cluster = PRESETS[preset], Cluster(ranks, 1)
+    for setting in SETTINGS:
+        if not cost_model.possible(setting, ranks):
+            continue
+        found = node_model.exchange_seconds(setting, RESNET, cluster, machine, by_node)
+        expected = cost_model.exchange_seconds(setting, RESNET, ranks, machine)
+        assert found == pytest.approx(expected, rel=1e-12)
+        found = node_model.step_seconds(setting, RESNET, cluster, machine, by_node, 0.03, 0.07)
+        expected = cost_model.step_seconds(setting, RESNET, ranks, machine, 0.03, 0.07)
+        assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_formulas() -> None:
+    """By hand: 2 nodes of 4 ranks, 8 MB."""
+    cluster, slow = Cluster(2, 4), dataclasses.replace(LINK, inside=1e8)
+    ring = 14e-3 + 7 / 8 * 8e6 * (2 / 1e8 + 1 / 1e9)
+    assert node_model.allreduce_seconds(8e6, cluster, slow) == pytest.approx(ring)
+    doubling = 3e-3 + 4 * 800 / 1e8 + 2 * 800 / 1e9 + 3 * 800 / 1e9
+    assert node_model.allreduce_seconds(800, cluster, LINK) == pytest.approx(doubling)
+    sums = 2 * (2e-3 + 3 * 8e6 / 1e9) + 2e-3 + 1 / 2 * 8e6 * (2 / 1e8 + 1 / 1e9)
+    assert node_model.allreduce_seconds(8e6, cluster, LINK) == pytest.approx(sums)
+    phases = 14e-3 + 4 * 4 / 8 * 8e6 / 1e8 + 7 / 8 * 8e6 / 1e8
+    assert node_model.two_phase_seconds(8e6, cluster, LINK) == pytest.approx(phases)
+    within = 14e-3 + 2 * 7 / 8 * 8e6 / 1e9
+    assert node_model.two_phase_seconds(8e6, Cluster(1, 8), LINK) == pytest.approx(within)
+    assert node_model.allreduce_seconds(8e6, Cluster(1, 1), LINK) == 0
+
+
+def test_an_exchange_by_node() -> None:
+    """By hand: one bucket of 2 M elements in one tensor, on 2 nodes of 4 ranks."""
+    each = 2_000_000
+    m = dataclasses.replace(LINK, copy=1e-10, norm=1e-9, quantize=2e-9, dequantize=4e-9)
+
+    def allreduce(bytes_: float) -> float:
+        return node_model.allreduce_seconds(bytes_, Cluster(2, 4), m)
+
+    operations = 7 * m.operation + m.tensor + 2 * m.compressed_tensor
+    small = allreduce(8 * 8) + allreduce(4 * each / 1024) + allreduce(cost_model.PROBE_BYTES)
+    inside = 2 * 3e-3 + 3 / 4 * (4 * each + each) / 1e9
+    between = 2e-3 + 2 / 2 * each / 1e8
+    added = 4 * each * 1e-10 + 3 / 4 * 4 * each / 1e9
+    kernels = each / 4 * (3e-9 + 4e-9) + each / 8 * 2e-9 + each * 4e-9
+    found = node_model.exchange_seconds(TWO_PHASE_8, Gradients(each, 1), Cluster(2, 4), m, True)
+    assert found == pytest.approx(operations + small + inside + between + added + kernels)
+
+
+@two_phase
+@pytest.mark.parametrize(("nodes", "per_node"), SHAPES)
+def test_bytes_on_a_link(nodes: int, per_node: int, setting: Setting) -> None:
+    """Those of each message from a rank of the first node to one of another."""
+    numel, ranks = 840_000, nodes * per_node
+    node = nodes_of_sizes([per_node] * nodes, ranks).node
+    crossing = [(a, b) for a in range(ranks) for b in range(ranks) if node(a) == 0 != node(b)]
+
+    def sent(setting: Setting, by_node: bool) -> float:
+        return node_model.link_bytes(setting, numel, Cluster(nodes, per_node), by_node)
+
+    alltoall, owners = len(crossing), sum(a % per_node == b % per_node for a, b in crossing)
+    ring = sum((a + 1) % ranks == b for a, b in crossing)
+    assert sent(setting, False) * ranks == pytest.approx(numel * (alltoall + ring * (ranks - 1)))
+    assert sent(setting, True) == pytest.approx(2 * owners * numel / per_node / nodes)
+    assert sent(FP32, False) == sent(FP32, True) == sent(LINEAR_8, False) == sent(setting, True)
+    assert sent(setting, True) < sent(setting, False)
+    assert node_model.link_bytes(setting, numel, Cluster(1, per_node), True) == 0
+
+
+@two_phase
+@pytest.mark.parametrize(("nodes", "per_node"), SHAPES)
+@pytest.mark.parametrize("preset", ["1gbe", "200mbit"])
+def test_by_node_is_faster_over_slow_links(
+    preset: str, nodes: int, per_node: int, setting: Setting
+) -> None:
+    """And takes no less than its bytes on the link."""
+    cluster, machine = Cluster(nodes, per_node), PRESETS[preset]
+    flat, by_node = (
+        node_model.exchange_seconds(setting, RESNET, cluster, machine, way) for way in (False, True)
+    )
+    codes = (RESNET.elements - RESNET.small_elements) * setting.bits / 8
+    assert node_model.link_bytes(setting, codes, cluster, True) / machine.beta < by_node < flat
+
+
+def test_flat_is_faster_over_fast_links() -> None:
+    """Where the operations of Horovod and the bytes within a node take longer than the link."""
+    for preset in ("nvlink", "pcie"):
+        flat, by_node = (
+            node_model.exchange_seconds(LINEAR_4, RESNET, Cluster(2, 2), PRESETS[preset], way)
+            for way in (False, True)
+        )
+        assert flat < by_node
+
+
+@pytest.mark.parametrize("preset", ["1gbe", "200mbit"])
+def test_advice(preset: str) -> None:
+    steps = node_model.steps_of(RESNET, Cluster(2, 8), PRESETS[preset], 0.03, 0.07)
+    assert "8 bits, flat" not in {setting.name for setting in steps}  # too narrow for 16 ranks
+    assert advice.recommend(steps, 16).startswith("Take 4 bits per block, two phases, by node: ")
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows flat and by node, and JSON; without FSDP2, which is not modelled."""
+    predict.main(["--ranks", "8", "--per-node", "4"])
+    printed = capsys.readouterr().out
+    assert "resnet50 on 8 ranks, 4 on each node, " in printed
+    for row in ("8 bits, two phases, flat", "8 bits, two phases, by node", "fp16", "Take "):
+        assert row in printed
+    assert "FSDP2" not in printed
+    predict.main(["--ranks", "4", "--per-node", "2", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"]["fp32"]["times_faster"] == 1
+    assert "8 bits, flat" in result["steps"] and "8 bits, by node" not in result["steps"]
+    assert result["break_even"] > 0 and "fsdp2" not in result
+    predict.main(["--ranks", "4", "--per-node", "4", "--json"])
+    assert not any("by node" in name for name in json.loads(capsys.readouterr().out)["steps"])
+    figure = tmp_path / "figure.png"
+    for more in ([], ["--ranks", "8", "--per-node", "4"]):
+        predict.main(["--plot-nodes", str(figure), *more])
+        assert figure.read_bytes()[:4] == b"\x89PNG"
+        figure.unlink()
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    (["--ranks", "8", "--per-node", "3"], "--per-node must be a number that divides --ranks, got"),
+    (["--per-node", "0"], "--per-node must be a number that divides --ranks, got 0 and 8"),
+    (["--per-node", "2", "--plot", "x.png"], "--plot and --plot-links draw one rank a node"),
+    (["--measured", "x.json", "--plot-nodes", "x.png"], "--plot draws predictions for many ranks"),
+])  # fmt: skip
+def test_arguments_without_a_meaning(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(given)
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("inside", [0, "fast"])
+def test_a_machine_has_a_rate_within_nodes(
+    inside: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps({"alpha": 1e-4, "beta": 1e8, "inside": inside}))
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(["--machine", str(file)])
+    assert "inside must be " in capsys.readouterr().err
+    times = []
+    for rate in (1e8, 1e10):
+        file.write_text(json.dumps({"alpha": 1e-4, "beta": 1e8, "inside": rate}))
+        predict.main(["--machine", str(file), "--per-node", "4", "--json"])
+        steps = json.loads(capsys.readouterr().out)["steps"]
+        times.append(steps["8 bits, two phases, by node"]["ms"])
+    assert times[0] > times[1]
+
+
+@pytest.mark.parametrize("what", ["step", "exchange"])
+def test_against_what_was_measured(what: str) -> None:
+    """Arms are by node where a host has several ranks, but for those named flat."""
+    names = ("Horovod fp32", "GlobalQSGD 8 bits", "GlobalQSGD 8 bits flat")
+    arms = {name: {"ms": 1000.0} for name in (*names, "FSDP2 fp32")}
+    measured = {"model": "resnet50", "ranks": 4, "hosts": 2, "what": what, "compute_ms": 30.0}
+    found = predict.against(measured | {"arms": arms}, LINK)
+    assert tuple(found) == names  # FSDP2 is not modelled
+    for name, setting, by_node in zip(
+        names, (FP32, TWO_PHASE_8, LINEAR_8), (False, True, False), strict=True
+    ):
+        given = (setting, RESNET, Cluster(2, 2), LINK, by_node)
+        seconds = node_model.exchange_seconds(*given)
+        if what == "step":
+            seconds = node_model.step_seconds(*given, 0.01, 0.02)
+        assert found[name]["predicted_ms"] == pytest.approx(1e3 * seconds)
+    for hosts in (1, 4):  # each rank has a link, if only the memory of one machine
+        found = predict.against(measured | {"hosts": hosts, "arms": arms}, LINK)
+        seconds = cost_model.exchange_seconds(LINEAR_8, RESNET, 4, LINK)
+        if what == "step":
+            seconds = cost_model.step_seconds(LINEAR_8, RESNET, 4, LINK, 0.01, 0.02)
+        for name in names[1:]:
+            assert found[name]["predicted_ms"] == pytest.approx(1e3 * seconds)
+
+
+@pytest.mark.parametrize(("hosts", "said"), [
+    (3, "each host must have as many ranks, got 4 on 3 hosts"),
+    (0, "ZeroDivisionError"),
+    ("two", "TypeError"),
+])  # fmt: skip
+def test_hosts_that_cannot_be(
+    hosts: object, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "measured.json"
+    measured = {"model": "dlrm", "ranks": 4, "hosts": hosts, "what": "step", "arms": {}}
+    file.write_text(json.dumps(measured))
+    with pytest.raises(SystemExit, match="2"):
+        predict.main(["--measured", str(file)])
+    printed = capsys.readouterr().err
+    assert str(file) in printed
+    assert said in printed
