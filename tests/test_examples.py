@@ -86,3 +86,22 @@ def test_mean_over_mpi(ranks: int, most: float) -> None:
     error = re.search(r"relative error ([0-9.]+)", job.stdout)
     assert error is not None
     assert 0 < float(error[1]) < most
+
+
+@pytest.mark.timeout(300)
+def test_new_codec() -> None:
+    """Unbiased, as its negative control is not, with a smaller error than linear codes of as many
+    bytes; and the replicas of real ranks agree, or the script would fail."""
+    command = [sys.executable, str(EXAMPLES / "new_codec.py")]
+    job = run(command, limit=240)
+    assert job.returncode == 0, job.stdout[-5000:]
+    row = re.compile(r"^ +(\w+, \d bits|fp32) +([0-9.]+)(?: +([0-9,]+))?", re.MULTILINE)
+    rows = row.findall(job.stdout)
+    errors = {name: float(number) for name, number, nbytes in rows if not nbytes}
+    for bits in (4, 8):
+        assert errors[f"quadratic, {bits} bits"] < 0.85 * errors[f"linear, {bits} bits"]
+    trained = {name: int(nbytes.replace(",", "")) for name, _, nbytes in rows if nbytes}
+    assert trained["quadratic, 4 bits"] == trained["linear, 4 bits"] < trained["fp32"] / 7.8
+    job = run([*mpirun(2), *command, "--ranks"], limit=120)
+    assert job.returncode == 0, job.stdout[-5000:]
+    assert re.search(r"test loss 0\.\d+, the same on 2 ranks", job.stdout)

@@ -23,7 +23,9 @@ class Even(PlainCodec):
 
     def round(self, shares: Tensor, dither: Tensor) -> Tensor:
         half = 1 << self.bits - 1
-        return ((shares + 1) * half + dither).floor().long().clamp(0, 2 * half - 1)
+        levels = (shares + 1) * half
+        up = dither < levels - levels.floor()  # a sum with the dither would be rounded itself
+        return (levels.floor().long() + up).clamp(max=2 * half - 1)
 
     def values(self, codes: Tensor) -> Tensor:
         return codes / (1 << self.bits - 1) - 1
@@ -127,8 +129,7 @@ def test_levels_are_met(even: str, bits: int, exchange: str, dtype: torch.dtype)
     for block_size in (1, 5, 1000, 1024, 1500, None):
         for numel in (0, 1, 2500):
             row = torch.randint(-(2**places), 2**places, (numel,)).to(dtype) / 2**places
-            row[:: block_size or 1] = -1  # the norm of every tile
-            row[1024 :: block_size or numel or 1] = -1
+            row[:: min(block_size or 400, 400)] = -1  # the norm of every tile
             options = {"dither": even, "bits": bits, "block_size": block_size}
             mean = simulate(row.repeat(3, 1), exchange=exchange, **options)
             assert torch.equal(mean, row)
@@ -139,17 +140,15 @@ def test_unbiased(even: str) -> None:
     register_codec("nearest", Nearest)
     rows = torch.rand(3, 3000, generator=torch.Generator().manual_seed(0)) - 0.9
 
-    def error(dither: str, correlated: bool, steps: int) -> float:
-        means = [
-            simulate(rows, dither=dither, bits=4, step=step, correlated=correlated)
-            for step in range(steps)
-        ]
+    def error(dither: str, correlated: bool, steps: int, exchange: str = "two_phase") -> float:
+        options = {"dither": dither, "bits": 4, "correlated": correlated, "exchange": exchange}
+        means = [simulate(rows, step=step, **options) for step in range(steps)]
         return float((torch.stack(means).mean(0) - rows.mean(0)).norm())
 
     for correlated in (True, False):
         assert error(even, correlated, 64) < 0.15 * error(even, correlated, 1)
         assert error("nearest", correlated, 64) > 0.9 * error("nearest", correlated, 1)
-    assert error(even, True, 1) < 0.9 * error(even, False, 1)
+    assert error(even, True, 1, "one_phase") < 0.95 * error(even, False, 1, "one_phase")
 
 
 @pytest.mark.parametrize("options", [{}, {"norm": "l2"}, {"nodes": (2, 2)}], ids=str)
