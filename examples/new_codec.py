@@ -92,7 +92,7 @@ def make_training() -> Training:
 if not REAL:
     with tempfile.TemporaryDirectory() as folder:
         train(exact := make_training(), RANKS, None, record := Path(folder, "gradients.pt"))
-        recorded = [rows.flatten(1) for rows in torch.load(record)]
+        recorded = [rows.flatten(1) for rows in torch.load(record, weights_only=True)]
     large = [rows for rows in recorded if rows[0].numel() >= 4096]  # others are not compressed
     rows = max(large, key=Tensor.numel)[:, :32_768]  # enough to measure errors
 

@@ -136,7 +136,7 @@ class PlainCodec(Codec):
         return lanes.flatten(1)
 
     def _shifts(self, like: Tensor) -> Tensor:
-        return self.bits * torch.arange(self._lanes, device=like.device)
+        return self.bits * torch.arange(self._lanes, dtype=torch.int64, device=like.device)
 
 
 class _Tiles(NamedTuple):
@@ -163,7 +163,9 @@ def _tiles(
 ) -> _Tiles:  # fmt: skip
     word, unit = layout.word_dtype(bits).itemsize, layout.means_dtype(bits, norm_dtype).itemsize
     lanes, per_block = 8 * word // bits, -(-block // layout.TILE)
-    number = torch.arange(layout.tiles_for(numel, block))[first:last]
+    number = torch.arange(layout.tiles_for(numel, block), dtype=torch.int64, device="cpu")[
+        first:last
+    ]
     begin = number // per_block * block + number % per_block * layout.TILE
     end = (begin + layout.TILE).clamp(max=(number // per_block + 1) * block).clamp(max=numel)
     words = -((begin - end) // lanes)
@@ -171,7 +173,9 @@ def _tiles(
     most = -(-min(layout.TILE, block) // lanes)
 
     def mask(lengths: Tensor, columns: int) -> Tensor:
-        return (torch.arange(columns) < lengths[:, None]).to(device)
+        return (torch.arange(columns, dtype=torch.int64, device="cpu") < lengths[:, None]).to(
+            device
+        )
 
     return _Tiles(
         int(begin[0]) if len(begin) else 0, int(end[-1]) if len(end) else 0,
