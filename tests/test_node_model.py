@@ -189,15 +189,15 @@ def test_a_machine_has_a_rate_within_nodes(
 
 @pytest.mark.parametrize("what", ["step", "exchange"])
 def test_against_what_was_measured(what: str) -> None:
-    """Arms are by node where a host has several ranks, but for those named flat."""
-    names = ("Horovod fp32", "GlobalQSGD 8 bits", "GlobalQSGD 8 bits flat")
+    """Two phases are by node where a host has several ranks, but for arms named flat; 8 bits are an
+    Allreduce on 4 ranks."""
+    names = ("Horovod fp32", "GlobalQSGD 8 bits", "GlobalQSGD 4 bits", "GlobalQSGD 4 bits flat")
+    settings = (FP32, LINEAR_8, LINEAR_4, LINEAR_4)
     arms = {name: {"ms": 1000.0} for name in (*names, "FSDP2 fp32")}
     measured = {"model": "resnet50", "ranks": 4, "hosts": 2, "what": what, "compute_ms": 30.0}
     found = predict.against(measured | {"arms": arms}, LINK)
     assert tuple(found) == names  # FSDP2 is not modelled
-    for name, setting, by_node in zip(
-        names, (FP32, TWO_PHASE_8, LINEAR_8), (False, True, False), strict=True
-    ):
+    for name, setting, by_node in zip(names, settings, (False, False, True, False), strict=True):
         given = (setting, RESNET, Cluster(2, 2), LINK, by_node)
         seconds = node_model.exchange_seconds(*given)
         if what == "step":
@@ -205,10 +205,10 @@ def test_against_what_was_measured(what: str) -> None:
         assert found[name]["predicted_ms"] == pytest.approx(1e3 * seconds)
     for hosts in (1, 4):  # each rank has a link, if only the memory of one machine
         found = predict.against(measured | {"hosts": hosts, "arms": arms}, LINK)
-        seconds = cost_model.exchange_seconds(LINEAR_8, RESNET, 4, LINK)
-        if what == "step":
-            seconds = cost_model.step_seconds(LINEAR_8, RESNET, 4, LINK, 0.01, 0.02)
-        for name in names[1:]:
+        for name, setting in zip(names, settings, strict=True):
+            seconds = cost_model.exchange_seconds(setting, RESNET, 4, LINK)
+            if what == "step":
+                seconds = cost_model.step_seconds(setting, RESNET, 4, LINK, 0.01, 0.02)
             assert found[name]["predicted_ms"] == pytest.approx(1e3 * seconds)
 
 

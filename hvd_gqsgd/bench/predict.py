@@ -247,7 +247,9 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
             continue
         if not possible(setting, cluster.ranks):  # exchange="auto" took two phases
             setting = dataclasses.replace(setting, two_phase=True)
-        exchange = (setting, gradients, cluster, machine, name not in FLAT_ARMS)
+        # hierarchy="auto" goes by node in place of two phases.
+        by_node = name not in FLAT_ARMS and (setting.two_phase or not setting.quantized)
+        exchange = (setting, gradients, cluster, machine, by_node)
         if measured["what"] == "exchange":
             seconds = node_model.exchange_seconds(*exchange)
         else:
