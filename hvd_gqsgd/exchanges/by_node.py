@@ -73,6 +73,7 @@ class NodeExchange(Exchange):
         self.messages = (
             *(("hosts",) if asks else ()),
             *("inside", *norms, "codes", "means", "results"),
+            *(("told",) if setup.may_give_up else ()),
             *(("rest",) if self._remaining.at_risk else ()),
         )
 
@@ -119,12 +120,18 @@ class NodeExchange(Exchange):
             yield from self._nothing(bucket)
         else:
             result = yield from self._by_node(bucket, terms, nodes)
+        failed = False
+        if self._setup.may_give_up:
+            # The results reach a node alone: all ranks must lose a bucket, or none.
+            lost = torch.tensor([int(result is None)], dtype=torch.int32, device="cpu")
+            told = yield Max("told", lost)
+            failed = not terms.given_up and bool(told)
         if self._remaining.at_risk and terms.rehearses:
             yield from self._remaining.rehearse_alone(bucket)
         elif self._remaining.at_risk:
             yield Max("rest", torch.zeros(1, dtype=torch.int32, device="cpu"))
         terms.raise_failure()
-        if result is None:
+        if failed or result is None:
             raise AgreementError(GAVE_UP)
         return result
 
@@ -170,13 +177,12 @@ class NodeExchange(Exchange):
             return None
         if message is not None:
             results[self.rank] = message
-        return _ByNode(
-            everyone(self.size),
-            [
+        with terms.attempt():
+            read = [
                 (shard, buckets[rank], last[rank].read(norms[shard.norms], results[rank]))
                 for rank, shard in parts.items()
-            ],
-        )
+            ]
+        return _ByNode(everyone(self.size), read) if terms.takes_part else None
 
     def _nothing(self, bucket: Bucket) -> Generator[Collective, Tensor, None]:
         """The messages of a rank that does not know the nodes."""
@@ -186,7 +192,7 @@ class NodeExchange(Exchange):
                 yield Max(message, self._no_norms(bucket, bucket.norm_dtype))
             elif message == "squares":
                 yield Sum(message, self._no_norms(bucket, torch.int64))
-            elif message != "rest":
+            elif message not in ("told", "rest"):
                 yield Alltoall(message, nothing, [0] * self.size, [0] * self.size)
 
     def _padded(self, running: Running, bucket: Bucket) -> Running:
