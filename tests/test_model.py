@@ -262,6 +262,10 @@ def test_files_that_are_something_else(
     (["--compute", "nan"], "--compute a number of at least 0, got 8 and nan"),
     (["--compute", "inf"], "--compute a number of at least 0, got 8 and inf"),
     (["--measured", "x.json", "--plot", "x.png"], "--plot draws predictions for many ranks"),
+    (["--ranks", "8", "--per-node", "3"], "--per-node must be a number that divides --ranks, got"),
+    (["--per-node", "0"], "--per-node must be a number that divides --ranks, got 0 and 8"),
+    (["--per-node", "2", "--plot", "x.png"], "--plot and --plot-links draw one rank a node"),
+    (["--measured", "x.json", "--plot-nodes", "x.png"], "--plot draws predictions for many ranks"),
 ])  # fmt: skip
 def test_arguments_without_a_meaning(
     given: list[str], said: str, capsys: pytest.CaptureFixture[str]

@@ -155,20 +155,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         figure.unlink()
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    (["--ranks", "8", "--per-node", "3"], "--per-node must be a number that divides --ranks, got"),
-    (["--per-node", "0"], "--per-node must be a number that divides --ranks, got 0 and 8"),
-    (["--per-node", "2", "--plot", "x.png"], "--plot and --plot-links draw one rank a node"),
-    (["--measured", "x.json", "--plot-nodes", "x.png"], "--plot draws predictions for many ranks"),
-])  # fmt: skip
-def test_arguments_without_a_meaning(
-    given: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        predict.main(given)
-    assert said in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("inside", [0, "fast"])
 def test_a_machine_has_a_rate_within_nodes(
     inside: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -198,7 +198,7 @@ class Ahead(AgreementProtocol):
             header = refusal()
         reduced = yield (Kept if self._exchange.alone else Max)("header", header)
         terms.raise_failure()
-        # Also for a bucket that was lost meanwhile: it goes on if the other ranks do.
+        # Also for a bucket that was lost meanwhile: its collectives run if those of all ranks do.
         self._read(reduced, bucket, proposal, terms)
         result = yield from _rest(exchange, (yield first))
         # All were here by the header; a rank that had an error since then sends no codes.

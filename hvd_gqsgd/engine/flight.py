@@ -61,12 +61,13 @@ class Flight:
         self.contribution: Contribution | None = None
         """That of the result, once ``Pipeline.wait`` has returned it."""
         self.undecoded = len(bucket.items)
+        self.lost = False
+        """Whether its collectives run to their end for the other ranks alone; see ``lose``."""
         self._running = running
         self._terms = terms
         self._transport = transport
         self._stats = stats
         self._counted = counted
-        self._lost = False
         self._sent: Collective | None = None
         self._scale = math.nan
         self._outs: dict[int, Tensor] | None = None
@@ -90,14 +91,9 @@ class Flight:
         told = self.failure is self._terms.failure
         return Ending.DISAGREEMENT if told else Ending.of(self.failure)
 
-    @property
-    def lost(self) -> bool:
-        """Whether it goes on without anybody who reads its result."""
-        return self._lost
-
     def lose(self) -> None:
-        """Gives it up; its messages go on, and mean nothing."""
-        self._lost = self._terms.given_up = True
+        """Discards the result in advance; the remaining messages carry no meaning."""
+        self.lost = self._terms.given_up = True
 
     def launch(self) -> None:
         """Starts the first collective."""

@@ -77,10 +77,10 @@ class Stages:
         return next((flight for flight in self.flights() if flight.failure is not None), None)
 
     def lose(self, go_on: bool) -> set[Flight]:
-        """Gives up all flights at the end of a step.
+        """Removes or loses all flights at the end of a step.
 
         Args:
-            go_on: those without a failure stay, and go on before all flights of later steps.
+            go_on: flights without a failure stay, and run to their end before those of later steps.
 
         Returns:
             The flights that stay, those of earlier steps included.

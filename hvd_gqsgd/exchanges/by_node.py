@@ -7,8 +7,8 @@ ranks, and the links between nodes carry each shard once. A last Alltoall within
 result of every shard, still as codes, to all ranks, which decode the same. The bits are those of an
 exchange of the nodes' sums among as many ranks, however a bucket is cut.
 
-All other messages than reductions of norms go to some ranks alone: they are Alltoalls in which the
-others have no part, so that no transport needs groups of its own.
+Reductions are over all ranks. All other messages are for some ranks alone: Alltoalls in which the
+other ranks have no part, so that no transport needs groups of its own.
 
 Where the ranks do not know their nodes, as under Horovod, they tell each other the numbers of their
 hosts in the first message, which has the agreement too. It comes before all messages that need all
@@ -143,8 +143,9 @@ class NodeExchange(Exchange):
         place = bucket.layout(block_size, terms.bits)
         members, among = nodes.of(self.rank), self._among(nodes)
         # By owner, on this node. A bucket of few blocks leaves some shards empty.
-        cut = zip(members, shards(place.tensors, nodes.shards), strict=False)
-        parts = {rank: shard for rank, shard in cut if shard.parts}
+        cut = shards(place.tensors, nodes.shards)
+        owned_by = ((rank, nodes.shard(rank)) for rank in members)
+        parts = {rank: cut[g] for rank, g in owned_by if g is not None and cut[g].parts}
         own, owned, full = parts.get(self.rank), None, _type_of(bucket)
         others = [rank for rank in members if rank != self.rank]
         summands = yield from exchange_parcels(

@@ -54,7 +54,8 @@ class RemainingSum(AllreduceExchange):
         )
         super().__init__(setup._replace(options=options))
         self._room = room
-        self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
+        self.at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
+        """Whether Horovod must remember the sum of a bucket before a rank leaves."""
         self._rehearsed: set[str] = set()
 
     @classmethod
@@ -66,16 +67,10 @@ class RemainingSum(AllreduceExchange):
         most = bits.max_bits if isinstance(bits, BlockBits) else setup.options.most_bits
         return cls(setup, levels_for(most, 1), room)
 
-    @property
-    def at_risk(self) -> bool:
-        """Whether Horovod must remember the sum of a bucket."""
-        return self._at_risk
-
     def all(self, bucket: Bucket, terms: Terms) -> Running:
         """Exchanges a bucket, from its norms on."""
         norms = yield from self._norms(bucket, terms)
-        terms.bits = self._width
-        return (yield from self._sum(bucket, terms, norms, self._name(bucket)))
+        return (yield from self._total(bucket, terms, norms))
 
     def rehearse_alone(self, bucket: Bucket) -> Generator[Collective, Tensor, None]:
         """Rehearses the sum of a bucket with zeros."""
@@ -87,12 +82,11 @@ class RemainingSum(AllreduceExchange):
         """Sums a bucket, in two messages after its norms."""
         # As many messages as in the other exchange: one of the bucket's that Horovod remembers.
         yield Max("norms", norms.new_zeros(self._header + norms.numel()))
-        terms.bits = self._width
-        return (yield from self._sum(bucket, terms, norms, self._name(bucket)))
+        return (yield from self._total(bucket, terms, norms))
 
     def to_rehearse(self, bucket: Bucket) -> bool:
         """Whether Horovod does not remember the sum of a bucket, and has to."""
-        if not self._at_risk or len(self._rehearsed) >= MOST_REHEARSED:
+        if not self.at_risk or len(self._rehearsed) >= MOST_REHEARSED:
             return False
         return self._full_name(bucket) not in self._rehearsed
 
@@ -109,6 +103,11 @@ class RemainingSum(AllreduceExchange):
         yield Sum(self._name(bucket), message)  # in place
         self._rehearsed.add(self._full_name(bucket))
         return means[: widths.means[-1]]
+
+    def _total(self, bucket: Bucket, terms: Terms, norms: Tensor) -> Running:
+        """The sum of codes, in the wide lanes."""
+        terms.bits = self._width
+        return (yield from self._sum(bucket, terms, norms, self._name(bucket)))
 
     def _message(self, bucket: Bucket, widths: Widths) -> Tensor:
         itemsize = widths.word_dtype.itemsize
