@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-from collections.abc import Callable, Container, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
@@ -13,6 +14,7 @@ from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_opti
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS, Registered
+from hvd_gqsgd.plan import check_plan
 
 __all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
 
@@ -27,6 +29,8 @@ Dither = Literal["linear", "exponential"] | Registered
 Exchange = Literal["auto", "allreduce", "two_phase", "one_phase", "gather", "reduce_scatter"]
 Norm = Literal["max", "l2"]
 Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
+Bits = int | DynamicBits | BlockBits | Literal["auto"]
+Plan = Sequence[Sequence[Any]]
 
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
@@ -45,12 +49,14 @@ class OptionsButBits(TypedDict, total=False):
     min_numel: int
     bucket_mb: float
     hierarchy: Hierarchy
+    error: float | None
+    plan: Plan | None
 
 
 class OptionKeywords(OptionsButBits, total=False):
     """The options as keywords: ``**options: Unpack[OptionKeywords]``."""
 
-    bits: int | DynamicBits | BlockBits
+    bits: Bits
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,9 @@ class Options:
         bits: lane width on the wire, from 2 to 16 bits per element; 4 or 8 for exponential
             dithering. ``DynamicBits(...)`` chooses the width of each step, as in DQ-SGD;
             ``BlockBits(...)`` that of each block, by its global norm, and
-            ``BlockBits(DynamicBits(...))`` both.
+            ``BlockBits(DynamicBits(...))`` both. ``"auto"`` starts uncompressed, measures steps,
+            and takes the fastest of no compression, 16 bits, 8 bits and ``BlockBits(4)``; see
+            ``docs/OPTIONS.md``.
         dither: ``"linear"`` has evenly spaced levels. ``"exponential"`` has levels each twice the
             one below, so that small elements keep their relative precision. ``register_codec`` adds
             others.
@@ -96,13 +104,18 @@ class Options:
             exchanges codes between all ranks. ``"auto"`` goes by node in place of two phases, with
             two nodes or more of two ranks or more each. A tuple has the number of ranks of each
             node in order of rank, as ``(8, 8)``, where host names do not tell.
+        error: for ``bits="auto"``, the largest squared rounding error of an element of the mean,
+            relative to the squared norm of its block, that a setting may have; None for no limit.
+        plan: for ``bits="auto"``, the settings of a former run, as
+            ``state_dict()["schedule"]["plan"]`` has them: pairs of a step and a setting. With a
+            plan no time is measured, and the same gradients give the same bits.
 
     Raises:
         TypeError: an option has the wrong type.
         ValueError: an option is out of range, or incompatible with another option.
     """
 
-    bits: int | DynamicBits | BlockBits = 8
+    bits: Bits = 8
     dither: Dither = "linear"
     exchange: Exchange = "auto"
     norm: Norm = "max"
@@ -112,15 +125,18 @@ class Options:
     min_numel: int = 4096
     bucket_mb: float = 25
     hierarchy: Hierarchy = "auto"
+    error: float | None = None
+    plan: Plan | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, DynamicBits | BlockBits):
-            check_int("bits", self.bits, MIN_BITS, MAX_BITS, "DynamicBits(...) or BlockBits(...)")
+        if not isinstance(self.bits, DynamicBits | BlockBits) and self.bits != "auto":
+            others = "DynamicBits(...), BlockBits(...) or 'auto'"
+            check_int("bits", self.bits, MIN_BITS, MAX_BITS, others)
         check_choice("dither", self.dither, tuple(CODECS))
         check_choice("exchange", self.exchange, get_args(Exchange))
         check_choice("norm", self.norm, get_args(Norm))
         codec = CODECS[self.dither]
-        if codec.widths is not None and self.bits not in codec.widths:
+        if codec.widths is not None and self.bits not in (*codec.widths, "auto"):
             *widths, last = map(str, codec.widths)
             either = f"{', '.join(widths)} or {last}" if widths else last
             raise ValueError(f"bits must be {either} for dither={self.dither!r}, got {self.bits}")
@@ -154,6 +170,23 @@ class Options:
             )
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
         self._check_hierarchy()
+        self._check_auto()
+
+    def _check_auto(self) -> None:
+        if self.bits != "auto":
+            for name in OF_AUTO:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} has no effect with bits={self.bits!r}: pass bits='auto', or leave "
+                        f"{name} out"
+                    )
+        if self.error is not None:
+            error = check_number("error", self.error, "a relative squared error, or None")
+            if not 0 < error < math.inf:
+                raise ValueError(f"error must be a number above 0, got {self.error!r}")
+            object.__setattr__(self, "error", error)
+        if self.plan is not None:
+            object.__setattr__(self, "plan", check_plan(self.plan))
 
     def _check_block_bits(self, bits: BlockBits) -> None:
         if self.block_size not in (BLOCK_SIZE, bits.block_size):
@@ -179,6 +212,12 @@ class Options:
             )
 
     @property
+    def width(self) -> int | DynamicBits | BlockBits:
+        """The option ``bits`` of an exchange, which has one."""
+        assert self.bits != "auto"
+        return self.bits
+
+    @property
     def dynamic(self) -> DynamicBits | None:
         """The schedule of widths or budgets; None if they are the same in all steps."""
         if isinstance(self.bits, BlockBits):
@@ -198,9 +237,10 @@ class Options:
     @property
     def _lane_bits(self) -> int:
         """The target of the mean width, as a whole number."""
-        if isinstance(self.bits, DynamicBits):
-            return int(self.bits.budget)
-        return self.bits.lane_bits if isinstance(self.bits, BlockBits) else self.bits
+        bits = self.width
+        if isinstance(bits, DynamicBits):
+            return int(bits.budget)
+        return bits.lane_bits if isinstance(bits, BlockBits) else bits
 
     def exchange_for(self, world_size: int) -> Exchange:
         """Returns the exchange for a world size, with ``"auto"`` resolved.
@@ -220,7 +260,7 @@ class Options:
         """Describes the exchange and its levels per side for a world size, counted in ``of``."""
         exchange = self.exchange_for(world_size)
         summands = world_size if exchange == "allreduce" else 1
-        bits = self.bits
+        bits = self.width
         if isinstance(bits, DynamicBits):
             widths = Schedule(bits).usable(summands)
         else:
@@ -238,9 +278,10 @@ class Options:
         """Returns 31 bits that differ between different options, with probability 1 - 2^-31."""
         return digest(("options", WIRE_VERSION, *dataclasses.astuple(self)))
 
-    def keywords(self, without: Container[str] = ()) -> str:
+    def keywords(self, without: Iterable[str] = ()) -> str:
         """Returns the text of the options as keyword arguments, without some of them."""
-        names = (name for name in OPTIONS if name not in without)
+        idle = () if self.bits == "auto" else OF_AUTO
+        names = (name for name in OPTIONS if name not in (*without, *idle))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
@@ -249,6 +290,8 @@ def _levels(bits: int, summands: int) -> int:
     return ((1 << bits) - 1) // (2 * summands)
 
 
+OF_AUTO = ("error", "plan")
+"""Options that go with ``bits="auto"`` alone."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 
 
@@ -264,6 +307,8 @@ class FrontEnd:
     """Names without an effect here, each with the reason and the remedy."""
     exchanges: tuple[Exchange, ...] = ()
     """Exchanges of this front end in addition to those of all front ends."""
+    trains: bool = False
+    """Whether its calls are steps of a training, which ``bits="auto"`` measures."""
 
     def options(self, given: Mapping[str, Any]) -> Options:
         """Returns the options of a call.
@@ -277,6 +322,11 @@ class FrontEnd:
                 raise TypeError(f"{self.name} takes no option {name!r}: {self.without[name]}")
             if name not in OPTIONS:
                 raise TypeError(self._unknown(name))
+        if given.get("bits") == "auto" and not self.trains:
+            raise ValueError(
+                f"bits='auto' measures the steps of a training, and {self.name} is none: pass a "
+                "number of bits, or use GlobalQSGD or DDPState"
+            )
         asked = given.get("exchange", "auto")
         accepted = ("auto", "allreduce", "two_phase", *self.exchanges)
         if asked != "reduce_scatter":

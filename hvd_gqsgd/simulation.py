@@ -118,7 +118,7 @@ class SimulatedRanks:
         world = SimulatedWorld(size, nodes_of_sizes(nodes, size) if nodes else None)
         self._ranks = [
             Pipeline(
-                options, world.transport(rank), steps=Steps(options.bits, step),
+                options, world.transport(rank), steps=Steps(options.width, step),
                 stats=None if rank else self.stats,
             )
             for rank in range(size)

@@ -11,7 +11,7 @@ __all__ = ["Reason", "Stats"]
 
 _log = logging.getLogger("hvd_gqsgd")
 
-Reason = Literal["small", "sparse", "type", "alone", "other"]
+Reason = Literal["small", "sparse", "type", "alone", "auto", "other"]
 """The reason that a tensor was not compressed."""
 
 MANY = 100
@@ -49,6 +49,8 @@ class Stats:
     """Uncompressed tensors that are sparse."""
     tensors_alone: int = 0
     """Uncompressed tensors of a single rank, which neither exchanges nor rounds."""
+    tensors_auto: int = 0
+    """Uncompressed tensors of steps that ``bits="auto"`` leaves uncompressed."""
     compressed_bytes_before: int = 0
     """Gradient bytes of compressed tensors."""
     compressed_bytes_on_wire: int = 0
@@ -68,13 +70,19 @@ class Stats:
     slots_filled: int = 0
     """Horovod operation slots that no collective used; see ``engine/operation_slots.py``."""
     bits: int = 0
-    """Lane width of the last step; with ``BlockBits``, the budget rounded up."""
+    """Lane width of the last compressed step; with ``BlockBits``, the budget rounded up."""
+    setting: str = ""
+    """The setting of the last step with ``bits="auto"``: "fp32", "16 bits", "8 bits" or "4 bits per
+    block"."""
+    decisions: int = 0
+    """How often ``bits="auto"`` found another setting to be the fastest."""
 
     _warned = False
     _REASONS: ClassVar[dict[str, str]] = {
         "small": "smaller than min_numel",
         "sparse": "sparse",
         "alone": "of a single rank, which exchanges nothing",
+        "auto": "of steps that bits='auto' leaves uncompressed",
         "other": "of a type without kernels, or needed by autograd",
     }
 
@@ -120,6 +128,7 @@ class Stats:
             return ""
         counts = {
             "small": self.tensors_small, "sparse": self.tensors_sparse, "alone": self.tensors_alone,
+            "auto": self.tensors_auto,
         }  # fmt: skip
         counts["other"] = self.tensors_bypassed - sum(counts.values())
         reasons = (f"{n:,} {self._REASONS[why]}" for why, n in counts.items() if n)
@@ -142,7 +151,10 @@ class Stats:
         self.tensors_small += why == "small"
         self.tensors_sparse += why == "sparse"
         self.tensors_alone += why == "alone"
-        if self.tensors_bypassed == MANY and not self._warned and self.why_nothing and not rank():
+        self.tensors_auto += why == "auto"
+        if self._warned or self.tensors_auto or self.tensors_bypassed != MANY:
+            return
+        if self.why_nothing and not rank():
             self._warned = True
             _log.warning("%s", self.why_nothing)
 
@@ -170,6 +182,8 @@ class Stats:
                 f"{self.compressed_bytes_on_wire:,} on the wire, "
                 f"{self.compressed_ratio:.2f} times fewer, {self.mean_bits:.2f} bits per element"
             )
+        if self.setting:
+            lines.append(f"bits='auto': {self.setting}; decisions: {self.decisions}")
         if self.bytes_inside:
             lines.append(f"within nodes: {self.bytes_inside:,} bytes")
         if self.weight_bytes_before:

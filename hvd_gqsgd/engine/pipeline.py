@@ -74,7 +74,7 @@ class Pipeline:
     ) -> None:
         self.options = options
         self.stats = stats or Stats()
-        self.steps = steps or Steps(options.bits)
+        self.steps = steps or Steps(options.width)
         self.number = 0
         """Of the step's messages, among the pipelines that share names."""
         self.steps_begun = 0

@@ -106,6 +106,10 @@ class Steps:
         """The number of the next step."""
         return self._next_step
 
+    def resume_at(self, step: int) -> None:
+        """Makes ``step`` the number of the next step, unless that is larger already."""
+        self._next_step = max(self._next_step, step)
+
     def record(self) -> StepRecord:
         """A record for a new pipeline, which goes on where the latest one ended."""
         if self._latest is not None:

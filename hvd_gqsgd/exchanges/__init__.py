@@ -100,7 +100,7 @@ def _describe(setup: Setup, exchange: Exchange) -> None:
     """Logs an exchange."""
     options, size = setup.options, setup.transport.size
     _say_once(logging.INFO, f"{exchange.describe()}: {options}")
-    budget, least = budget_of(options.bits), least_bits(options.bits, exchange.summands)
+    budget, least = budget_of(options.width), least_bits(options.width, exchange.summands)
     if least > budget:
         _say_once(
             logging.WARNING,

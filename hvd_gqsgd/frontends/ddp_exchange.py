@@ -124,7 +124,7 @@ class BucketExchange:
         self._transport = self._on(
             TorchDistributedTransport(host.group, self._channels, self._progress, host.nodes)
         )
-        self.steps = steps or Steps(self.options.bits)
+        self.steps = steps or Steps(self.options.width)
         self._stats = stats
         self._pipeline = Pipeline(
             self.options, self._transport, protocol=Ahead, steps=self.steps, stats=stats

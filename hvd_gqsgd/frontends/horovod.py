@@ -1,81 +1,38 @@
-"""The Horovod ``Compressor``, with ``compress`` and ``decompress``.
-
-``compress`` hands Horovod a probe in place of the gradient and starts the exchange of the gradient
-itself. ``decompress`` reads the requested reduction from the reduced probe, waits for the exchange
-and decodes the gradient.
-"""
+"""``GlobalQSGD``: the Horovod ``Compressor``, and the way to the other front ends."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.checks import check_number
-from hvd_gqsgd.codecs import check_device, check_plain, is_compressible
-from hvd_gqsgd.codecs.bit_schedule import DynamicBits
-from hvd_gqsgd.codecs.block_bits import BlockBits
-from hvd_gqsgd.engine.failures import Ending
-from hvd_gqsgd.engine.flight import Ticket
-from hvd_gqsgd.engine.operation_names import OperationNames
-from hvd_gqsgd.engine.operation_slots import SlotFilling
-from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
-from hvd_gqsgd.errors import AgreementError
-from hvd_gqsgd.exchanges.contribution import Contribution, everyone
-from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
+from hvd_gqsgd.frontends.auto_horovod import AutoCompressor
 from hvd_gqsgd.frontends.class_or_instance import ClassOrInstanceMethod
 from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.fsdp import attach
-from hvd_gqsgd.frontends.horovod_probe import (
-    PROBE_BYTES,
-    Reading,
-    disagreement,
-    make_probe,
-    with_shape,
-)
+from hvd_gqsgd.frontends.horovod_exchange import Compressor, HorovodExchange, is_process_set
 from hvd_gqsgd.frontends.parameter_names import ParameterNames, pairs
-from hvd_gqsgd.options import FrontEnd, OptionsButBits
-from hvd_gqsgd.registry import of_horovod
+from hvd_gqsgd.options import Bits, FrontEnd, Options, OptionsButBits
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports.host_staging import StagedTransport
-
-try:
-    from horovod.torch import ProcessSet
-    from horovod.torch.compression import Compressor
-
-    from hvd_gqsgd.transports.horovod import SLOT_BYTES, HorovodTransport
-except ImportError as error:
-    # DistributedDataParallel does not need it.
-    Compressor = object
-    _no_horovod: ImportError | None = error
-else:
-    _no_horovod = None
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["GlobalQSGD"]
 
-FRONT_END = FrontEnd("GlobalQSGD()", own=("named_parameters", "process_set", "patience"))
+FRONT_END = FrontEnd(
+    "GlobalQSGD()", own=("named_parameters", "process_set", "patience"), trains=True
+)
 
 PATIENCE = 30.0
-
-
-class _Context(NamedTuple):
-    """The context of a tensor, which ``decompress`` needs."""
-
-    ticket: Ticket
-    like: Tensor | None
-    """The gradient, if its layout is not that of the result."""
-    world_size: int
 
 
 class GlobalQSGD(Compressor):
@@ -89,8 +46,8 @@ class GlobalQSGD(Compressor):
     All ranks must use the same options.
 
     Args:
-        bits: lane width on the wire in bits per element, ``DynamicBits(...)`` or
-            ``BlockBits(...)``.
+        bits: lane width on the wire in bits per element, ``DynamicBits(...)``, ``BlockBits(...)``,
+            or ``"auto"`` to measure settings, no compression among them, and take the fastest.
         named_parameters: ``model.named_parameters()``. With names, the order of gradients may
             differ between ranks. Without names, the order identifies gradients, and a different
             order on another rank is an error.
@@ -113,7 +70,7 @@ class GlobalQSGD(Compressor):
     @FRONT_END.documented
     def __init__(
         self,
-        bits: int | DynamicBits | BlockBits = 8,
+        bits: Bits = 8,
         *,
         named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         process_set: Any = None,
@@ -132,7 +89,7 @@ class GlobalQSGD(Compressor):
             named = self._given["named_parameters"] = pairs(named_parameters)
             self._names = ParameterNames(named)
         if process_set is not None:
-            if _no_horovod is None and not isinstance(process_set, ProcessSet):
+            if not is_process_set(process_set):
                 raise TypeError(
                     "process_set must be a horovod.torch.ProcessSet or None (all ranks), got "
                     f"{process_set!r}"
@@ -141,8 +98,12 @@ class GlobalQSGD(Compressor):
         self._process_set = process_set
         self._described = ""  # the exchange of the last ddp_state()
         self._stats = Stats()
-        self._steps = Steps(self.options.bits)
-        self._pipeline: Pipeline | None = None
+        self._steps: Steps | Conductor
+        if self.options.bits == "auto":
+            self._steps = Conductor(self.options, self._stats, self._patience)
+        else:
+            self._steps = Steps(self.options.width)
+        self._exchange = self._new_exchange()
 
     @classmethod
     def _default(cls) -> GlobalQSGD:
@@ -152,7 +113,7 @@ class GlobalQSGD(Compressor):
 
     @ClassOrInstanceMethod
     @opaque
-    def compress(self, tensor: Tensor) -> tuple[Tensor, _Context | None]:
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """Starts the exchange of a gradient, without blocking.
 
         Args:
@@ -171,28 +132,11 @@ class GlobalQSGD(Compressor):
             ValueError: ``bits`` is too small for the number of ranks.
             NotImplementedError: the tensor is on a device without kernels in this build.
         """
-        self._stats.tensors += 1
-        if not self._compresses(tensor):
-            why = why_bypassed(tensor, self.options.min_numel) or "other"
-            self._stats.bypass(why, nbytes_of(tensor), self._known_rank)
-            return tensor, None
-        check_plain("a gradient for GlobalQSGD", tensor)
-        check_device("GlobalQSGD got a tensor", tensor)
-        if self._pipeline is None:
-            self._pipeline = self._start()
-        name = self._names.find(tensor) if self._names is not None else None
-        x = tensor.detach() if tensor.requires_grad else tensor
-        like = None if x.is_contiguous() else x
-        ticket = self._pipeline.submit(x if like is None else x.contiguous(), name)
-        identity = with_shape(ticket.item.identity, tensor.shape)
-        probe = make_probe(self._pipeline.rank, identity)
-        if not self._pipeline.alone:
-            self._stats.compressed_bytes_on_wire += PROBE_BYTES
-        return probe, _Context(ticket, like, self._pipeline.size)
+        return self._exchange.compress(tensor)
 
     @ClassOrInstanceMethod
     @opaque
-    def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
+    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """Waits for the exchange of a gradient and returns the result of the requested reduction.
 
         Args:
@@ -210,27 +154,7 @@ class GlobalQSGD(Compressor):
             RuntimeError: the context was used before, or belongs to another compressor.
             HorovodInternalError: Horovod could not complete the exchange.
         """
-        if ctx is None:
-            return tensor
-        if self._pipeline is None:
-            raise RuntimeError("the context belongs to another compressor: call its decompress")
-        reading, all_ranks = Reading.of(tensor), everyone(ctx.world_size)
-        contribution: Contribution | None = all_ranks
-        complete = reading.complete(all_ranks)
-        if complete:
-            contribution = self._pipeline.wait(ctx.ticket)
-        elif not reading.matches(all_ranks):
-            # Either ranks have left by hvd.join(), and the payload tells which, or there is no
-            # right answer, and then the ranks of another process set may never send theirs.
-            contribution = self._pipeline.wait(ctx.ticket, self._patience)
-        if not (complete and contribution == all_ranks):
-            problem = disagreement(reading, contribution, all_ranks)
-            if problem is not None or contribution is None:
-                self._pipeline.end_step(Ending.DISAGREEMENT)
-                raise AgreementError(problem)
-        scale = reading.scale(contribution.count, ctx.world_size)
-        mean = self._pipeline.decode(ctx.ticket, scale)
-        return mean if ctx.like is None else torch.empty_like(ctx.like).copy_(mean)
+        return self._exchange.decompress(tensor, ctx)
 
     @ClassOrInstanceMethod
     def ddp_state(self, process_group: dist.ProcessGroup | None = None) -> DDPState:
@@ -327,15 +251,18 @@ class GlobalQSGD(Compressor):
             ValueError: the state belongs to another kind of object.
             RuntimeError: gradients are in flight.
         """
-        if self._pipeline is not None:
-            self._pipeline.restart()  # an exception's frames may hold tickets of a former session
+        self._exchange.restart()
         self._steps.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies have the options, the counts and the state of the training, but none
         of what is in flight."""
-        here = {"_pipeline": None, "_described": ""}
-        return {name: v for name, v in (self.__dict__ | here).items() if name != "_transport"}
+        here = {"_described": ""}
+        return {name: v for name, v in (self.__dict__ | here).items() if name != "_exchange"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._exchange = self._new_exchange()
 
     def __repr__(self) -> str:
         given = [self.options.keywords()]
@@ -345,56 +272,15 @@ class GlobalQSGD(Compressor):
             given.append(f"process_set={self._process_set}")
         if "patience" in self._given:
             given.append(f"patience={self._patience}")
-        described = self._pipeline.describe() if self._pipeline is not None else self._described
+        described = self._exchange.described or self._described
         return f"{type(self).__name__}({', '.join(given)}){': ' * bool(described)}{described}"
 
-    @functools.cached_property
-    def _transport(self) -> HorovodTransport:
-        if _no_horovod is not None:
-            raise ImportError("GlobalQSGD.compress needs Horovod") from _no_horovod
-        if self._process_set is None:
-            return HorovodTransport()
-        return HorovodTransport(self._process_set)
+    def _new_exchange(self) -> HorovodExchange | AutoCompressor:
+        if isinstance(self._steps, Steps):
+            return self._exchange_of(self.options, self._steps)
+        return AutoCompressor(self._steps, self.options, self._stats, self._exchange_of)
 
-    def _known_rank(self) -> int:
-        """This rank; -1 where Horovod has an error of its own for the tensor: before ``hvd.init()``
-        and outside of the process set."""
-        try:
-            return self._transport.rank
-        except (TypeError, ValueError):
-            return -1
-
-    def _compresses(self, tensor: Tensor) -> bool:
-        return (
-            tensor.layout == torch.strided
-            and self._is_large(tensor)
-            # A result of hvd.allreduce() that is differentiated needs Horovod's autograd function.
-            and not (tensor.requires_grad and torch.is_grad_enabled())
-            # Horovod has its own error for a tensor from a process outside of the process set.
-            and (self._process_set is None or self._transport.included)
-        )
-
-    def _is_large(self, tensor: Tensor) -> bool:
-        """Whether a gradient is worth it, or has no other way; the same for its parameter."""
-        return is_compressible(tensor.dtype) and (
-            tensor.numel() >= self.options.min_numel or not self._transport.takes(tensor)
-        )
-
-    def _start(self) -> Pipeline:
-        label, plan = "gqsgd", None
-        if self._names is not None:
-            label = f"gqsgd-{self._names.digest():08x}"
-            plan = self._names.plan(self.options, self._is_large)
-        transport = self._transport
-        # By process set and label: not all ranks are in every process set, and with names two
-        # compressors may be used in another order on another rank.
-        key = ("names", transport.process_set, label)
-        return Pipeline(
-            self.options,
-            transport if transport.takes_gpu_tensors else StagedTransport(transport),
-            steps=self._steps,
-            names=of_horovod(key, lambda: OperationNames(label)),
-            plan=plan,
-            slot_filling=SlotFilling(transport.fill_slot, SLOT_BYTES),
-            stats=self._stats,
+    def _exchange_of(self, options: Options, steps: Steps) -> HorovodExchange:
+        return HorovodExchange(
+            options, self._names, self._process_set, self._patience, self._stats, steps
         )

@@ -1,0 +1,1 @@
+"""``bits="auto"``: measures the exchange of each step, and chooses the setting of the next one."""

@@ -1,0 +1,93 @@
+"""The settings that ``bits="auto"`` chooses among."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.codecs.schedules import budget_of
+from hvd_gqsgd.options import BLOCK_SIZE, Options
+from hvd_gqsgd.plan import SETTING_NAMES
+from hvd_gqsgd.tools.cost_model import FP32, Setting, relative_variance
+
+__all__ = ["Arm", "arms_of", "widest"]
+
+# float16 is none of them: it rounds to nearest, and overflows. 16 bits have its bytes, and neither.
+BITS: dict[str, int | BlockBits] = dict(zip(SETTING_NAMES[1:], (16, 8, BlockBits(4)), strict=True))
+
+GAIN = 15
+"""Squared error of 4 bits in all blocks of 1024 to that of ``BlockBits(4)``; see ``BLOCKS_4`` of
+the cost model."""
+
+
+class Arm(NamedTuple):
+    """A setting."""
+
+    name: str
+    setting: Setting
+    """For the cost model."""
+    options: Options | None
+    """Those of its exchange; None leaves gradients uncompressed."""
+
+
+def arms_of(options: Options, ranks: int) -> list[Arm]:
+    """Returns the settings that are possible with the user's other options and ``error``.
+
+    Args:
+        options: those of the user, with ``bits="auto"``.
+        ranks: number of ranks.
+
+    Returns:
+        The uncompressed arm, and those with fewer and fewer bits.
+    """
+    arms = [Arm(FP32.name, FP32, None)]
+    for name in BITS:
+        try:
+            of_arm = options_of(options, name)
+            of_arm.describe(ranks)  # raises where lanes are too narrow for the ranks
+        except ValueError:  # other options do not go with this width
+            continue
+        setting = _setting(name, of_arm, ranks)
+        if options.error is None or relative_variance(setting, ranks) / 4 <= options.error:
+            arms.append(Arm(name, setting, of_arm))
+    return arms
+
+
+def widest(options: Options) -> Arm:
+    """Returns the compressed arm with the most bits, for gradients that cannot go uncompressed.
+
+    Raises:
+        ValueError: other options go with none of the widths.
+    """
+    for name in BITS:
+        try:
+            return Arm(name, FP32, options_of(options, name))
+        except ValueError as error:
+            last = error
+    raise last
+
+
+def options_of(options: Options, name: str) -> Options:
+    """Returns the options of a compressed arm.
+
+    Raises:
+        ValueError: other options do not go with its width.
+    """
+    bits, block_size = BITS[name], options.block_size
+    if isinstance(bits, BlockBits) and block_size is not None:
+        if block_size != BLOCK_SIZE:
+            bits = dataclasses.replace(bits, block_size=block_size)
+        block_size = bits.block_size
+    return dataclasses.replace(options, bits=bits, block_size=block_size, error=None, plan=None)
+
+
+def _setting(name: str, options: Options, ranks: int) -> Setting:
+    assert options.bits != "auto"
+    return Setting(
+        name,
+        budget_of(options.bits),
+        two_phase=options.exchange_for(ranks) == "two_phase",
+        block_size=options.block_size or BLOCK_SIZE,
+        gain=GAIN if isinstance(options.bits, BlockBits) else 1,
+    )

@@ -1,0 +1,250 @@
+"""The rule of ``bits="auto"``: which setting the next step takes, from the times of those before.
+
+It sees one number a step, reduced over the ranks, and is a function of these numbers alone, in
+integers: ranks that have seen the same steps take the same setting in the same step.
+
+- The run starts with the first arm, uncompressed, and measures a window of steps: the *base*.
+- Arms that are predicted to be faster are tried, the fastest first, for a few steps each. An arm is
+  kept if its median beats the best one by more than the noise of the steps and ``MARGIN``. A trial
+  that is too close to call is prolonged once.
+- After that, windows of steps are compared with the base. A difference beyond the noise says that
+  the link or the model's step has changed: then all arms are predicted and tried anew.
+- At growing intervals an arm that was close is tried again, or the uncompressed one, whatever was
+  measured before, if the budget lasts: the time that trials lose is limited to a hundredth of the
+  run's, with an advance of ``ADVANCE`` steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+from hvd_gqsgd.checks import check_int
+
+__all__ = ["Chooser", "Decision", "Seen"]
+
+WARM = 1
+"""Steps after a change of the arm that are not measured: they open connections and take memory."""
+LAG = 1
+"""Steps with an arm after the last one that is measured, as messages take a step."""
+WINDOW = 5
+"""Steps of which the median is compared with the base."""
+START = 3
+"""Steps of the first window."""
+TRIALS = (3, 8, 20)
+"""Steps after which a trial is judged; all but the last time it may be too close to call."""
+SURE = 4
+"""A difference of medians of n steps is no noise beyond this many times noise / sqrt(n)."""
+MARGIN = 32
+"""An arm must be faster by one part in so many."""
+CHANGE = 7
+"""A window that differs from the base by one part in so many shows a change, unless the noise is
+larger."""
+ADVANCE = 2
+"""Steps that trials may lose before a hundredth of the run is as long."""
+RETRY = 25
+"""Steps until arms are tried again, after a change."""
+CLOSE = 8
+"""An arm is close if it is slower by less than one part in so many."""
+
+
+class Seen(NamedTuple):
+    """A step, in microseconds, each the maximum over the ranks."""
+
+    busy: int
+    """From the first gradient to the last mean."""
+    held: int
+    """The part of it that the exchange holds the training up for."""
+    period: int
+    """From step to step."""
+
+
+class Decision(NamedTuple):
+    """A change of the setting that was measured to be the fastest."""
+
+    arm: int
+    before: Seen
+    after: Seen
+
+
+UNKNOWN = Seen(0, 0, 0)
+
+Predict = Callable[[int, Seen], Sequence[int]]
+"""Predicted ``busy`` of each arm, given one of them and its times."""
+
+
+class Chooser:
+    """Chooses among numbered arms, of which 0 is uncompressed.
+
+    Args:
+        arms: how many there are.
+        predict: the times of all arms by those of one.
+        allowed: the arms that may be taken; None: all.
+    """
+
+    def __init__(self, arms: int, predict: Predict, allowed: Collection[int] | None = None) -> None:
+        self._arms = arms
+        self._predict = predict
+        self._allowed = set(range(arms)) if allowed is None else {0, *allowed}
+        self.arm = 0
+        """The arm of the coming step."""
+        self._best = 0
+        self._base = UNKNOWN  # of the best arm
+        self._noise = 0  # of a step's time
+        self._known = [UNKNOWN] * arms  # as measured since the last change
+        self._tried = [0] * arms  # when, as ``_elapsed``
+        self._queue: list[int] = []  # arms to try, this one included
+        self._elapsed = self._spent = 0
+        self._wait = self._retry_at = 0
+        self._window: list[Seen] = []
+        self._skip = WARM
+
+    @property
+    def settled(self) -> bool:
+        """Whether no arm is being tried."""
+        return bool(self._base.busy) and not self._queue
+
+    def learn(self, seen: Seen) -> Decision | None:
+        """Takes in the times of a step with the current arm.
+
+        Returns:
+            The decision, if another arm has become the best one.
+        """
+        self._elapsed += seen.period
+        if self._skip:
+            self._skip -= 1
+            return None
+        self._window.append(seen)
+        if self._queue:
+            return self._try()
+        if len(self._window) == (WINDOW if self._base.busy else START):
+            self._watch()
+        return None
+
+    def restart(self) -> None:
+        """Discards unfinished windows and trials, as ranks have come or gone."""
+        self._queue.clear()
+        self._take(self._best)
+
+    def state(self) -> list[int]:
+        """Non-negative ints, as many for each number of arms."""
+        return [
+            self._best, *self._base, self._noise, self._elapsed, self._spent, self._wait,
+            self._retry_at, *self._tried, *itertools.chain(*self._known),
+        ]  # fmt: skip
+
+    def adopt(self, words: Sequence[int]) -> None:
+        """Takes over a state.
+
+        Raises:
+            TypeError: a word is not an int.
+            ValueError: it is of another number of arms.
+        """
+        if len(words) != len(self.state()):
+            raise ValueError(f"a state of {self._arms} arms expected, got {list(words)}")
+        for word in words:
+            check_int("a word of the state", word, 0, 2**63 - 1)
+        self._best, busy, held, period, self._noise = words[:5]
+        self._base = Seen(busy, held, period)
+        self._elapsed, self._spent, self._wait, self._retry_at, *rest = words[5:]
+        self._tried, known = rest[: self._arms], rest[self._arms :]
+        self._known = [Seen(*known[at : at + 3]) for at in range(0, len(known), 3)]
+        if self._best not in self._allowed:
+            self._best = 0
+            self.forget()
+        self.restart()
+
+    def forget(self) -> None:
+        """Discards all measured times, as with another number of ranks."""
+        self._base = UNKNOWN
+        self._known = [UNKNOWN] * self._arms
+
+    def begin_uncompressed(self) -> None:
+        """Takes no arm but the uncompressed one for the coming step."""
+        self._take(0)
+
+    def _take(self, arm: int) -> None:
+        """Makes an arm the current one."""
+        if arm != self.arm:
+            self._skip = WARM
+        self.arm = arm
+        self._window.clear()
+
+    def _watch(self) -> None:
+        """Compares a window of the best arm with the base."""
+        now, spread = _median(self._window), _spread(self._window)
+        self._window.clear()
+        first = not self._base.busy
+        off = abs(now.busy - self._base.busy)
+        changed = not first and off > max(self._base.busy // CHANGE, SURE * self._noise)
+        if first or changed:
+            self.forget()
+            self._base, self._noise = now, max(spread, self._noise if changed else now.busy // 16)
+            self._wait = RETRY * now.period
+        else:
+            self._base = Seen(
+                *((3 * old + new) // 4 for old, new in zip(self._base, now, strict=True))
+            )
+            self._noise = (3 * self._noise + max(spread, off)) // 4
+        self._known[self._best] = self._base
+        if not (first or changed) and self._elapsed < self._retry_at:
+            return
+        self._retry_at = self._elapsed + self._wait
+        self._wait += self._wait // 2
+        left = self._elapsed // 100 + ADVANCE * now.period - self._spent
+        times = self._times()
+        others = sorted(self._allowed - {self._best}, key=times.__getitem__)
+        if first or changed:
+            self._queue = [arm for arm in others if times[arm] < self._base.busy]
+        else:
+            loss = max(left, 0) // (WARM + TRIALS[0] + LAG)
+            close = min(loss, self._base.busy // CLOSE)
+            again = [
+                arm for arm in others if times[arm] < self._base.busy + (close if arm else loss)
+            ]
+            self._queue = sorted(again, key=self._tried.__getitem__)[:1]
+        if self._queue:
+            self._take(self._queue[0])
+
+    def _times(self) -> list[int]:
+        """``busy`` of all arms: measured since the last change, or else the least that a measured
+        arm predicts."""
+        predicted = [self._predict(arm, seen) for arm, seen in enumerate(self._known) if seen.busy]
+        guesses = zip(*predicted, strict=True)
+        return [seen.busy or min(of) for seen, of in zip(self._known, guesses, strict=True)]
+
+    def _try(self) -> Decision | None:
+        """Judges the arm that is being tried, once that can be done."""
+        steps = len(self._window)
+        if steps not in TRIALS:
+            return None
+        now = _median(self._window)
+        gain = self._base.busy - now.busy
+        least = max(self._base.busy // MARGIN, SURE * self._noise // math.isqrt(steps))
+        if abs(gain) <= least and steps < TRIALS[-1]:
+            return None
+        self._spent += max(-gain, 0) * (WARM + steps + LAG)
+        self._known[self.arm] = now
+        self._tried[self.arm] = self._elapsed
+        decision = None
+        if gain > least:
+            decision = Decision(self.arm, self._base, now)
+            self._best, self._base = self.arm, now
+        self._queue.pop(0)
+        times = self._times()
+        self._queue = [arm for arm in self._queue if times[arm] < self._base.busy]
+        self._take(self._queue[0] if self._queue else self._best)
+        return decision
+
+
+def _median(window: Sequence[Seen]) -> Seen:
+    middle = len(window) // 2
+    return Seen(*(sorted(times)[middle] for times in zip(*window, strict=True)))
+
+
+def _spread(window: Sequence[Seen]) -> int:
+    """Half the distance of the quartiles of ``busy``."""
+    times, quarter = sorted(seen.busy for seen in window), len(window) // 4
+    return (times[-1 - quarter] - times[quarter]) // 2

@@ -1,0 +1,291 @@
+"""``bits="auto"`` on one rank: measures steps, tells the other ranks, and takes the arm that all
+ranks take.
+
+With each step one small message goes around, a Sum in which each rank has a place of its own. It
+carries the times of the step before, and is read when the next step begins, so that no rank waits
+for it in between. All ranks see the same numbers at the same step. A rank that has left by
+``hvd.join()`` leaves its place empty, and nothing is decided in the meantime.
+
+The first step of a session is uncompressed on all ranks, and its message carries the state: ranks
+that join later, or that have loaded no checkpoint, adopt that of the rank that is furthest.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from hvd_gqsgd.auto.arms import Arm, arms_of
+from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
+from hvd_gqsgd.auto.prediction import predict
+from hvd_gqsgd.auto.stopwatch import Stopwatch
+from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.plan import SETTING_NAMES as NAMES
+from hvd_gqsgd.plan import Plan
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.tools.cost_model import Gradients
+from hvd_gqsgd.transports.base import Handle, Transport
+
+__all__ = ["Conductor"]
+
+_log = logging.getLogger("hvd_gqsgd")
+
+_numbers = itertools.count()
+
+
+class _Message(NamedTuple):
+    """A message in flight."""
+
+    handle: Handle
+    words: int
+    """Numbers in the place of each rank."""
+    of_state: bool
+
+
+class Conductor:
+    """Begins the steps of a compressor with ``bits="auto"``.
+
+    Args:
+        options: those of the user.
+        stats: counts steps and decisions.
+        patience: seconds to wait for the message of a rank that is in another step.
+    """
+
+    def __init__(self, options: Options, stats: Stats, patience: float) -> None:
+        self._options = options
+        self._stats = stats
+        self._patience = patience
+        self.step = 0
+        """Number of the coming step."""
+        self._pinned = None if options.plan is None else Plan(options.plan)
+        self._plan = Plan()
+        self._words: list[int] = []  # a loaded state, until the ranks are known
+        self._ranks = self._known_for = 0  # of the session, and of the state
+        self._name = ""
+        self._start()
+
+    def _start(self) -> None:
+        self._session: object = None
+        self._watch = Stopwatch()
+        self._message: _Message | None = None
+        self._arms: dict[str, Arm] = {}
+        self._chooser: Chooser | None = None
+        self._taken = 0  # the arm of the step before
+        self.arm = Arm("", arms_of(self._options, 1)[0].setting, None)
+        self._new_load()
+
+    def _new_load(self) -> None:
+        self._numel = [0, 0]
+        self._tensors = [0, 0]
+        self._on_gpu = False
+
+    def begin(self, transport: Transport) -> Arm:
+        """Begins a step, and returns its arm.
+
+        All ranks must call this once a step. Ranks that are alone exchange nothing.
+
+        Raises:
+            AgreementError: other ranks have not begun the step before.
+            Exception: an error of the transport.
+        """
+        times = None if self._pinned is not None else self._watch.begin_step()
+        if transport.session is not self._session:
+            self._enter(transport)
+            times = None
+        elif self._message is not None:
+            self._hear(transport, self._message)
+        self._tell(transport, times)
+        self._new_load()
+        assert self._chooser is not None
+        name = NAMES[self._chooser.arm]
+        if self._pinned is not None:
+            name = self._pinned.at(self.step)
+        if name not in self._arms:
+            raise ValueError(
+                f"plan has {name!r} at step {self.step}, which is not possible with "
+                f"{transport.size} ranks and the other options: {', '.join(self._arms)} are"
+            )
+        self._plan.add(self.step, name)
+        self.arm = self._arms[name]
+        self._taken = NAMES.index(name)
+        self._stats.setting = name
+        self._stats.steps += self.arm.options is None  # else its exchange counts
+        self.step += 1
+        return self.arm
+
+    def in_session(self, transport: Transport) -> bool:
+        """Whether the latest step was begun in the same session of a transport."""
+        return transport.session is self._session
+
+    def count_small(self, numel: int) -> None:
+        """A gradient is handed in that no arm compresses, in this step or before the next one."""
+        self._numel[1] += numel
+        self._tensors[1] += 1
+
+    def enter(self, numel: int, on_gpu: bool = False) -> None:
+        """A gradient is handed in."""
+        self._numel[0] += numel
+        self._tensors[0] += 1
+        self._on_gpu |= on_gpu
+        if self._pinned is None:
+            self._watch.enter()
+
+    def leave(self) -> None:
+        """The front end gives control back to the backward pass."""
+        if self._pinned is None:
+            self._watch.leave()
+
+    def result(self) -> None:
+        """A mean is ready."""
+        if self._pinned is None:
+            self._watch.result()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the coming step, the measured times, and the plan so far."""
+        return {
+            "step": self.step,
+            "schedule": {"ranks": self._ranks, "words": self._state(), "plan": self._plan.pairs()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state: the coming step is the first of a session.
+
+        Raises:
+            TypeError, ValueError: it is not a result of ``state_dict``.
+        """
+        schedule = state.get("schedule") if isinstance(state, dict) else None
+        if not isinstance(schedule, dict) or schedule.keys() != {"ranks", "words", "plan"}:
+            raise ValueError(
+                'the state of bits="auto" must have the keys step and schedule, and the schedule '
+                f"ranks, words and plan; give bits as when the state was saved; got {state!r}"
+            )
+        check_int("step", state["step"], 0, 2**30)
+        check_int("ranks", schedule["ranks"], 0, 2**31 - 1)
+        Chooser(len(NAMES), _unused).adopt(schedule["words"])
+        self.step, self._ranks = state["step"], schedule["ranks"]
+        self._plan = Plan(schedule["plan"])
+        self._words = list(schedule["words"])
+        self._start()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles have the state, and none of what is in flight."""
+        kept = ("_options", "_stats", "_patience", "step", "_pinned", "_plan", "_ranks", "_name")
+        return {name: getattr(self, name) for name in kept} | {"_words": self._state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self._start()
+
+    def _state(self) -> list[int]:
+        if self._chooser is not None:
+            return self._chooser.state()
+        return list(self._words) or Chooser(len(NAMES), _unused).state()
+
+    def _enter(self, transport: Transport) -> None:
+        """Begins a session: other ranks may have a state, and this one may have none."""
+        self._words, self._known_for = self._state(), self._ranks
+        self._session, self._ranks = transport.session, transport.size
+        self._arms = {arm.name: arm for arm in arms_of(self._options, self._ranks)}
+        self._chooser = self._adopted(self._words, self._known_for)
+        self._chooser.begin_uncompressed()
+        self._watch.forget()
+        self._message = None
+        if not self._name:
+            self._name = f"gqsgd-auto.{next(_numbers)}"
+
+    def _adopted(self, words: list[int], ranks: int) -> Chooser:
+        allowed = [NAMES.index(name) for name in self._arms]
+        chooser = Chooser(len(NAMES), self._predict, allowed)
+        chooser.adopt(words)
+        if ranks != self._ranks:
+            chooser.forget()
+        return chooser
+
+    def _tell(self, transport: Transport, times: tuple[int, int, int] | None) -> None:
+        """Starts the message of this step."""
+        if transport.size == 1:
+            return
+        of_state = self._message is None
+        if of_state:
+            words = [1, self.step, self._options.digest(), self._known_for, *self._words]
+        else:
+            if times is not None and self._on_gpu:  # the host only enqueues the work
+                times = (times[2],) * 3
+            load = (*self._numel, *self._tensors)
+            words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
+        table = torch.zeros(transport.size, len(words), dtype=torch.int64, device="cpu")
+        table[transport.rank] = torch.tensor(words, dtype=torch.int64)
+        name = f"{self._name}.{'state' if of_state else 'step'}"
+        self._message = _Message(transport.sum_async(table.view(-1), name), len(words), of_state)
+
+    def _hear(self, transport: Transport, message: _Message) -> None:
+        """Reads the message of the step before."""
+        began = time.monotonic()
+        while not message.handle.done():
+            waited = time.monotonic() - began
+            if waited > self._patience:
+                raise AgreementError(
+                    f"other ranks have not begun step {self.step - 1} of bits='auto' after "
+                    f"{self._patience:g} s: all ranks must exchange as many gradients, and load "
+                    "the same state"
+                )
+            transport.idle(waited)
+        rows = message.handle.wait().view(transport.size, message.words).tolist()
+        here = [row for row in rows if row[0]]
+        furthest = max(here, key=lambda row: row[1])
+        ours = self.step - 1
+        assert self._chooser is not None
+        if message.of_state:
+            if any(row[2] != furthest[2] for row in here):
+                raise AgreementError(
+                    "ranks have different options with bits='auto': this one has "
+                    f"{self._options.keywords()}"
+                )
+            self._chooser = self._adopted(furthest[4:], furthest[3])
+            self.step = furthest[1] + 1
+            return
+        if len(here) < len(rows):
+            return  # ranks have left: the others keep the arm that these come back with
+        self.step += furthest[1] - ours
+        if any(row[1:3] != furthest[1:3] for row in here):
+            self._chooser.restart()  # ranks have come back
+            return
+        _, _, arm, busy, held, period, *load = map(max, zip(*here, strict=True))
+        self._load = load
+        if busy and arm == self._chooser.arm:
+            decision = self._chooser.learn(Seen(busy, held, period))
+            if decision is not None:
+                self._tell_user(decision, transport.rank)
+
+    def _predict(self, arm: int, seen: Seen) -> list[int]:
+        numel, small_numel, tensors, small = self._load
+        gradients = Gradients(numel + small_numel, tensors + small, small_numel, small)
+        settings = [self._arms[name].setting for name in NAMES if name in self._arms]
+        current = self._arms[NAMES[arm]].setting
+        times = predict(settings, current, seen.busy, seen.held, gradients, self._ranks)
+        of_name = dict(zip(self._arms, times, strict=True))
+        return [of_name.get(name, seen.busy * 1000) for name in NAMES]
+
+    def _tell_user(self, decision: Decision, rank: int) -> None:
+        self._stats.decisions += 1
+        if rank == 0:
+            before, after = decision.before, decision.after
+            _log.info(
+                "step %d: %s: exchange %s -> %s of a step of %s",
+                self.step, NAMES[decision.arm], _ms(before.held), _ms(after.held),
+                _ms(before.period),
+            )  # fmt: skip
+
+
+def _ms(micros: int) -> str:
+    return f"{micros / 1e3:.{0 if micros >= 10_000 else 1}f} ms"
+
+
+def _unused(arm: int, seen: Seen) -> list[int]:
+    raise AssertionError("a state alone predicts nothing")

@@ -1,0 +1,71 @@
+"""The times of a training step on one rank, between the calls of a front end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+__all__ = ["Stopwatch"]
+
+
+class Stopwatch:
+    """Measures steps in microseconds.
+
+    A front end calls ``begin_step``, ``enter`` and ``leave`` around each gradient that is handed
+    in, and ``result`` when a mean is handed out, in any thread.
+
+    Args:
+        clock: seconds, from any origin.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._began: float | None = None
+        self._reset(0.0)
+
+    def _reset(self, now: float) -> None:
+        self._last_in = self._last_out = self._entered = now
+        self._inside = 0.0
+
+    def forget(self) -> None:
+        """Makes the next step the first one."""
+        self._began = None
+
+    def begin_step(self) -> tuple[int, int, int] | None:
+        """Begins a step, and returns the times of the one before; None if there was none.
+
+        Returns:
+            The time from the first gradient to the last mean; the part of it that the backward
+            pass does not explain, which is the compressor's own time in the backward pass, and the
+            time after the last gradient; and the time from step to step.
+        """
+        now = self._clock()
+        began, self._began = self._began, now
+        times = None
+        if began is not None:
+            after = max(self._last_out - self._last_in, 0.0)
+            seconds = (
+                max(self._last_out, self._last_in) - began,
+                self._inside + after,
+                now - began,
+            )
+            times = (_micros(seconds[0]), _micros(seconds[1]), _micros(seconds[2]))
+        self._reset(now)
+        return times
+
+    def enter(self) -> None:
+        """The front end begins to work on a gradient."""
+        self._entered = self._clock()
+
+    def leave(self) -> None:
+        """The front end gives control back to the backward pass."""
+        self._last_in = self._clock()
+        self._inside += self._last_in - self._entered
+
+    def result(self) -> None:
+        """A mean is ready."""
+        self._last_out = self._clock()
+
+
+def _micros(seconds: float) -> int:
+    return max(1, round(seconds * 1e6))

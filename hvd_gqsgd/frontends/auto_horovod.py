@@ -1,0 +1,102 @@
+"""The exchange of gradients under Horovod with ``bits="auto"``: each step takes one setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hvd_gqsgd.auto.arms import Arm, widest
+from hvd_gqsgd.auto.conductor import Conductor
+from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.frontends.horovod_exchange import HorovodExchange
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.stats import Stats
+
+__all__ = ["AutoCompressor"]
+
+
+class _Context(NamedTuple):
+    """The context of a tensor; ``inner`` is that of its exchange, None if it is uncompressed."""
+
+    exchange: HorovodExchange | None
+    inner: Any
+
+
+class AutoCompressor:
+    """The exchanges of all settings, of which each step takes one.
+
+    A step begins with the first gradient after the last mean was handed out.
+
+    Args:
+        conductor: chooses the setting.
+        options: those of the user.
+        stats: counts gradients that go uncompressed.
+        make: an exchange with other options.
+    """
+
+    def __init__(
+        self,
+        conductor: Conductor,
+        options: Options,
+        stats: Stats,
+        make: Callable[[Options, Steps], HorovodExchange],
+    ) -> None:
+        self._conductor = conductor
+        self._stats = stats
+        self._make = make
+        self._widest = widest(options)
+        self._exchanges: dict[str, HorovodExchange] = {}
+        self._handed_out = True
+
+    @property
+    def described(self) -> str:
+        """The setting of the last step; empty before the first one."""
+        return self._conductor.arm.name
+
+    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
+        conductor, widest = self._conductor, self._of(self._widest)
+        if not widest.compresses(tensor):
+            conductor.count_small(tensor.numel())
+            return widest.compress(tensor)
+        transport = widest.transport
+        if self._handed_out or not conductor.in_session(transport):
+            conductor.begin(transport)
+            self._handed_out = False
+        conductor.enter(tensor.numel(), on_gpu=tensor.is_cuda)
+        arm = conductor.arm
+        result: tuple[Tensor, Any]
+        if arm.options is None and transport.takes(tensor):
+            self._stats.tensors += 1
+            self._stats.bypass("auto", tensor.nbytes, lambda: transport.rank)
+            result = tensor, _Context(None, None)
+        else:  # Horovod takes no bfloat16, for one
+            exchange = widest if arm.options is None else self._of(arm)
+            exchange.steps.resume_at(conductor.step - 1)
+            probe, inner = exchange.compress(tensor)
+            result = probe, _Context(exchange, inner)
+        conductor.leave()
+        return result
+
+    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
+        """See ``GlobalQSGD.decompress``."""
+        if ctx is None:
+            return tensor
+        self._handed_out = True
+        if ctx.exchange is not None:
+            tensor = ctx.exchange.decompress(tensor, ctx.inner)
+        self._conductor.result()
+        return tensor
+
+    def restart(self) -> None:
+        """Forgets all that is in flight, before a checkpoint is loaded."""
+        self._exchanges.clear()
+        self._handed_out = True
+
+    def _of(self, arm: Arm) -> HorovodExchange:
+        if arm.name not in self._exchanges:
+            assert arm.options is not None
+            self._exchanges[arm.name] = self._make(arm.options, Steps(arm.options.width))
+        return self._exchanges[arm.name]
