@@ -119,6 +119,11 @@ class Conductor:
         self.step += 1
         return self.arm
 
+    @property
+    def coming(self) -> int:
+        """The number of the next step."""
+        return self.step
+
     def in_session(self, transport: Transport) -> bool:
         """Whether the latest step was begun in the same session of a transport."""
         return transport.session is self._session

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.frontends.auto_ddp import AutoBucketExchange
 from hvd_gqsgd.frontends.ddp_exchange import BucketExchange
 from hvd_gqsgd.options import FrontEnd, OptionKeywords
 from hvd_gqsgd.stats import Stats
@@ -38,6 +41,7 @@ FRONT_END = FrontEnd(
         "process_set": "that is Horovod's; give a process_group",
         "patience": "DDP waits for the timeout of its process group; give that to the group",
     },
+    trains=True,
 )
 NO_BACKWARD = -1
 """PyTorch's number of a backward pass outside of any, as under DDP's ``join``."""
@@ -92,7 +96,7 @@ class DDPState:
         process_group: dist.ProcessGroup | None,
         given: Mapping[str, Any],
         stats: Stats,
-        steps: Steps,
+        steps: Steps | Conductor,
     ) -> "DDPState":
         """Returns the state of ``GlobalQSGD.ddp_state``.
 
@@ -115,14 +119,14 @@ class DDPState:
         front_end: FrontEnd,
         given: Mapping[str, Any],
         stats: Stats,
-        steps: Steps | None,
+        steps: Steps | Conductor | None,
         connect: bool = True,
     ) -> None:
         self._group = group
         self._front_end = front_end
         self._given = dict(given)
         self._stats = stats
-        self._exchange: BucketExchange | None = None
+        self._exchange: BucketExchange | AutoBucketExchange | None = None
         self._closed = False
         self._backward = NO_BACKWARD  # the latest one that began a step
         self._parameters: set[int] = set()  # of a step, where gradients come one by one
@@ -130,15 +134,27 @@ class DDPState:
             self._connect(steps)
         else:  # no other rank is waiting for this one
             self.options = front_end.options(given)
-            self._steps = steps or Steps(self.options.bits)
+            self._steps = steps or self._new_steps()
 
-    def _connect(self, steps: Steps | None) -> BucketExchange:
+    def _new_steps(self) -> Steps | Conductor:
+        if self.options.bits == "auto":
+            return Conductor(self.options, self._stats, math.inf)
+        return Steps(self.options.width)
+
+    def _connect(self, steps: Steps | Conductor | None) -> BucketExchange | AutoBucketExchange:
         """Opens the connections, together with the other ranks."""
-        exchange = BucketExchange(self._group, self._front_end, self._given, self._stats, steps)
+        given = self._group, self._front_end, self._given, self._stats
+        exchange: BucketExchange | AutoBucketExchange
+        if self._given.get("bits") == "auto":
+            assert not isinstance(steps, Steps)
+            exchange = AutoBucketExchange(*given, steps)
+        else:
+            assert not isinstance(steps, Conductor)
+            exchange = BucketExchange(*given, steps)
         self._exchange, self.options, self._steps = exchange, exchange.options, exchange.steps
         return exchange
 
-    def _connected(self) -> BucketExchange:
+    def _connected(self) -> BucketExchange | AutoBucketExchange:
         """The connections to the ranks that there are now."""
         known = self._exchange
         if known is None or (self._group is None and known.group is not dist.group.WORLD):

@@ -52,7 +52,7 @@ from hvd_gqsgd.transports.process_groups import (
 )
 from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
-__all__ = ["BucketExchange"]
+__all__ = ["BucketExchange", "average_plainly"]
 
 JOINED_BYTES = 2**22
 """The most that go together: then the bytes take as long as the messages."""
@@ -179,7 +179,7 @@ class BucketExchange:
                 self._pipeline.begin_step()
             if why is not None:
                 self._stats.bypass(why, nbytes_of(buffer), lambda: self.rank)
-                return self._average_plainly(buffer)
+                return average_plainly(buffer, self.group)
             future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
             waiting = _Waiting(buffer, future)
             averaged = future.then(lambda _: waiting.outcome())
@@ -209,12 +209,6 @@ class BucketExchange:
         if self._device is not None:
             return NcclTransport(host, self._device)
         return StagedTransport(host)
-
-    def _average_plainly(self, buffer: Tensor) -> Future[Tensor]:
-        work = dist.all_reduce(buffer.div_(self.size), group=self.group, async_op=True)
-        assert work is not None
-        future: Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
-        return future
 
     def _progress(self) -> None:
         """Takes all buckets as far as they can go now, and hands back those that are done."""
@@ -292,6 +286,15 @@ class BucketExchange:
         as many operations as they start."""
         self._transport.max_async(refusal(), "header")
         waiting.error = error
+
+
+def average_plainly(buffer: Tensor, group: dist.ProcessGroup | None) -> Future[Tensor]:
+    """Starts averaging a buffer uncompressed, in place."""
+    size = dist.get_world_size(group)
+    work = dist.all_reduce(buffer.div_(size), group=group, async_op=True)
+    assert work is not None
+    future: Future[Tensor] = work.get_future().then(lambda done: done.value()[0])
+    return future
 
 
 @functools.cache

@@ -16,8 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.frontends.auto_fsdp import AutoGroup
 from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.fsdp_groups import Allocates, Group, Groups, refuse_options
 from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
@@ -40,6 +42,7 @@ REPLICATED = FrontEnd(
     "GlobalQSGD.fsdp()",
     own=("replicate_group", "weight_bits", "weight_exceptions"),
     without=_NOT_ITS,
+    trains=True,
 )
 SHARDED = dataclasses.replace(
     REPLICATED,
@@ -54,7 +57,7 @@ def attach(
     model: nn.Module,
     given: Mapping[str, Any],
     stats: Stats,
-    steps: Steps,
+    steps: Steps | Conductor,
     *,
     replicate_group: dist.ProcessGroup | None = None,
     weight_bits: int | None = None,
@@ -106,6 +109,11 @@ def attach(
     shards = list(dict.fromkeys(_shard_groups(modules)))
     groups = list(dict.fromkeys([*replicas, *shards]))
     try:
+        if len(shards) > 1 and given.get("bits") == "auto":
+            raise ValueError(
+                f"bits='auto' needs one process group of all shards, got {len(shards)}: pass a "
+                "number of bits for a model on several meshes"
+            )
         _check_replicas(replicas, shards)
         options = _options(REPLICATED if replicas else SHARDED, given)
         options = ShardedOptions.of(options, weight_bits, weight_exceptions)
@@ -115,7 +123,14 @@ def attach(
         raise
     if not replicas:
         options = dataclasses.replace(options, exchange="one_phase")
-    known = Groups(options, stats, steps, plan_of(parts))
+    plan = plan_of(parts)
+
+    def make(group: dist.ProcessGroup) -> Group:
+        if isinstance(steps, Conductor):
+            return AutoGroup(group, options, stats, steps, plan)
+        return Group(group, options, stats, steps, plan)
+
+    known = Groups(make)
     for number, group in enumerate(groups, 1):
         try:
             known.of(group)
@@ -161,15 +176,16 @@ class _ReduceScatter(Allocates):
     ) -> None:
         """Reduces the shards in ``input_tensor``, one behind the other, to that of this rank."""
         exchange = self._groups.of(group)
-        if exchange.bypasses(self, input_tensor):
-            _reduce_scatter(output=output_tensor, input=input_tensor, op=op, group=group)
-            return
-        try:
-            scale = _scale(op, exchange.size)
-        except Exception:
-            exchange.refuse()
-            raise
-        exchange.reduce(self, input_tensor, output_tensor, scale)
+        with exchange.exchanging(self, input_tensor):
+            if exchange.bypasses(self, input_tensor):
+                _reduce_scatter(output=output_tensor, input=input_tensor, op=op, group=group)
+                return
+            try:
+                scale = _scale(op, exchange.size)
+            except Exception:
+                exchange.refuse()
+                raise
+            exchange.reduce(self, input_tensor, output_tensor, scale)
 
 
 class _ReplicaMean:
@@ -182,10 +198,11 @@ class _ReplicaMean:
     def __call__(self, reduce_output: Tensor) -> None:
         """Averages in place."""
         share = 1 / self._group.size
-        if self._group.bypasses(self, reduce_output):
-            dist.all_reduce(reduce_output.mul_(share), group=self._group.group)
-            return
-        self._group.reduce(self, reduce_output, reduce_output, share)
+        with self._group.exchanging(self, reduce_output):
+            if self._group.bypasses(self, reduce_output):
+                dist.all_reduce(reduce_output.mul_(share), group=self._group.group)
+                return
+            self._group.reduce(self, reduce_output, reduce_output, share)
 
 
 def _scale(op: Any, size: int) -> float:

@@ -5,8 +5,10 @@ Each is waited for, or, over NCCL, enqueued on the current stream.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -55,7 +57,7 @@ class Group:
         group: the ranks.
         options: of gradients and of weights.
         stats: counts what is exchanged.
-        steps: the state of the training.
+        steps: the state of the training; None: gradients are exchanged elsewhere.
         plan: the buckets of weights: one for each module.
 
     Raises:
@@ -63,17 +65,17 @@ class Group:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, options: ShardedOptions, stats: Stats, steps: Steps,
-        plan: BucketPlan | None = None,
+        self, group: dist.ProcessGroup, options: ShardedOptions, stats: Stats,
+        steps: Steps | None, plan: BucketPlan | None = None,
     ) -> None:  # fmt: skip
         self._group = weakref.ref(group)
-        self._on_host = TorchDistributedTransport(host_group(group))
-        check(self._on_host, options, "options")
+        self.on_host = TorchDistributedTransport(host_group(group))
+        check(self.on_host, options, "options")
         self._nccl = has_nccl(group)
-        self.size = self._on_host.size
+        self.size = self.on_host.size
         self.options = options
         self.stats = stats
-        self._steps = steps
+        self.steps = steps or Steps(8)
         self._plan = plan
         self._transports: dict[torch.device, Transport] = {}
         self._pipelines: dict[torch.device, Pipeline] = {}
@@ -85,13 +87,17 @@ class Group:
         """The ranks; None once the process group was destroyed."""
         return self._group()
 
+    def exchanging(self, of: object, x: Tensor) -> AbstractContextManager[None]:
+        """A context for all that is done with the gradients of ``of``, bypassed or not."""
+        return contextlib.nullcontext()
+
     def bypasses(self, of: object, x: Tensor) -> bool:
         """Whether the gradients of ``of`` go as they are; then they are counted."""
         self.stats.tensors += 1
         why = why_bypassed(x, self.options.min_numel)
         if why is None:
             return False
-        self.stats.bypass(why, x.nbytes, lambda: self._on_host.rank)
+        self.stats.bypass(why, x.nbytes, lambda: self.on_host.rank)
         if self.options.weight_bits is not None:  # weights have a new dither in each step
             self._comes(of, x.device)
         return True
@@ -131,7 +137,7 @@ class Group:
 
     def refuse(self) -> None:
         """Tells the other ranks, which may be waiting, that this one does not take part."""
-        refuse(self._on_host, "header")
+        refuse(self.on_host, "header")
 
     def _comes(self, of: object, device: torch.device) -> Pipeline:
         """The pipeline of gradients that come, in the same step or in a new one."""
@@ -146,7 +152,7 @@ class Group:
     def _pipeline(self, device: torch.device) -> Pipeline:
         if device not in self._pipelines:
             self._pipelines[device] = Pipeline(
-                self.options, self._transport(device), protocol=Ahead, steps=self._steps,
+                self.options, self._transport(device), protocol=Ahead, steps=self.steps,
                 stats=self.stats,
             )  # fmt: skip
             self._seen.clear()
@@ -162,17 +168,19 @@ class Group:
     def _transport(self, device: torch.device) -> Transport:
         """One for gradients and weights, as FSDP exchanges both in one order on all ranks."""
         if device not in self._transports:
-            self._transports[device] = transport_for(device, self._on_host, self._nccl)
+            self._transports[device] = transport_for(device, self.on_host, self._nccl)
         return self._transports[device]
 
 
 class Groups:
-    """The exchanges of a model, whose modules may be on several meshes."""
+    """The exchanges of a model, whose modules may be on several meshes.
 
-    def __init__(
-        self, options: ShardedOptions, stats: Stats, steps: Steps, plan: BucketPlan
-    ) -> None:
-        self._common = options, stats, steps, plan
+    Args:
+        make: those of one process group.
+    """
+
+    def __init__(self, make: Callable[[dist.ProcessGroup], Group]) -> None:
+        self._make = make
         self._known: weakref.WeakKeyDictionary[dist.ProcessGroup, Group]
         self._known = weakref.WeakKeyDictionary()
 
@@ -182,7 +190,7 @@ class Groups:
     def of(self, group: dist.ProcessGroup) -> Group:
         """That of a group; made when it is first asked for, by all of its ranks."""
         if group not in self._known:
-            self._known[group] = Group(group, *self._common)
+            self._known[group] = self._make(group)
         return self._known[group]
 
 

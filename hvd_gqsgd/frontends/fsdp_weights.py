@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.codecs import is_compressible
 from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.engine.steps import Steps
@@ -99,7 +100,7 @@ def plan_of(parts: dict[Any, list[Part]]) -> BucketPlan:
 class WeightStep:
     """The number of the step that weights are gathered for."""
 
-    def __init__(self, steps: Steps) -> None:
+    def __init__(self, steps: Steps | Conductor) -> None:
         self._steps = steps
         self._forward = steps.coming
 

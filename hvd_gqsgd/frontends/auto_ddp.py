@@ -1,0 +1,121 @@
+"""DDP's buckets with ``bits="auto"``: each step takes one setting."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.futures import Future
+
+from hvd_gqsgd.auto.conductor import Conductor
+from hvd_gqsgd.engine.agreement import check, find_nodes, refuse
+from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
+from hvd_gqsgd.frontends.ddp_exchange import BucketExchange, average_plainly
+from hvd_gqsgd.options import OF_AUTO, FrontEnd, Options
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports.process_groups import check_group, host_group
+from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
+
+__all__ = ["AutoBucketExchange"]
+
+
+class AutoBucketExchange:
+    """The exchanges of all settings, of which each step takes one. All ranks of the process group
+    must make it together.
+
+    The connections of a setting are opened when a step first takes it, and left to the next one.
+
+    Args:
+        group: the ranks; None for the default group.
+        front_end: checks ``given``.
+        given: the keywords of the user.
+        stats: counts messages, tensors and steps.
+        conductor: chooses the setting; None: a new one.
+
+    Raises:
+        Exception: see ``DDPState``.
+    """
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        front_end: FrontEnd,
+        given: Mapping[str, Any],
+        stats: Stats,
+        conductor: Conductor | None,
+    ) -> None:
+        self._given = dict(given)
+        self._front_end = front_end
+        self._stats = stats
+        self._group = check_group(group)
+        self._host = TorchDistributedTransport(host_group(self._group))
+        self._host.nodes = find_nodes(self._host, "hosts")  # as where another rank has a width
+        try:
+            self.options = front_end.options(given)
+        except (TypeError, ValueError):
+            refuse(self._host, "options")
+            raise
+        check(self._host, self.options, "options")
+        self.rank, self.size = self._host.rank, self._host.size
+        self.steps = conductor or Conductor(self.options, stats, math.inf)
+        self._exchange: BucketExchange | None = None
+        self._arm = ""
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks."""
+        return self._group
+
+    @property
+    def described(self) -> str:
+        """The setting of the last step."""
+        return self.steps.arm.name
+
+    def held(self) -> AbstractContextManager[None]:
+        """Nothing goes on in the meantime."""
+        return self._exchange.held() if self._exchange is not None else nullcontext()
+
+    def average(self, buffer: Tensor, begin: bool) -> Future[Tensor]:
+        """See ``BucketExchange.average``."""
+        conductor = self.steps
+        if begin:
+            conductor.begin(self._host)
+        why = why_bypassed(buffer, self.options.min_numel)
+        if why is None:
+            conductor.enter(buffer.numel(), on_gpu=buffer.is_cuda)
+        else:
+            conductor.count_small(buffer.numel())
+        options = conductor.arm.options
+        if options is None:
+            self._stats.bypass(why or "auto", nbytes_of(buffer), lambda: self.rank)
+            future = average_plainly(buffer, self._group)
+        else:
+            future = self._of(conductor.arm.name, options).average(buffer, begin)
+        if why is None:
+            future.add_done_callback(lambda _: conductor.result())
+            conductor.leave()
+        return future
+
+    def close(self) -> None:
+        """See ``BucketExchange.close``."""
+        if self._exchange is not None:
+            self._exchange.close()
+        self._exchange, self._arm = None, ""
+
+    def _of(self, arm: str, options: Options) -> BucketExchange:
+        """The exchange of the setting of this step."""
+        if self._exchange is None or arm != self._arm:
+            self.close()
+            given = {name: value for name, value in self._given.items() if name not in OF_AUTO}
+            self._exchange = BucketExchange(
+                self._group, self._front_end, given | {"bits": options.bits}, self._stats,
+                Steps(options.width),
+            )  # fmt: skip
+            self._arm = arm
+        self._exchange.steps.resume_at(self.steps.step - 1)
+        return self._exchange

@@ -1,0 +1,87 @@
+"""FSDP's gradients with ``bits="auto"``: each step takes one setting."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from torch import Tensor
+
+from hvd_gqsgd.auto.conductor import Conductor
+from hvd_gqsgd.engine.bucketing import BucketPlan
+from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.frontends.bypass import why_bypassed
+from hvd_gqsgd.frontends.fsdp_groups import Group
+from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.stats import Stats
+
+__all__ = ["AutoGroup"]
+
+
+class AutoGroup(Group):
+    """The exchanges of all settings among the ranks of one process group.
+
+    Args:
+        group, options, stats, plan: as for ``Group``.
+        conductor: chooses the setting.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, options: ShardedOptions, stats: Stats,
+        conductor: Conductor, plan: BucketPlan | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(group, options, stats, None, plan)
+        self._conductor = conductor
+        self._with: dict[str, Group] = {}
+        self._of_step: set[object] = set()
+
+    @contextlib.contextmanager
+    def exchanging(self, of: object, x: Tensor) -> Iterator[None]:
+        """See ``Group.exchanging``. Measures the time."""
+        conductor = self._conductor
+        if not self._of_step or of in self._of_step:
+            self._of_step.clear()
+            conductor.begin(self.on_host)
+        self._of_step.add(of)
+        if why_bypassed(x, self.options.min_numel) is not None:
+            conductor.count_small(x.numel())
+            yield
+            return
+        conductor.enter(x.numel(), on_gpu=x.is_cuda)
+        yield
+        conductor.leave()
+        conductor.result()
+
+    def bypasses(self, of: object, x: Tensor) -> bool:
+        """See ``Group.bypasses``."""
+        options = self._conductor.arm.options
+        if options is not None:
+            return self._of(options).bypasses(of, x)
+        self.stats.tensors += 1
+        why = why_bypassed(x, self.options.min_numel) or "auto"
+        self.stats.bypass(why, x.nbytes, lambda: self.on_host.rank)
+        return True
+
+    def reduce(self, of: object, x: Tensor, out: Tensor, scale: float) -> None:
+        """See ``Group.reduce``."""
+        options = self._conductor.arm.options
+        assert options is not None
+        self._of(options).reduce(of, x, out, scale)
+
+    def _of(self, options: Options) -> Group:
+        """The exchange of the setting of this step."""
+        name = self._conductor.arm.name
+        if name not in self._with:
+            group = self.group
+            assert group is not None
+            of_arm = dataclasses.replace(
+                self.options, bits=options.bits, block_size=options.block_size, error=None,
+                plan=None,
+            )  # fmt: skip
+            self._with[name] = Group(group, of_arm, self.stats, Steps(options.width))
+        exchange = self._with[name]
+        exchange.steps.resume_at(self._conductor.step - 1)
+        return exchange
