@@ -37,6 +37,8 @@ def test_defaults() -> None:
         "min_numel": 4096,
         "bucket_mb": 25,
         "hierarchy": "auto",
+        "error": None,
+        "plan": None,
     }
 
 
@@ -60,9 +62,21 @@ def test_accepted(name: str, values: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("bits", 1, "bits must be from 2 to 16 or DynamicBits(...) or BlockBits(...), got 1"),
-        ("bits", 17, "bits must be from 2 to 16 or DynamicBits(...) or BlockBits(...), got 17"),
-        ("bits", -8, "bits must be from 2 to 16 or DynamicBits(...) or BlockBits(...), got -8"),
+        (
+            "bits",
+            1,
+            "bits must be from 2 to 16 or DynamicBits(...), BlockBits(...) or 'auto', got 1",
+        ),
+        (
+            "bits",
+            17,
+            "bits must be from 2 to 16 or DynamicBits(...), BlockBits(...) or 'auto', got 17",
+        ),
+        (
+            "bits",
+            -8,
+            "bits must be from 2 to 16 or DynamicBits(...), BlockBits(...) or 'auto', got -8",
+        ),
         ("block_size", 0, "block_size must be from 1 to 2147483647 or None"),
         ("block_size", -1, "(one norm per tensor), got -1"),
         ("block_size", 2**31, "got 2147483648"),
@@ -96,10 +110,18 @@ def test_out_of_range(name: str, value: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("bits", "8", "bits must be an int or DynamicBits(...) or BlockBits(...), got '8'"),
-        ("bits", 8.0, "bits must be an int or DynamicBits(...) or BlockBits(...), got 8.0"),
-        ("bits", True, "bits must be an int or DynamicBits(...) or BlockBits(...), got True"),
-        ("bits", None, "bits must be an int or DynamicBits(...) or BlockBits(...), got None"),
+        ("bits", "8", "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got '8'"),
+        ("bits", 8.0, "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got 8.0"),
+        (
+            "bits",
+            True,
+            "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got True",
+        ),
+        (
+            "bits",
+            None,
+            "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got None",
+        ),
         (
             "block_size",
             1024.0,

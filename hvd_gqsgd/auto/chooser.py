@@ -36,7 +36,10 @@ START = 3
 TRIALS = (3, 8, 20)
 """Steps after which a trial is judged; all but the last time it may be too close to call."""
 SURE = 4
-"""A difference of medians of n steps is no noise beyond this many times noise / sqrt(n)."""
+"""A difference of medians of n and m steps is more than noise if it is larger than this many times
+the noise of a step times sqrt(1/n + 1/m): with normal times, 2.1 standard deviations."""
+BASE = 10
+"""Steps that the base is worth."""
 MARGIN = 32
 """An arm must be faster by one part in so many."""
 CHANGE = 7
@@ -180,14 +183,18 @@ class Chooser:
         off = abs(now.busy - self._base.busy)
         changed = not first and off > max(self._base.busy // CHANGE, SURE * self._noise)
         if first or changed:
+            # A window with a change in its middle has a large spread, which is no noise.
+            if first:
+                self._noise = min(max(spread, now.busy // 16), now.busy // 4)
+            else:
+                self._noise = self._noise * now.busy // self._base.busy
             self.forget()
-            self._base, self._noise = now, max(spread, self._noise if changed else now.busy // 16)
-            self._wait = RETRY * now.period
+            self._base, self._wait = now, RETRY * now.period
         else:
             self._base = Seen(
                 *((3 * old + new) // 4 for old, new in zip(self._base, now, strict=True))
             )
-            self._noise = (3 * self._noise + max(spread, off)) // 4
+            self._noise = (3 * self._noise + min(spread, 2 * self._noise)) // 4 + 1
         self._known[self._best] = self._base
         if not (first or changed) and self._elapsed < self._retry_at:
             return
@@ -222,7 +229,8 @@ class Chooser:
             return None
         now = _median(self._window)
         gain = self._base.busy - now.busy
-        least = max(self._base.busy // MARGIN, SURE * self._noise // math.isqrt(steps))
+        squared = (SURE * self._noise) ** 2 * (steps + BASE) // (steps * BASE)
+        least = max(self._base.busy // MARGIN, math.isqrt(squared))
         if abs(gain) <= least and steps < TRIALS[-1]:
             return None
         self._spent += max(-gain, 0) * (WARM + steps + LAG)
@@ -245,6 +253,6 @@ def _median(window: Sequence[Seen]) -> Seen:
 
 
 def _spread(window: Sequence[Seen]) -> int:
-    """Half the distance of the quartiles of ``busy``."""
-    times, quarter = sorted(seen.busy for seen in window), len(window) // 4
-    return (times[-1 - quarter] - times[quarter]) // 2
+    """About 0.7 standard deviations of ``busy``, from the second largest and smallest of five."""
+    times, inner = sorted(seen.busy for seen in window), len(window) > START
+    return (times[-2] - times[1]) * 3 // 4 if inner else (times[-1] - times[0]) // 2

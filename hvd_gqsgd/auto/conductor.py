@@ -225,7 +225,7 @@ class Conductor:
             load = (*self._numel, *self._tensors)
             words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
         table = torch.zeros(transport.size, len(words), dtype=torch.int64, device="cpu")
-        table[transport.rank] = torch.tensor(words, dtype=torch.int64)
+        table[transport.rank] = torch.tensor(words, dtype=torch.int64, device="cpu")
         name = f"{self._name}.{'state' if of_state else 'step'}"
         self._message = _Message(transport.sum_async(table.view(-1), name), len(words), of_state)
 
