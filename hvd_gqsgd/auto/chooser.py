@@ -128,7 +128,9 @@ class Chooser:
 
     def restart(self) -> None:
         """Discards unfinished windows and trials, as ranks have come or gone."""
-        self._queue.clear()
+        if self._queue:
+            self._queue.clear()
+            self._retry_at = self._elapsed
         self._take(self._best)
 
     def state(self) -> list[int]:
@@ -185,7 +187,7 @@ class Chooser:
         if first or changed:
             # A window with a change in its middle has a large spread, which is no noise.
             if first:
-                self._noise = min(max(spread, now.busy // 16), now.busy // 4)
+                self._noise = min(max(spread, now.busy // 32), now.busy // 4)
             else:
                 self._noise = self._noise * now.busy // self._base.busy
             self.forget()

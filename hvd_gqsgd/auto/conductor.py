@@ -6,16 +6,15 @@ carries the times of the step before, and is read when the next step begins, so 
 for it in between. All ranks see the same numbers at the same step. A rank that has left by
 ``hvd.join()`` leaves its place empty, and nothing is decided in the meantime.
 
-The first step of a session is uncompressed on all ranks, and its message carries the state: ranks
-that join later, or that have loaded no checkpoint, adopt that of the rank that is furthest.
+The first step of a session is uncompressed on all ranks, and a second message carries the state:
+ranks that join later, or that have loaded no checkpoint, adopt that of the rank that is furthest.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -35,17 +34,6 @@ from hvd_gqsgd.transports.base import Handle, Transport
 __all__ = ["Conductor"]
 
 _log = logging.getLogger("hvd_gqsgd")
-
-_numbers = itertools.count()
-
-
-class _Message(NamedTuple):
-    """A message in flight."""
-
-    handle: Handle
-    words: int
-    """Numbers in the place of each rank."""
-    of_state: bool
 
 
 class Conductor:
@@ -67,13 +55,15 @@ class Conductor:
         self._plan = Plan()
         self._words: list[int] = []  # a loaded state, until the ranks are known
         self._ranks = self._known_for = 0  # of the session, and of the state
-        self._name = ""
+        self.label = "gqsgd-auto"
+        """Begins the names of messages; of its own where several compressors share a transport."""
         self._start()
 
     def _start(self) -> None:
         self._session: object = None
         self._watch = Stopwatch()
-        self._message: _Message | None = None
+        self._message: Handle | None = None
+        self._state_message: Handle | None = None
         self._arms: dict[str, Arm] = {}
         self._chooser: Chooser | None = None
         self._taken = 0  # the arm of the step before
@@ -99,7 +89,7 @@ class Conductor:
             self._enter(transport)
             times = None
         elif self._message is not None:
-            self._hear(transport, self._message)
+            self._hear(transport)
         self._tell(transport, times)
         self._new_load()
         assert self._chooser is not None
@@ -180,7 +170,7 @@ class Conductor:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the state, and none of what is in flight."""
-        kept = ("_options", "_stats", "_patience", "step", "_pinned", "_plan", "_ranks", "_name")
+        kept = ("_options", "_stats", "_patience", "step", "_pinned", "_plan", "_ranks", "label")
         return {name: getattr(self, name) for name in kept} | {"_words": self._state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -200,9 +190,7 @@ class Conductor:
         self._chooser = self._adopted(self._words, self._known_for)
         self._chooser.begin_uncompressed()
         self._watch.forget()
-        self._message = None
-        if not self._name:
-            self._name = f"gqsgd-auto.{next(_numbers)}"
+        self._message = self._state_message = None
 
     def _adopted(self, words: list[int], ranks: int) -> Chooser:
         allowed = [NAMES.index(name) for name in self._arms]
@@ -216,23 +204,25 @@ class Conductor:
         """Starts the message of this step."""
         if transport.size == 1:
             return
-        of_state = self._message is None
-        if of_state:
+        if times is not None and self._on_gpu:  # the host only enqueues the work
+            times = (times[2],) * 3
+        load = (*self._numel, *self._tensors)
+        words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
+        first = self._message is None
+        self._message = self._send(transport, "step", words)
+        if first:
             words = [1, self.step, self._options.digest(), self._known_for, *self._words]
-        else:
-            if times is not None and self._on_gpu:  # the host only enqueues the work
-                times = (times[2],) * 3
-            load = (*self._numel, *self._tensors)
-            words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
+            self._state_message = self._send(transport, "state", words)
+
+    def _send(self, transport: Transport, name: str, words: list[int]) -> Handle:
         table = torch.zeros(transport.size, len(words), dtype=torch.int64, device="cpu")
         table[transport.rank] = torch.tensor(words, dtype=torch.int64, device="cpu")
-        name = f"{self._name}.{'state' if of_state else 'step'}"
-        self._message = _Message(transport.sum_async(table.view(-1), name), len(words), of_state)
+        return transport.sum_async(table.view(-1), f"{self.label}.{name}")
 
-    def _hear(self, transport: Transport, message: _Message) -> None:
-        """Reads the message of the step before."""
+    def _received(self, transport: Transport, message: Handle) -> list[list[int]]:
+        """The places of all ranks in a message of the step before."""
         began = time.monotonic()
-        while not message.handle.done():
+        while not message.done():
             waited = time.monotonic() - began
             if waited > self._patience:
                 raise AgreementError(
@@ -241,20 +231,37 @@ class Conductor:
                     "the same state"
                 )
             transport.idle(waited)
-        rows = message.handle.wait().view(transport.size, message.words).tolist()
+        rows: list[list[int]] = message.wait().view(transport.size, -1).tolist()
+        return rows
+
+    def _adopt(self, rows: list[list[int]]) -> None:
+        """Takes over the state of the rank that is furthest.
+
+        Raises:
+            AgreementError: ranks have different options.
+        """
+        here = [row for row in rows if row[0]]
+        _, step, digest, known_for, *words = max(here, key=lambda row: row[1])
+        if any(row[2] != digest for row in here):
+            raise AgreementError(
+                "ranks have different options with bits='auto': this one has "
+                f"{self._options.keywords()}"
+            )
+        self._chooser = self._adopted(words, known_for)
+        self.step = step + 1
+
+    def _hear(self, transport: Transport) -> None:
+        """Reads the messages of the step before."""
+        assert self._message is not None
+        assert self._chooser is not None
+        rows = self._received(transport, self._message)
+        if self._state_message is not None:
+            state, self._state_message = self._state_message, None
+            self._adopt(self._received(transport, state))
+            return
         here = [row for row in rows if row[0]]
         furthest = max(here, key=lambda row: row[1])
         ours = self.step - 1
-        assert self._chooser is not None
-        if message.of_state:
-            if any(row[2] != furthest[2] for row in here):
-                raise AgreementError(
-                    "ranks have different options with bits='auto': this one has "
-                    f"{self._options.keywords()}"
-                )
-            self._chooser = self._adopted(furthest[4:], furthest[3])
-            self.step = furthest[1] + 1
-            return
         if len(here) < len(rows):
             return  # ranks have left: the others keep the arm that these come back with
         self.step += furthest[1] - ours

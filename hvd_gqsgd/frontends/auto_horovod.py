@@ -62,7 +62,10 @@ class AutoCompressor:
             conductor.count_small(tensor.numel())
             return widest.compress(tensor)
         transport = widest.transport
-        if self._handed_out or not conductor.in_session(transport):
+        new_session = not conductor.in_session(transport)
+        if new_session:
+            conductor.label = widest.label("gqsgd-auto", transport.session)
+        if self._handed_out or new_session:
             conductor.begin(transport)
             self._handed_out = False
         conductor.enter(tensor.numel(), on_gpu=tensor.is_cuda)

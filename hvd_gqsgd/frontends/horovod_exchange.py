@@ -60,6 +60,21 @@ class _Context(NamedTuple):
     world_size: int
 
 
+class _Numbers:
+    """Counts from 0 in each session."""
+
+    def __init__(self) -> None:
+        self._session: object = None
+        self._next = 0
+
+    def next(self, session: object) -> int:
+        """Returns the next number in the session."""
+        if session is not self._session:
+            self._session, self._next = session, 0
+        self._next += 1
+        return self._next - 1
+
+
 def is_process_set(value: object) -> bool:
     """Whether it is one of Horovod's; True without Horovod, which cannot tell."""
     return NO_HOROVOD is not None or isinstance(value, ProcessSet)
@@ -156,6 +171,13 @@ class HorovodExchange:
         scale = reading.scale(contribution.count, ctx.world_size)
         mean = self._pipeline.decode(ctx.ticket, scale)
         return mean if ctx.like is None else torch.empty_like(ctx.like).copy_(mean)
+
+    def label(self, of: str, session: object) -> str:
+        """Begins the names of operations beside those of the exchange: one that no other compressor
+        of a session gets, and the same on all ranks, those that joined later among them."""
+        label = of if self._names is None else f"{of}-{self._names.digest():08x}"
+        numbers = of_horovod(("labels", self.transport.process_set, label), _Numbers)
+        return f"{label}.{numbers.next(session)}"
 
     def restart(self) -> None:
         """Ends the step of a session that has ended: an exception's frames may hold its tickets."""
