@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hvd_gqsgd.bench.figure import STYLES, draw, figure_file, log_ticks, new_figure, save
 from hvd_gqsgd.bench.hosts import add_arguments, is_rank, relaunch
 from hvd_gqsgd.bench.operators import OPERATORS
 from hvd_gqsgd.bench.table import show_table
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=11, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too, as PNG")
+    parser.add_argument(
+        "--plot", type=figure_file, metavar="FILE", help="draw the medians, as .png, .pdf or .svg"
+    )
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if not 0 < options.smallest * 2**10 <= options.largest * 2**20 or options.repeats < 1:
@@ -140,18 +143,22 @@ def _size(count: int) -> str:
 
 
 def _plot(result: dict[str, Any], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
+    """Draws the medians over the size of the tensor."""
+    figure, (axes,) = new_figure()
+    for style, arm in zip(
+        STYLES, dict.fromkeys(row["arm"] for row in result["rows"]), strict=False
+    ):
         rows = [row for row in result["rows"] if row["arm"] == arm]
-        axes.plot([row["bytes"] for row in rows], [row["ms"] for row in rows], "o-", label=arm)
-    axes.set(xscale="log", yscale="log", xlabel="bytes of float32", ylabel="ms")
-    axes.set_title(f"allreduce on {result['ranks']} ranks")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=110)
+        sizes = [row["bytes"] / 2**20 for row in rows]
+        draw(axes, sizes, [row["ms"] for row in rows], style, arm)
+    axes.set(
+        xscale="log", yscale="log", xlabel="tensor of float32 (MiB)", ylabel="median time (ms)"
+    )
+    axes.set_title(f"Allreduce through Horovod, {result['ranks']} ranks")
+    for axis in (axes.xaxis, axes.yaxis):
+        log_ticks(axis)
+    axes.legend(fontsize=9)
+    save(figure, file)
 
 
 if __name__ == "__main__":

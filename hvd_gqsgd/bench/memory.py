@@ -15,8 +15,8 @@ from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS
 from hvd_gqsgd.bench.hosts import add_arguments, launch
+from hvd_gqsgd.bench.networks import Network
 from hvd_gqsgd.bench.operators import FP32
-from hvd_gqsgd.bench.predict import gradients_of
 from hvd_gqsgd.bench.step import chosen
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools.launch import printed_json
@@ -44,7 +44,7 @@ def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> di
         RuntimeError: a job failed.
     """
     peaks: dict[str, float] = {}
-    gradients = 4 * gradients_of(model).elements / 1e6
+    gradients = 4 * Network.of_model(model).gradients.elements / 1e6
     for name in (FP32, *(arm for arm in arms if arm != FP32)):
         with tempfile.TemporaryFile() as output:
             given = [

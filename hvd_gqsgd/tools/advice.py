@@ -1,4 +1,4 @@
-"""Does quantization pay, and with which setting? By the seconds of a step that a model predicts."""
+"""Recommends a setting by the predicted seconds of a step."""
 
 from __future__ import annotations
 
@@ -6,32 +6,41 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from hvd_gqsgd.tools.cost_model import FP32, Machine, Setting, relative_variance
+from hvd_gqsgd.tools.accuracy import relative_variance
+from hvd_gqsgd.tools.cost_model import Machine
+from hvd_gqsgd.tools.settings import FP32, Setting
 
-__all__ = ["MARGIN", "break_even", "recommend"]
+__all__ = ["MARGIN", "break_even", "recommend", "recommended"]
 
 MARGIN = 0.1
-"""Least gain of a setting that is recommended: the model is no more accurate than that."""
+"""Least share of a step that a recommended setting saves, as the model is not more accurate."""
 
 
-def recommend(steps: Mapping[Setting, float], ranks: int) -> str:
-    """A recommendation, in one sentence.
+def recommended(steps: Mapping[Setting, float], ranks: int) -> Setting:
+    """The setting that is recommended: fp32 unless another one is faster by ``MARGIN`` or more.
 
     Args:
         steps: the seconds of a step with each setting that is possible, fp32 among them.
         ranks: number of ranks.
     """
+    best = _best(steps, ranks)
+    pays = ranks > 1 and steps[best] <= steps[FP32] * (1 - MARGIN)
+    return best if pays else FP32
+
+
+def recommend(steps: Mapping[Setting, float], ranks: int) -> str:
+    """The recommendation as a sentence; arguments as for ``recommended``."""
     if ranks == 1:
         return "Do not compress: one rank exchanges nothing."
-    best, plain = _best(steps, ranks), steps[FP32]
-    if steps[best] > plain * (1 - MARGIN):
+    best, plain = recommended(steps, ranks), steps[FP32]
+    if best == FP32:
         return (
             "Do not compress: no setting makes a step more than "
             f"{MARGIN:.0%} faster than fp32 ({plain * 1e3:.0f} ms)."
         )
     return (
-        f"Take {best.name}: a step of {steps[best] * 1e3:.0f} ms in place of {plain * 1e3:.0f} ms, "
-        f"{plain / steps[best]:.1f} times faster than fp32."
+        f"Use {best.name}, compression={best.compressor}: a step of {steps[best] * 1e3:.0f} ms "
+        f"instead of {plain * 1e3:.0f} ms, {plain / steps[best]:.1f} times faster than fp32."
     )
 
 
@@ -41,17 +50,17 @@ def break_even(
     """The bandwidth, in bytes per second, below which the best setting is recommended.
 
     Args:
-        steps_on: as ``recommend`` takes them, on a machine.
+        steps_on: returns the steps of ``recommended`` on a machine.
         ranks: number of ranks.
-        machine: with any bandwidth.
+        machine: the machine, whose bandwidth is varied.
 
     Returns:
-        0 if it is not recommended at any bandwidth, infinity if at all.
+        0 if no setting is recommended at any bandwidth; infinity if one is at every bandwidth.
     """
 
     def pays(beta: float) -> bool:
         steps = steps_on(replace(machine, beta=beta, beta_two_phase=None))
-        return steps[_best(steps, ranks)] <= steps[FP32] * (1 - MARGIN)
+        return recommended(steps, ranks) != FP32
 
     low, high = 1e5, 1e13
     if not pays(low):

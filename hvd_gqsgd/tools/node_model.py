@@ -36,7 +36,9 @@ from hvd_gqsgd.tools.cost_model import SETTINGS, Gradients, Machine, Parts, Sett
 
 __all__ = [
     "Cluster",
+    "allgather_seconds",
     "allreduce_seconds",
+    "alltoall_seconds",
     "exchange_seconds",
     "link_bytes",
     "step_seconds",
@@ -87,14 +89,24 @@ def allreduce_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> floa
     return min(ring, doubling, sums)
 
 
+def alltoall_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
+    """Seconds of an Alltoall among all ranks, of so many bytes on each rank."""
+    n, per_node, m = cluster.ranks, cluster.per_node, machine
+    crossing = per_node * (n - per_node) / n * bytes_ / (m.beta_two_phase or m.beta)
+    inside = (n - 1) / n * bytes_ / m.inside if per_node > 1 else 0.0
+    return (n - 1) * m.alpha + max(crossing, inside)
+
+
+def allgather_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
+    """Seconds of an Allgather among all ranks, of so many bytes of all ranks together."""
+    n, m = cluster.ranks, machine
+    beta = _slowest(m.beta_two_phase or m.beta, cluster, m)
+    return (n - 1) * m.alpha + (n - 1) / n * bytes_ / beta
+
+
 def two_phase_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
     """Seconds of an Alltoall and an Allgather among all ranks."""
-    n, per_node, m = cluster.ranks, cluster.per_node, machine
-    beta = m.beta_two_phase or m.beta
-    crossing = per_node * (n - per_node) / n * bytes_ / beta
-    inside = (n - 1) / n * bytes_ / m.inside if per_node > 1 else 0.0
-    gather = (n - 1) / n * bytes_ / _slowest(beta, cluster, m)
-    return 2 * (n - 1) * m.alpha + max(crossing, inside) + gather
+    return alltoall_seconds(bytes_, cluster, machine) + allgather_seconds(bytes_, cluster, machine)
 
 
 def exchange_seconds(
@@ -131,19 +143,24 @@ def steps_of(
     gradients: Gradients, cluster: Cluster, machine: Machine, forward: float, backward: float
 ) -> dict[Setting, float]:
     """Seconds of a step with each setting that is possible, flat and by node, with such names."""
-    found = {}
-    for setting in SETTINGS:
-        if not cost_model.possible(setting, cluster.ranks):
-            continue
-        ways = {", flat": False, ", by node": True} if setting.quantized else {"": False}
-        if cluster.flat or not setting.two_phase:
-            ways.pop(", by node", None)
-        for way, by_node in ways.items():
-            named = replace(setting, name=setting.name + way)
-            found[named] = step_seconds(
-                setting, gradients, cluster, machine, by_node, forward, backward
-            )
-    return found
+    return {
+        way: step_seconds(way, gradients, cluster, machine, way.by_node, forward, backward)
+        for setting in SETTINGS
+        if cost_model.possible(setting, cluster.ranks)
+        for way in _ways(setting, cluster)
+    }
+
+
+def _ways(setting: Setting, cluster: Cluster) -> list[Setting]:
+    """The setting flat and, where codes take two phases between nodes, by node."""
+    if not setting.quantized:
+        return [setting]
+    options = f"{setting.options}, hierarchy="
+    flat = replace(setting, name=f"{setting.name}, flat", options=f'{options}"flat"')
+    if cluster.flat or not setting.two_phase:
+        return [flat]
+    name = f"{setting.name}, by node"
+    return [flat, replace(setting, name=name, options=f'{options}"node"', by_node=True)]
 
 
 def _slowest(beta: float, cluster: Cluster, machine: Machine) -> float:
