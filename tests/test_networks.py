@@ -30,6 +30,7 @@ class Nets:
     make = Net
 
 def real():
+    print("a line of a user")
     built = Net()
     built.head.weight.sum().item()  # which a tensor on the meta device does not have
     return built
@@ -133,6 +134,8 @@ def test_command(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert steps["8 bits, two phases"]["levels"] == 127
     assert 0.01 < steps["8 bits, two phases"]["relative_error"] < 0.02
     assert steps["8 bits exponential, two phases"]["relative_error"] > 0.2
+    predict.main(["--module", f"{script}:real", "--json"])  # which prints
+    json.loads(capsys.readouterr().out)
     predict.main(["--parameters", "3"])
     assert "3 parameters in 3 tensors" in capsys.readouterr().out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import itertools
 import math
@@ -89,7 +90,8 @@ class Network:
         here = os.getcwd()
         sys.path.insert(0, here)
         try:
-            return cls.of_module(place, _built(place, _found(place)))
+            with contextlib.redirect_stdout(sys.stderr):  # the output may be JSON
+                return cls.of_module(place, _built(place, _found(place)))
         finally:
             sys.path.remove(here)
 
