@@ -1,7 +1,7 @@
 """Allreduces of all sizes through Horovod: ``hvd-gqsgd bench allreduce [--rate 1gbit]``.
 
 ``busbw`` is the bus bandwidth of nccl-tests, 2 (n - 1) / n times the gradient's bytes over the
-time: a ring without compression needs links of that bandwidth to be as fast.
+time: the bandwidth at which an uncompressed ring takes as long.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def measure(sizes: Sequence[int], repeats: int) -> dict[str, Any]:
     Returns:
         ``ranks``, and in ``rows`` for each size and arm: ``bytes`` of the tensor, ``ms`` and
         ``ms_p99`` of the slowest rank, ``times_faster`` than fp32, ``wire_bytes`` that a rank
-        handed to collectives, and ``busbw`` in GB/s.
+        passed to collectives, and ``busbw`` in GB/s.
     """
     import horovod.torch as hvd
     import torch
@@ -130,7 +130,7 @@ def _show(result: dict[str, Any]) -> None:
                 f"{row['times_faster']:.2f}", _size(row["wire_bytes"]), f"{row['busbw']:.3f}",
             ]
         )  # fmt: skip
-    print(f"{result['ranks']} ranks, {result['repeats']} rounds; of the slowest rank")
+    print(f"{result['ranks']} ranks, {result['repeats']} rounds; times of the slowest rank")
     header = ["float32", "", "ms, p50", "p99", "times faster", "sent", "busbw, GB/s"]
     show_table(header, cells, left=2)
 

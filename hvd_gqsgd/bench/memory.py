@@ -1,7 +1,7 @@
 """Peak memory of training steps, against plain Horovod: ``hvd-gqsgd bench memory``.
 
-Each arm of ``hvd-gqsgd bench step`` runs in a job of its own, so that no arm finds memory that
-another one has allocated.
+Each arm of ``hvd-gqsgd bench step`` runs in a job of its own, so that no arm reuses memory of
+another one.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from hvd_gqsgd.tools.launch import printed_json
 __all__ = ["main", "measure"]
 
 STEPS = 2
-"""Rounds; with the steps that warm up, enough for all buffers to be allocated."""
+"""Rounds that count. All buffers are allocated by then, as warm-up steps come before."""
 
 
 def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> dict[str, Any]:
-    """Peak resident memory by arm, of the rank with the highest.
+    """Peak resident memory by arm, of the rank that uses most.
 
     Args:
         model: one of ``gradients.MODELS``.

@@ -2,10 +2,10 @@
 
     mpirun -n 2 --bind-to core python -m hvd_gqsgd.bench.mpi [--json]
 
-Each call is timed from a barrier to the end of the slowest rank. The calls take turns, so that a
-disturbance of some seconds affects all of them. ``ratio`` is the median time over
-that of ``MPI_Allreduce`` from one buffer to another; ``ratio_in_place``, where the result goes to
-the memory of the input, over that of ``MPI_Allreduce`` with ``MPI_IN_PLACE``.
+Each call is timed from a barrier to the end of the slowest rank. The calls run in turn, so that a
+disturbance of some seconds affects all of them. ``ratio`` is the median time over that of
+``MPI_Allreduce`` from one buffer to another. ``ratio_in_place`` is the median time with the result
+in the memory of the input, over that of ``MPI_Allreduce`` with ``MPI_IN_PLACE``.
 """
 
 from __future__ import annotations

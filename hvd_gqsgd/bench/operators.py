@@ -40,7 +40,7 @@ FLAT = {
     },
     "GlobalQSGD 4 bits flat": {"bits": 4, "hierarchy": "flat"},
 }
-"""Options of arms that leave nodes out of account, for comparison with those above by node."""
+"""Options of arms that are flat on nodes of several ranks, where those above go by node."""
 OURS |= FLAT
 DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits")
 

@@ -31,13 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument(
-        "--arms", default="", help="only those with one of these names, or one of these words in "
-        f"their name, separated by commas: {', '.join(ARMS)}; the first one is what others are "
-        "compared with, and those of FSDP2 with the first of them",
+        "--arms", default="", help="only arms with one of these names, or one of these words in "
+        f"their name, separated by commas: {', '.join(ARMS)}; speedups are relative to the first "
+        "arm, and those of FSDP2 to the first arm of FSDP2",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument(
-        "--exchange", action="store_true", help="the exchange alone, with gradients ready"
+        "--exchange", action="store_true", help="time the exchange alone, with gradients ready"
     )
     parser.add_argument(
         "--most-load", type=float, default=0.2, metavar="CORES",
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.exchange:
         arms = [name for name in arms if name not in (*DDP_ARMS, *FSDP_ARMS)]
     if not arms or options.repeats < 1:
-        parser.error("--arms must leave something to measure, and --repeats be at least 1")
+        parser.error(
+            "--arms must select one arm or more, and --repeats must be at least 1, got --arms "
+            f"{options.arms!r} and --repeats {options.repeats}"
+        )
     if not is_rank():
         sys.exit(relaunch("hvd_gqsgd.bench.step", given, options))
 
@@ -125,7 +128,7 @@ def _row(name: str, arm: dict[str, Any]) -> list[str]:
 
 
 def _parts(name: str, arm: dict[str, Any]) -> list[str]:
-    """The time in collectives of gradients and of weights, which under FSDP2 do not overlap."""
+    """A row with the time in collectives, which do not overlap under FSDP2."""
     return [
         name, f"{arm['gradient_ms']:.1f}", f"{arm['gradient_times_faster']:.2f}",
         f"{arm['gradient_ms'] / arm['ms']:.0%}",
@@ -134,7 +137,7 @@ def _parts(name: str, arm: dict[str, Any]) -> list[str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the result of ``training.measure`` as a table, with another one for FSDP2."""
+    """Prints the result of ``training.measure`` as tables; FSDP2 has its own."""
     print(
         f"{result['model']}: {_what(result)}; {result['parameters']:,} parameters in "
         f"{result['tensors']} tensors, {result['ranks']} ranks; medians of the slowest rank"
@@ -156,8 +159,8 @@ def show(result: dict[str, Any]) -> None:
     if result["compute_ms"]:
         print(f"a step without any exchange: {result['compute_ms']:.1f} ms")
     print(
-        f"rounds discarded, as others took the cores: {sum(arm['discarded'] for arm in ran)}; "
-        f"most that others took in those that count: {max(max(a['load']) for a in ran):.2f} cores"
+        f"rounds discarded because of other load: {sum(arm['discarded'] for arm in ran)}; "
+        f"most other load in a round that counts: {max(max(a['load']) for a in ran):.2f} cores"
     )
 
 

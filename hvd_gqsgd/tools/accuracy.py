@@ -6,7 +6,7 @@ magnitudes, a level is P(n B) / s, and the errors relative to the mean square of
 
     first rounding, correlated dither    (n+1)/(2n) (P(n B)/s)^2 v(s / P(n B))
     second rounding, variance e before   (P(B)/s)^2 (1+e) v(s / P(B))
-    exponential, each rounding           0.082 of what is rounded
+    exponential, each rounding           0.082 of the square of the rounded number
 
 There v(t) is the variance of rounding a normal number with the standard deviation t, both in
 levels: 1/6 for large t. Errors of a width per block follow from the measured ``Setting.gain``.
