@@ -7,9 +7,11 @@ import json
 import math
 from pathlib import Path
 
+import horovod.torch as hvd
 import pytest
 
-from hvd_gqsgd.bench import predict
+from hvd_gqsgd import BlockBits, GlobalQSGD
+from hvd_gqsgd.bench import measured, operators, predict
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.link_plot import POWER_SGD, power_sgd_seconds
 from hvd_gqsgd.bench.measured import against
@@ -17,7 +19,7 @@ from hvd_gqsgd.bench.networks import Network
 from hvd_gqsgd.bench.prediction import predict as predicted
 from hvd_gqsgd.bench.prediction import predict_sharded
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.tools import advice
+from hvd_gqsgd.tools import advice, node_model
 from hvd_gqsgd.tools import cost_model as model
 from hvd_gqsgd.tools import sharded_model as sharded
 from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
@@ -118,14 +120,19 @@ def test_sharded_formulas() -> None:
 @pytest.mark.parametrize("preset", ["1gbe", "200mbit"])
 def test_predictions_for_fsdp(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With less bytes a step is faster, and gradients at 8 bits at least 2.5 times."""
-    found = predict_sharded(Network.of_model("transformer").module_sizes, 2, PRESETS[preset], 0.1)
+    modules = Network.of_model("transformer").module_sizes
+    result = predict_sharded(modules, 2, PRESETS[preset], 0.1)
+    found, both_ways = result["steps"], "GlobalQSGD(bits=8).fsdp(model, weight_bits=8): a step of "
+    assert result["advice"].startswith(f"FSDP2: use {both_ways}")
     stock, _, eight, *_, both = (found[setting.name] for setting in sharded.SHARDED_SETTINGS)
     assert stock["gradient_ms"] > 2.5 * eight["gradient_ms"]
     assert stock["ms"] > eight["ms"] > both["ms"] > 100
     assert stock["times_faster"] == 1
     predict.main(["--preset", preset, "--model", "transformer", "--ranks", "2"])
     assert "weights" in capsys.readouterr().out
-    alone = predict_sharded(Network.of_model("dlrm").module_sizes, 1, PRESETS[preset], 0.1)
+    result = predict_sharded(modules, 1, PRESETS[preset], 0.1)
+    assert result["advice"].startswith("FSDP2: do not compress")
+    alone = result["steps"]
     assert all(step["gradient_ms"] == step["weight_ms"] == 0 for step in alone.values())
 
 
@@ -316,3 +323,38 @@ def test_against_what_was_measured(
     printed = capsys.readouterr().out
     assert f"dlrm, {what}, 2 ranks" in printed
     assert f"{row['off']:+.0%}" in printed
+
+
+@pytest.mark.parametrize("cluster", [Cluster(4, 1), Cluster(8, 1), Cluster(4, 4)])
+def test_the_advised_compressor_has_the_setting(cluster: Cluster) -> None:
+    """Each expression makes a compressor with the exchange that was predicted."""
+    for setting in node_model.steps_of(
+        Network.of_model("resnet20").gradients, cluster, LINK, 0.1, 0.2
+    ):
+        made = eval(setting.compressor, {"GlobalQSGD": dict, "BlockBits": BlockBits, "hvd": hvd})  # noqa: S307
+        if not setting.quantized:
+            assert made is {16: hvd.Compression.fp16, 32: hvd.Compression.none}[int(setting.bits)]
+            continue
+        options = Options(**made)
+        assert GlobalQSGD(**made).stats().steps == 0
+        assert options.exchange_for(cluster.ranks) == (
+            "two_phase" if setting.two_phase else "allreduce"
+        )
+        assert options.hierarchy == ("node" if setting.by_node else "flat")
+        assert options.block_size == setting.block_size
+        assert options.dither == setting.dither
+
+
+def test_fsdp_calls() -> None:
+    calls = [setting.call for setting in sharded.SHARDED_SETTINGS]
+    assert calls[:3] == [
+        "MixedPrecisionPolicy(reduce_dtype=torch.float32)",
+        "MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)",
+        "GlobalQSGD(bits=8).fsdp(model)",
+    ]
+    assert len(set(calls)) == len(calls)
+
+
+def test_names_are_those_of_measured_arms() -> None:
+    assert {*measured.ARMS, *measured.FLAT_ARMS} <= {*operators.ARMS}
+    assert [setting.name for setting in sharded.SHARDED_SETTINGS] == [*operators.FSDP_ARMS]

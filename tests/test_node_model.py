@@ -107,9 +107,9 @@ def test_bytes_on_a_link(nodes: int, per_node: int, setting: Setting) -> None:
 def test_sharded_steps_on_nodes() -> None:
     """With one rank a node as on ranks; with several, codes cross the link of a node often."""
     modules, machine = Network.of_model("transformer").module_sizes, PRESETS["1gbe"]
-    alone = predict_sharded(modules, 8, machine, 0.1)
-    shared = predict_sharded(modules, 8, machine, 0.1, per_node=4)
-    one_node = predict_sharded(modules, 8, machine, 0.1, per_node=8)
+    alone = predict_sharded(modules, 8, machine, 0.1)["steps"]
+    shared = predict_sharded(modules, 8, machine, 0.1, per_node=4)["steps"]
+    one_node = predict_sharded(modules, 8, machine, 0.1, per_node=8)["steps"]
     for name, step in alone.items():
         assert one_node[name]["ms"] < step["ms"]
         assert one_node[name]["relative_error"] == shared[name]["relative_error"]

@@ -61,7 +61,7 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {}
     sharded = predict_sharded(
         network.module_sizes, cluster.ranks, machine, compute, cluster.per_node
-    )
+    )["steps"]
     for name, arm in measured["arms"].items():
         for kind, part in (("ms", ""), ("gradient_ms", ", gradients"), ("weight_ms", ", weights")):
             if name in sharded and kind in arm:

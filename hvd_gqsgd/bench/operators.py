@@ -48,6 +48,8 @@ FSDP_FP32, FSDP_BF16 = "FSDP2 fp32", "FSDP2 bf16 gradients"
 FSDP_OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "FSDP2 GlobalQSGD 8 bits": ({"bits": 8}, {}),
     "FSDP2 GlobalQSGD 4 bits": ({"bits": 4}, {}),
+    "FSDP2 GlobalQSGD 4 bits per block": ({"bits": BlockBits(4)}, {}),
+    "FSDP2 GlobalQSGD exponential": ({"dither": "exponential"}, {}),
     "FSDP2 GlobalQSGD 8 bits and weights": ({"bits": 8}, {"weight_bits": 8}),
 }
 """Options of ``GlobalQSGD`` and of its ``fsdp``, by the arm's name."""

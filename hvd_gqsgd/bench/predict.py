@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compute = options.compute / 1e3
     exchange = (options.ranks, machine, compute, options.per_node)
     result = predict(network.gradients, *exchange)
-    result["fsdp2"] = predict_sharded(network.module_sizes, *exchange)
+    sharded = predict_sharded(network.module_sizes, *exchange)
+    result |= {"fsdp2": sharded["steps"], "fsdp2_advice": sharded["advice"]}
     if options.json:
         print(json.dumps(result))
     else:
@@ -202,6 +203,7 @@ def _show(network: Network, result: dict[str, Any], options: argparse.Namespace)
     ]  # fmt: skip
     header = ["FSDP2", "ms a step", "gradients", "weights", "times faster", "levels", "error"]
     show_table(header, rows)
+    print(result["fsdp2_advice"])
     print(
         "levels: on each side of zero, per block those of the mean width; error: expected error of "
         "the mean gradient, relative to it, for normal gradients that are independent between ranks"

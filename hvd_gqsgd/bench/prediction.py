@@ -14,6 +14,7 @@ from hvd_gqsgd.tools.settings import FP32, Setting, levels
 from hvd_gqsgd.tools.sharded_model import (
     SHARDED_SETTINGS,
     gradient_seconds,
+    recommend_sharded,
     sharded_step_seconds,
     weight_seconds,
 )
@@ -69,7 +70,7 @@ def predict(
 
 def predict_sharded(
     modules: Sequence[int], ranks: int, machine: Machine, compute: float, per_node: int = 1
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Any]:
     """Predicts a step under FSDP2 with each setting.
 
     Args:
@@ -77,14 +78,15 @@ def predict_sharded(
         ranks, machine, compute, per_node: as for ``predict``.
 
     Returns:
-        By the setting's name: ``ms``, of these ``gradient_ms`` and ``weight_ms``, ``times_faster``
-        than with float32, ``levels`` a side and ``relative_error`` of the mean gradient.
+        ``steps``, by the setting's name: ``ms``, of these ``gradient_ms`` and ``weight_ms``,
+        ``times_faster`` than with float32, ``levels`` a side and ``relative_error`` of the mean
+        gradient; and ``advice``, a sentence.
     """
     exchange = (modules, Cluster(ranks // per_node, per_node), machine)
     seconds = {
         setting: sharded_step_seconds(setting, *exchange, compute) for setting in SHARDED_SETTINGS
     }
-    return {
+    steps = {
         setting.name: {
             "ms": time * 1e3,
             "gradient_ms": gradient_seconds(setting, *exchange) * 1e3,
@@ -95,3 +97,4 @@ def predict_sharded(
         }
         for setting, time in seconds.items()
     }
+    return {"steps": steps, "advice": recommend_sharded(seconds, ranks)}

@@ -5,27 +5,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
 from hvd_gqsgd.tools.accuracy import relative_variance
 from hvd_gqsgd.tools.cost_model import Machine
 from hvd_gqsgd.tools.settings import FP32, Setting
 
-__all__ = ["MARGIN", "break_even", "recommend", "recommended"]
+__all__ = ["MARGIN", "break_even", "choose", "recommend", "recommended"]
+
+_T = TypeVar("_T")
 
 MARGIN = 0.1
 """Least share of a step that a recommended setting saves, as the model is not more accurate."""
 
 
+def choose(seconds: Mapping[_T, float], plain: _T, error: Callable[[_T], float]) -> _T:
+    """The most accurate of the fastest settings, or ``plain`` if none is faster by ``MARGIN``.
+
+    Two settings are as fast if they differ by less than ``MARGIN``. Of settings that are as
+    accurate, the fastest one is chosen.
+
+    Args:
+        seconds: the seconds of a step with each setting.
+        plain: the setting without compression.
+        error: returns the expected error of a setting.
+    """
+    fastest, pays = min(seconds.values()), seconds[plain] * (1 - MARGIN)
+    if fastest > pays:
+        return plain
+    enough = min(fastest / (1 - MARGIN), pays)
+    fast = [setting for setting, taken in seconds.items() if taken <= enough]
+    return min(fast, key=lambda setting: (error(setting), seconds[setting]))
+
+
 def recommended(steps: Mapping[Setting, float], ranks: int) -> Setting:
-    """The setting that is recommended: fp32 unless another one is faster by ``MARGIN`` or more.
+    """The setting that is recommended, by ``choose``.
 
     Args:
         steps: the seconds of a step with each setting that is possible, fp32 among them.
         ranks: number of ranks.
     """
-    best = _best(steps, ranks)
-    pays = ranks > 1 and steps[best] <= steps[FP32] * (1 - MARGIN)
-    return best if pays else FP32
+    if ranks == 1:
+        return FP32
+    return choose(steps, FP32, lambda setting: relative_variance(setting, ranks))
 
 
 def recommend(steps: Mapping[Setting, float], ranks: int) -> str:
@@ -71,15 +93,3 @@ def break_even(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if pays(middle) else (low, middle)
     return low
-
-
-def _best(steps: Mapping[Setting, float], ranks: int) -> Setting:
-    """The most accurate of the fastest settings but fp32, and of these the fastest.
-
-    Two settings are as fast if they differ by less than ``MARGIN``.
-    """
-    others = {setting: seconds for setting, seconds in steps.items() if setting != FP32}
-    fastest, pays = min(others.values()), steps[FP32] * (1 - MARGIN)
-    enough = min(fastest / (1 - MARGIN), pays) if fastest <= pays else fastest
-    fast = [setting for setting, seconds in others.items() if seconds <= enough]
-    return min(fast, key=lambda setting: (relative_variance(setting, ranks), steps[setting]))

@@ -12,10 +12,11 @@ To these come, with codes, a header, the exchange of norms and the kernels, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hvd_gqsgd.tools.accuracy import relative_error
+from hvd_gqsgd.tools.advice import MARGIN, choose
 from hvd_gqsgd.tools.cost_model import Machine
 from hvd_gqsgd.tools.node_model import (
     Cluster,
@@ -36,6 +37,7 @@ __all__ = [
     "SHARDED_SETTINGS",
     "ShardedSetting",
     "gradient_seconds",
+    "recommend_sharded",
     "sharded_step_seconds",
     "weight_seconds",
 ]
@@ -59,6 +61,16 @@ class ShardedSetting:
     """The setting of gradients, which are rounded once."""
     weight_bits: int | None = None
     """Bits of a weight on the wire; None: weights are float32."""
+
+    @property
+    def call(self) -> str:
+        """The expression that chooses this setting for a ``model``."""
+        if not self.gradients.quantized:
+            reduced = "bfloat16" if self.gradients == BF16 else "float32"
+            return f"MixedPrecisionPolicy(reduce_dtype=torch.{reduced})"
+        weights = "" if self.weight_bits is None else f", weight_bits={self.weight_bits}"
+        options = self.gradients.options.removesuffix(', exchange="two_phase"')
+        return f"GlobalQSGD({options}).fsdp(model{weights})"
 
     def relative_error(self, ranks: int) -> float:
         """Expected error of the mean gradient; see ``accuracy``."""
@@ -143,3 +155,20 @@ def sharded_step_seconds(
         + gradient_seconds(setting, modules, cluster, machine)
         + weight_seconds(setting, modules, cluster, machine)
     )  # fmt: skip
+
+
+def recommend_sharded(steps: Mapping[ShardedSetting, float], ranks: int) -> str:
+    """A recommendation for FSDP2, as a sentence.
+
+    Args:
+        steps: the seconds of a step with each of ``SHARDED_SETTINGS``.
+        ranks: number of ranks.
+    """
+    stock = SHARDED_SETTINGS[0]
+    best = choose(steps, stock, lambda setting: setting.relative_error(ranks))
+    if best == stock or ranks == 1:
+        return f"FSDP2: do not compress, as no setting saves more than {MARGIN:.0%} of a step."
+    return (
+        f"FSDP2: use {best.call}: a step of {steps[best] * 1e3:.0f} ms instead of "
+        f"{steps[stock] * 1e3:.0f} ms, {steps[stock] / steps[best]:.1f} times faster than fp32."
+    )
