@@ -256,13 +256,13 @@ def test_launching_where_that_is_not_possible(
     assert "mpirun was found neither in" in said
 
 
-@pytest.mark.parametrize("ranks", ["0", "-1"])
+@pytest.mark.parametrize("ranks", ["0", "-1", "two"])
 def test_no_ranks(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
     for benchmark in ("step", "allreduce", "memory", "calibrate"):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["bench", benchmark, "--ranks", ranks])
         said = capsys.readouterr().err
-        assert f"argument --ranks: must be at least 1, got {ranks}" in said
+        assert f"argument --ranks: must be an integer of at least 1, got {ranks!r}" in said
 
 
 def result_of(*arguments: str) -> dict[str, Any]:

@@ -45,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if not 0 < options.smallest * 2**10 <= options.largest * 2**20 or options.repeats < 1:
-        parser.error("--smallest must be positive and at most --largest, and --repeats positive")
+        parser.error(
+            "--smallest must be above 0 kB and at most --largest, and --repeats at least 1, got "
+            f"{options.smallest:g} kB, {options.largest:g} MB and {options.repeats}"
+        )
     if not is_rank():
         sys.exit(relaunch("hvd_gqsgd.bench.allreduce", given, options))
 

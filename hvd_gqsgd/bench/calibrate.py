@@ -41,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    if options.repeats < 1 or options.megabytes < 1:
-        parser.error("--repeats and --megabytes must be at least 1")
+    if options.repeats < 1 or not options.megabytes >= 1:
+        parser.error(
+            "--repeats and --megabytes must be at least 1, got "
+            f"{options.repeats} and {options.megabytes:g}"
+        )
     if not is_rank():
         sys.exit(relaunch("hvd_gqsgd.bench.calibrate", given, options))
 

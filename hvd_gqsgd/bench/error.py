@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 2 <= options.ranks <= 127:
         parser.error(f"--ranks must be from 2 to 127, got {options.ranks}")
     if min(options.numel, options.trials) < 1:
-        parser.error(f"--numel and --trials must be at least 1, got {options}")
+        parser.error(
+            f"--numel and --trials must be at least 1, got {options.numel} and {options.trials}"
+        )
     result = measure(options.ranks, options.numel, options.trials)
     if options.json:
         print(json.dumps(result))

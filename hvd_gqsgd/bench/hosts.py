@@ -49,10 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _ranks(text: str) -> int:
     """The value of ``--ranks`` or ``--hosts``."""
-    ranks = int(text)
-    if ranks < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {ranks}")
-    return ranks
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def is_rank() -> bool:

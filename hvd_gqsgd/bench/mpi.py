@@ -51,8 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    if options.megabytes <= 0 or options.repeats < 1:
-        parser.error("--megabytes and --repeats must be positive")
+    if not options.megabytes > 0 or options.repeats < 1:
+        parser.error(
+            "--megabytes must be above 0, and --repeats at least 1, got "
+            f"{options.megabytes:g} and {options.repeats}"
+        )
     native_mpi.CHUNK = options.chunk
     result = measure(round(options.megabytes * 2**20 / 4), options.repeats)
     if MPI.COMM_WORLD.rank:

@@ -82,7 +82,8 @@ class Network:
         """The module that a function returns, made on the meta device where that works.
 
         Args:
-            place: ``package.module:function``; the function is called without arguments.
+            place: ``package.module:function``; the function is called without arguments, and once
+                more without the meta device if it fails there.
 
         Raises:
             ValueError: there is no such function, it fails, or it returns something else.
