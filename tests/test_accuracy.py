@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import BlockBits, simulate
-from hvd_gqsgd.tools.accuracy import relative_error, relative_variance
+from hvd_gqsgd.tools.accuracy import relative_error, relative_variance, squared_error
 from hvd_gqsgd.tools.cost_model import (
     BLOCKS_4,
     EXPONENTIAL_8,
@@ -80,7 +80,18 @@ def test_a_width_per_block_gains_where_scales_differ() -> None:
     )
     assert one_scale < 0.95 * relative_error(LINEAR_4, 8)
     assert differing < one_scale / 3
-    assert relative_variance(BLOCKS_4, 8) == relative_variance(LINEAR_4, 8) / BLOCKS_4.gain
+    assert squared_error(BLOCKS_4, 8) == squared_error(LINEAR_4, 8) / BLOCKS_4.gain
+
+
+@ranks_
+@pytest.mark.parametrize("setting", OPTIONS, ids=lambda setting: setting.name)
+def test_bounds(setting: Setting, ranks: int) -> None:
+    """A quarter of the relative variance bounds the error, as blocks with the norm 1 have it."""
+    rows = normal(ranks)
+    mean, true = simulate(rows, **OPTIONS[setting]).double(), rows.double().mean(0)
+    squares = (mean - true).square().view(-1, 1024).mean(1)
+    norms = rows.double().abs().view(ranks, -1, 1024).amax((0, 2))
+    assert (squares / norms.square()).max() < relative_variance(setting, ranks) / 4
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)

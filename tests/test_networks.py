@@ -129,6 +129,9 @@ def test_command(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert "network of 350M on 8 ranks" in printed
     assert "350,000,000 parameters in 300 tensors" in printed
+    assert "Compression pays on links of any speed." in printed  # copies of float32 cost more
+    predict.main(["--parameters", "10M", "--compute", "500"])
+    assert "Compression pays on links of up to " in capsys.readouterr().out
     predict.main(["--module", f"{script}:Net", "--json"])
     steps = json.loads(capsys.readouterr().out)["steps"]
     assert steps["8 bits, two phases"]["levels"] == 127

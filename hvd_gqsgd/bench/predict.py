@@ -193,8 +193,10 @@ def _show(network: Network, result: dict[str, Any], options: argparse.Namespace)
     ]
     show_table(["", "ms a step", "times faster", "levels", "error"], rows)
     print(result["advice"])
-    if 0 < result["break_even"] < math.inf:
-        print(f"Compression pays on links of up to {8e-9 * result['break_even']:.2g} Gbit/s.")
+    if result["break_even"] > 0:
+        limit = 8e-9 * result["break_even"]
+        speed = "any speed" if limit == math.inf else f"up to {limit:.2g} Gbit/s"
+        print(f"Compression pays on links of {speed}.")
     rows = [
         [name.removeprefix("FSDP2 ").removeprefix("GlobalQSGD "),
          *(f"{step[key]:.1f}" for key in ("ms", "gradient_ms", "weight_ms")),

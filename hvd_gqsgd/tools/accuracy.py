@@ -19,7 +19,7 @@ from statistics import NormalDist
 
 from hvd_gqsgd.tools.settings import Setting, levels
 
-__all__ = ["relative_error", "relative_variance"]
+__all__ = ["relative_error", "relative_variance", "squared_error"]
 
 BLOCK = 1024
 """Elements that share a norm, with one width in all blocks."""
@@ -33,11 +33,11 @@ of 1 between the floating-point numbers from 1 to 2."""
 
 
 def relative_error(setting: Setting, ranks: int, one_phase: bool = False) -> float:
-    """Root of ``relative_variance``: the norm of the error relative to the norm of the mean."""
-    return math.sqrt(relative_variance(setting, ranks, one_phase))
+    """Root of ``squared_error``: the norm of the error relative to the norm of the mean."""
+    return math.sqrt(squared_error(setting, ranks, one_phase))
 
 
-def relative_variance(setting: Setting, ranks: int, one_phase: bool = False) -> float:
+def squared_error(setting: Setting, ranks: int, one_phase: bool = False) -> float:
     """Expected squared error of the mean, relative to the squared mean.
 
     Args:
@@ -63,6 +63,21 @@ def relative_variance(setting: Setting, ranks: int, one_phase: bool = False) -> 
     if twice:
         error += (1 + error) * _rounding(side / _peak(BLOCK))
     return error / setting.gain
+
+
+def relative_variance(setting: Setting, ranks: int) -> float:
+    """Bound of the squared error of a mean to the squared norm of its blocks, but for a factor of 4
+    that is the same for all settings: the square of the distance of two levels, for each time that
+    a number is rounded. 0 without quantization.
+
+    See "Two phases" in ``docs/THEORY.md``.
+    """
+    side = levels(setting, ranks)
+    if side is None:
+        return 0.0
+    if setting.dither == "exponential":  # x^2/8, and the same of a mean that has this error
+        return 4 * (1 / 8 + (1 + 1 / 8) / 8)
+    return (2 if setting.two_phase else 1) / side**2 / setting.gain
 
 
 def _rounding(deviation: float) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from hvd_gqsgd.tools.accuracy import relative_variance
+from hvd_gqsgd.tools.accuracy import squared_error
 from hvd_gqsgd.tools.cost_model import Machine
 from hvd_gqsgd.tools.settings import FP32, Setting
 
@@ -47,7 +47,7 @@ def recommended(steps: Mapping[Setting, float], ranks: int) -> Setting:
     """
     if ranks == 1:
         return FP32
-    return choose(steps, FP32, lambda setting: relative_variance(setting, ranks))
+    return choose(steps, FP32, lambda setting: squared_error(setting, ranks))
 
 
 def recommend(steps: Mapping[Setting, float], ranks: int) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from hvd_gqsgd.tools.accuracy import relative_error, relative_variance
+from hvd_gqsgd.tools.accuracy import relative_error, relative_variance, squared_error
 from hvd_gqsgd.tools.settings import (
     BLOCKS_4,
     EXPONENTIAL_8,
@@ -60,6 +60,7 @@ __all__ = [
     "possible",
     "relative_error",
     "relative_variance",
+    "squared_error",
     "step_of",
     "step_seconds",
     "steps_of",
