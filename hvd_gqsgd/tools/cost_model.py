@@ -277,7 +277,7 @@ def step_of(
     forward: float,
     backward: float,
 ) -> float:
-    """Seconds of a training step, given those of its exchange; see ``step_seconds``."""
+    """Seconds of a training step, given the seconds of its exchange; see ``step_seconds``."""
     share = min(1.0, (BUCKET if setting.quantized else 0) / max(4 * gradients.elements, 1))
     beside = machine.exposed * (1 - share) * backward
     before = forward + share * backward + parts.first + parts.travel + beside
@@ -304,7 +304,7 @@ def flat_parts(
     Args:
         setting, gradients, ranks, machine: the exchange.
         allreduce: seconds of an Allreduce, given its bytes.
-        two_phase: the same of an Alltoall and an Allgather.
+        two_phase: seconds of an Alltoall and an Allgather, given their bytes.
 
     Raises:
         ValueError: the lanes cannot hold the sum of this many ranks.
@@ -337,7 +337,7 @@ def parts_of_stages(
     """The exchange of quantized gradients, bucket after bucket.
 
     Args:
-        stages: of a bucket.
+        stages: the seconds of a bucket's stages.
         gradients, machine: the exchange.
         allreduce: seconds of an Allreduce, given its bytes.
     """

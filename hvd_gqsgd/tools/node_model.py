@@ -49,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes with as many ranks each."""
+    """Nodes of equal numbers of ranks."""
 
     nodes: int
     per_node: int
@@ -62,12 +62,12 @@ class Cluster:
 
     @property
     def flat(self) -> bool:
-        """Whether an exchange by node is the flat one: with one node, or one rank on each."""
+        """Whether an exchange by node equals the flat one: with one node, or one rank on each."""
         return self.nodes == 1 or self.per_node == 1
 
 
 def link_bytes(setting: Setting, bytes_: float, cluster: Cluster, by_node: bool) -> float:
-    """Bytes that a node sends over its link, of a bucket of so many; the least of an Allreduce."""
+    """Bytes that a node sends over its link for a bucket; for an Allreduce, the least."""
     n, nodes, per_node = cluster.ranks, cluster.nodes, cluster.per_node
     if nodes > 1 and setting.two_phase and (not by_node or cluster.flat):
         return (per_node * (n - per_node) + n - 1) / n * bytes_
@@ -90,7 +90,7 @@ def allreduce_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> floa
 
 
 def alltoall_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
-    """Seconds of an Alltoall among all ranks, of so many bytes on each rank."""
+    """Seconds of an Alltoall among all ranks, with ``bytes_`` on each rank."""
     n, per_node, m = cluster.ranks, cluster.per_node, machine
     crossing = per_node * (n - per_node) / n * bytes_ / (m.beta_two_phase or m.beta)
     inside = (n - 1) / n * bytes_ / m.inside if per_node > 1 else 0.0
@@ -98,7 +98,7 @@ def alltoall_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float
 
 
 def allgather_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
-    """Seconds of an Allgather among all ranks, of so many bytes of all ranks together."""
+    """Seconds of an Allgather among all ranks, with ``bytes_`` of all ranks together."""
     n, m = cluster.ranks, machine
     beta = _slowest(m.beta_two_phase or m.beta, cluster, m)
     return (n - 1) * m.alpha + (n - 1) / n * bytes_ / beta
@@ -117,7 +117,7 @@ def exchange_seconds(
     Args:
         setting: by node its codes go in two phases.
         gradients, cluster, machine: the exchange.
-        by_node: with codes between nodes alone. A setting without codes is as among all ranks.
+        by_node: send codes between nodes only; without quantization it has no effect.
 
     Raises:
         ValueError: the lanes cannot hold the sum of all ranks.

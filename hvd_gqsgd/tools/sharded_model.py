@@ -94,7 +94,7 @@ SHARDED_SETTINGS = (
 def gradient_seconds(
     setting: ShardedSetting, modules: Sequence[int], cluster: Cluster, machine: Machine
 ) -> float:
-    """Seconds of the reduction of modules with so many elements; 0 for one rank."""
+    """Seconds to reduce the gradients of modules of these sizes; 0 for one rank."""
     if cluster.ranks == 1:
         return 0.0
     m, total, way = machine, 0.0, setting.gradients
@@ -115,7 +115,7 @@ def gradient_seconds(
 def weight_seconds(
     setting: ShardedSetting, modules: Sequence[int], cluster: Cluster, machine: Machine
 ) -> float:
-    """Seconds of all gathers of modules with so many elements in a step; 0 for one rank."""
+    """Seconds of all gathers in a step of modules of these sizes; 0 for one rank."""
     if cluster.ranks == 1:
         return 0.0
     m, total = machine, 0.0
@@ -143,7 +143,7 @@ def sharded_step_seconds(
     """Seconds of a training step.
 
     Args:
-        setting: that of gradients and weights.
+        setting: the setting of gradients and weights.
         modules: the elements of each module.
         cluster: the nodes and their ranks.
         machine: a rank and the link of its node.
