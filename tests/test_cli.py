@@ -17,7 +17,9 @@ import pytest
 from launch import run
 
 import hvd_gqsgd
-from hvd_gqsgd.bench import allreduce, hosts, memory, predict
+from hvd_gqsgd.bench import allreduce, hosts, memory
+from hvd_gqsgd.bench.measured import against
+from hvd_gqsgd.bench.networks import Network
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools import cli, doctor
 from hvd_gqsgd.tools.cost_model import PRESETS, Machine
@@ -106,7 +108,7 @@ RIGHT = "echo hvd_gqsgd: the mean of {} ranks is right"
     [
         (None, "missing", "was found neither in"),
         ("echo it fails; exit 1", "broken", "it fails"),
-        ("echo it hangs; exec /bin/sleep 60", "broken", "not done after 0.5 s: it hangs"),
+        ("echo it hangs; exec /bin/sleep 60", "broken", "not finished after 0.5 s: it hangs"),
         ("echo no rank runs", "broken", "no rank runs"),
         # Of another MPI than Horovod's: each rank is a world of its own.
         (f"{RIGHT.format(1)}; {RIGHT.format(1)}", "broken", "the mean of 1 ranks is right"),
@@ -254,13 +256,13 @@ def test_launching_where_that_is_not_possible(
     assert "mpirun was found neither in" in said
 
 
-@pytest.mark.parametrize("ranks", ["0", "-1"])
+@pytest.mark.parametrize("ranks", ["0", "-1", "two"])
 def test_no_ranks(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
     for benchmark in ("step", "allreduce", "memory", "calibrate"):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["bench", benchmark, "--ranks", ranks])
         said = capsys.readouterr().err
-        assert f"argument --ranks: must be at least 1, got {ranks}" in said
+        assert f"argument --ranks: must be an integer of at least 1, got {ranks!r}" in said
 
 
 def result_of(*arguments: str) -> dict[str, Any]:
@@ -291,7 +293,7 @@ def test_bench_step(tmp_path: Path) -> None:
     given = ["--model", "resnet20", "--arms", arms, "--repeats", "1", "--most-load", "inf"]
     result = result_of("step", *given, "--plot", str(plot))
     assert plot.read_bytes().startswith(b"\x89PNG")
-    gradients = predict.gradients_of("resnet20")
+    gradients = Network.of_model("resnet20").gradients
     small, full = 4 * gradients.small_elements / 1e6, 4 * gradients.elements / 1e6
     expected = {  # DDP's buckets have no small tensors
         "Horovod fp32": full, "DDP fp32": full, "DDP GlobalQSGD 8 bits": full / 4,
@@ -303,7 +305,7 @@ def test_bench_step(tmp_path: Path) -> None:
         assert arm["megabytes"] == pytest.approx(expected[name], rel=0.03), name
     assert not math.isnan(result["arms"]["DDP GlobalQSGD 8 bits"]["times_faster"])
     assert 0 < result["compute_ms"] < result["arms"]["Horovod fp32"]["ms"]
-    compared = predict.against(result, PRESETS["1gbe"])
+    compared = against(result, PRESETS["1gbe"])
     assert set(compared) == {"Horovod fp32", "GlobalQSGD 8 bits"}
     for name, row in compared.items():
         assert row["measured_ms"] == result["arms"][name]["ms"]

@@ -7,16 +7,23 @@ import json
 import math
 from pathlib import Path
 
+import horovod.torch as hvd
 import pytest
 
-from hvd_gqsgd.bench import predict
+from hvd_gqsgd import BlockBits, GlobalQSGD
+from hvd_gqsgd.bench import measured, operators, predict
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.link_plot import POWER_SGD, power_sgd_seconds
+from hvd_gqsgd.bench.measured import against
+from hvd_gqsgd.bench.networks import Network
+from hvd_gqsgd.bench.prediction import predict as predicted
+from hvd_gqsgd.bench.prediction import predict_sharded
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.tools import advice
+from hvd_gqsgd.tools import advice, node_model
 from hvd_gqsgd.tools import cost_model as model
 from hvd_gqsgd.tools import sharded_model as sharded
 from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
+from hvd_gqsgd.tools.node_model import Cluster
 
 LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9)
 
@@ -46,7 +53,7 @@ def test_shapes(name: str, tensors: int, parameters: int) -> None:
     shapes = shapes_of(name)
     assert len(shapes) == len({name for name, _ in shapes}) == tensors
     assert sum(math.prod(shape) for _, shape in shapes) == parameters
-    gradients = predict.gradients_of(name)
+    gradients = Network.of_model(name).gradients
     assert (gradients.tensors, gradients.elements) == (tensors, parameters)
     assert 0 < gradients.small_elements < parameters / (10 if name == "resnet20" else 100)
 
@@ -54,7 +61,7 @@ def test_shapes(name: str, tensors: int, parameters: int) -> None:
 @pytest.mark.parametrize("setting", [FP32, model.LINEAR_8])
 def test_computing_that_holds_up_what_travels(setting: model.Setting) -> None:
     """With no core to spare a step takes longer, by at most all that is computed."""
-    gradients, compute = predict.gradients_of("resnet50"), (0.02, 0.04)
+    gradients, compute = Network.of_model("resnet50").gradients, (0.02, 0.04)
     spare, none = (
         model.step_seconds(setting, gradients, 2, dataclasses.replace(LINK, exposed=e), *compute)
         for e in (0.0, 1.0)
@@ -69,8 +76,8 @@ def test_computing_that_holds_up_what_travels(setting: model.Setting) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_predictions_are_sane(preset: str, ranks: int, name: str) -> None:
     """A step takes no less than its computing and its bytes, and the advice fits the numbers."""
-    gradients, machine = predict.gradients_of(name), PRESETS[preset]
-    result = predict.predict(gradients, ranks, machine, 0.1)
+    gradients, machine = Network.of_model(name).gradients, PRESETS[preset]
+    result = predicted(gradients, ranks, machine, 0.1)
     for setting in SETTINGS:
         if setting.name not in result["steps"]:
             assert setting.quantized and not setting.two_phase and ranks > 4
@@ -84,16 +91,16 @@ def test_predictions_are_sane(preset: str, ranks: int, name: str) -> None:
     if ranks == 1 or best[0] < 1 / (1 - advice.MARGIN):
         assert result["advice"].startswith("Do not compress")
     else:
-        assert result["advice"].startswith("Take ")
+        assert result["advice"].startswith("Use ")
 
 
 def test_sharded_formulas() -> None:
     """By hand: two modules of 2 M elements on 4 ranks."""
-    stock, bf16, eight, _, both = sharded.SHARDED_SETTINGS
+    stock, bf16, eight, *_, both = sharded.SHARDED_SETTINGS
     m, numel = dataclasses.replace(LINK, norm=1e-9, quantize=2e-9, dequantize=4e-9), 2_000_000
 
     def gradients(setting: sharded.ShardedSetting) -> float:
-        return sharded.gradient_seconds(setting, [numel] * 2, 4, m)
+        return sharded.gradient_seconds(setting, [numel] * 2, Cluster(4, 1), m)
 
     assert gradients(stock) == pytest.approx(2 * model.allreduce_seconds(8e6, 4, m))
     assert gradients(bf16) == pytest.approx(2 * model.allreduce_seconds(4e6, 4, m))
@@ -102,7 +109,7 @@ def test_sharded_formulas() -> None:
     assert gradients(eight) == gradients(both) == pytest.approx(2 * (norms + codes + 0.014))
 
     def weights(setting: sharded.ShardedSetting) -> float:
-        return sharded.weight_seconds(setting, [numel], 4, m)
+        return sharded.weight_seconds(setting, [numel], Cluster(4, 1), m)
 
     assert weights(stock) == weights(eight) == pytest.approx(2 * (3e-3 + 0.75 * 8e6 / 1e8))
     sent = 3e-3 + 0.75 * (numel + 4 * numel / 1024) / 1e8
@@ -113,14 +120,19 @@ def test_sharded_formulas() -> None:
 @pytest.mark.parametrize("preset", ["1gbe", "200mbit"])
 def test_predictions_for_fsdp(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     """With less bytes a step is faster, and gradients at 8 bits at least 2.5 times."""
-    found = predict.predict_sharded(predict.modules_of("transformer"), 2, PRESETS[preset], 0.1)
-    stock, _, eight, _, both = (found[setting.name] for setting in sharded.SHARDED_SETTINGS)
+    modules = Network.of_model("transformer").module_sizes
+    result = predict_sharded(modules, 2, PRESETS[preset], 0.1)
+    found, both_ways = result["steps"], "GlobalQSGD(bits=8).fsdp(model, weight_bits=8): a step of "
+    assert result["advice"].startswith(f"FSDP2: use {both_ways}")
+    stock, _, eight, *_, both = (found[setting.name] for setting in sharded.SHARDED_SETTINGS)
     assert stock["gradient_ms"] > 2.5 * eight["gradient_ms"]
     assert stock["ms"] > eight["ms"] > both["ms"] > 100
     assert stock["times_faster"] == 1
     predict.main(["--preset", preset, "--model", "transformer", "--ranks", "2"])
-    assert "of weights" in capsys.readouterr().out
-    alone = predict.predict_sharded(predict.modules_of("dlrm"), 1, PRESETS[preset], 0.1)
+    assert "weights" in capsys.readouterr().out
+    result = predict_sharded(modules, 1, PRESETS[preset], 0.1)
+    assert result["advice"].startswith("FSDP2: do not compress")
+    alone = result["steps"]
     assert all(step["gradient_ms"] == step["weight_ms"] == 0 for step in alone.values())
 
 
@@ -128,7 +140,7 @@ def test_sharded_steps_against_what_was_measured() -> None:
     arms = {"FSDP2 fp32": {"ms": 900.0, "gradient_ms": 300.0, "weight_ms": 500.0}}
     arms["FSDP2 bf16 gradients"] = {"error": "no"}  # type: ignore[dict-item]
     measured = {"model": "dlrm", "ranks": 2, "what": "step", "compute_ms": 50.0, "arms": arms}
-    found = predict.against(measured, LINK)
+    found = against(measured, LINK)
     names = ["FSDP2 fp32", "FSDP2 fp32, gradients", "FSDP2 fp32, weights"]
     assert list(found) == names
     assert [found[name]["measured_ms"] for name in names] == [900, 300, 500]
@@ -137,15 +149,15 @@ def test_sharded_steps_against_what_was_measured() -> None:
 
 def test_of_two_as_fast_the_more_accurate_is_recommended() -> None:
     """Widths per block in place of one width, for the same bytes but for norms."""
-    gradients = predict.gradients_of("resnet50")
+    gradients = Network.of_model("resnet50").gradients
     for preset in ("1gbe", "200mbit"):
         steps = model.steps_of(gradients, 8, PRESETS[preset], 0.03, 0.07)
-        assert advice.recommend(steps, 8).startswith("Take 4 bits per block, two phases: ")
+        assert advice.recommend(steps, 8).startswith("Use 4 bits per block, two phases, ")
 
 
 def test_break_even() -> None:
     """Below it quantization is recommended, and above it is not."""
-    gradients = predict.gradients_of("resnet50")
+    gradients = Network.of_model("resnet50").gradients
 
     def steps_on(machine: Machine) -> dict[model.Setting, float]:
         return model.steps_of(gradients, 8, machine, 0.03, 0.07)
@@ -153,7 +165,7 @@ def test_break_even() -> None:
     machine = PRESETS["10gbe"]
     beta = advice.break_even(steps_on, 8, machine)
     assert 1e8 < beta < 1e10
-    for factor, said in ((0.9, "Take"), (1.1, "Do not compress")):
+    for factor, said in ((0.9, "Use"), (1.1, "Do not compress")):
         there = dataclasses.replace(machine, beta=beta * factor)
         assert advice.recommend(steps_on(there), 8).startswith(said)
 
@@ -161,26 +173,27 @@ def test_break_even() -> None:
 @pytest.mark.parametrize("ranks", [2, 4, 16])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_recommends_no_less_accurate_setting_that_is_as_fast(preset: str, ranks: int) -> None:
-    gradients, machine = predict.gradients_of("resnet50"), PRESETS[preset]
-    result = predict.predict(gradients, ranks, machine, 0.1)
+    gradients, machine = Network.of_model("resnet50").gradients, PRESETS[preset]
+    result = predicted(gradients, ranks, machine, 0.1)
     if result["advice"].startswith("Do not"):
         return
-    chosen = next(s for s in SETTINGS if result["advice"].startswith(f"Take {s.name}: "))
+    chosen = next(s for s in SETTINGS if s.name == result["recommended"])
+    assert f"Use {chosen.name}, compression={chosen.compressor}: " in result["advice"]
     ms = {name: step["ms"] for name, step in result["steps"].items()}
     for setting in SETTINGS[1:]:
         if ms.get(setting.name, math.inf) <= ms[chosen.name]:
-            variances = [model.relative_variance(each, ranks) for each in (chosen, setting)]
-            assert variances[0] <= variances[1]
+            errors = [model.squared_error(each, ranks) for each in (chosen, setting)]
+            assert errors[0] <= errors[1]
 
 
 def test_an_arm_that_took_two_phases() -> None:
     """As 8 bits do by exchange='auto' on 8 ranks."""
     arms = {name: {"ms": 10.0} for name in ("GlobalQSGD 8 bits", "GlobalQSGD 8 bits two-phase")}
     measured = {"model": "resnet50", "ranks": 8, "what": "exchange", "arms": arms}
-    found = predict.against(measured, LINK)
+    found = against(measured, LINK)
     assert found["GlobalQSGD 8 bits"] == found["GlobalQSGD 8 bits two-phase"]
     measured["ranks"] = 4
-    found = predict.against(measured, LINK)
+    found = against(measured, LINK)
     assert found["GlobalQSGD 8 bits"] != found["GlobalQSGD 8 bits two-phase"]
 
 
@@ -190,7 +203,7 @@ def test_narrow_lanes() -> None:
     assert model.possible(eight, 4) and not model.possible(eight, 5)
     assert Options().exchange_for(4) == "allreduce" and Options().exchange_for(5) == "two_phase"
     with pytest.raises(ValueError, match="8 bits is too narrow for 200 ranks"):
-        model.exchange_seconds(eight, predict.gradients_of("dlrm"), 200, LINK)
+        model.exchange_seconds(eight, Network.of_model("dlrm").gradients, 200, LINK)
 
 
 def test_power_sgd() -> None:
@@ -300,7 +313,7 @@ def test_against_what_was_measured(
     predict.main(["--measured", str(file), "--preset", "1gbe", "--json"])
     ((name, row),) = json.loads(capsys.readouterr().out).items()
     assert (name, row["measured_ms"]) == ("Horovod fp32", 1000)
-    gradients, machine = predict.gradients_of("dlrm"), PRESETS["1gbe"]
+    gradients, machine = Network.of_model("dlrm").gradients, PRESETS["1gbe"]
     seconds = model.exchange_seconds(FP32, gradients, 2, machine)
     if what == "step":
         seconds = model.step_seconds(FP32, gradients, 2, machine, 0.01, 0.02)
@@ -310,3 +323,38 @@ def test_against_what_was_measured(
     printed = capsys.readouterr().out
     assert f"dlrm, {what}, 2 ranks" in printed
     assert f"{row['off']:+.0%}" in printed
+
+
+@pytest.mark.parametrize("cluster", [Cluster(4, 1), Cluster(8, 1), Cluster(4, 4)])
+def test_the_advised_compressor_has_the_setting(cluster: Cluster) -> None:
+    """Each expression makes a compressor with the exchange that was predicted."""
+    for setting in node_model.steps_of(
+        Network.of_model("resnet20").gradients, cluster, LINK, 0.1, 0.2
+    ):
+        made = eval(setting.compressor, {"GlobalQSGD": dict, "BlockBits": BlockBits, "hvd": hvd})  # noqa: S307
+        if not setting.quantized:
+            assert made is {16: hvd.Compression.fp16, 32: hvd.Compression.none}[int(setting.bits)]
+            continue
+        options = Options(**made)
+        assert GlobalQSGD(**made).stats().steps == 0
+        assert options.exchange_for(cluster.ranks) == (
+            "two_phase" if setting.two_phase else "allreduce"
+        )
+        assert options.hierarchy == ("node" if setting.by_node else "flat")
+        assert options.block_size == setting.block_size
+        assert options.dither == setting.dither
+
+
+def test_fsdp_calls() -> None:
+    calls = [setting.call for setting in sharded.SHARDED_SETTINGS]
+    assert calls[:3] == [
+        "MixedPrecisionPolicy(reduce_dtype=torch.float32)",
+        "MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)",
+        "GlobalQSGD(bits=8).fsdp(model)",
+    ]
+    assert len(set(calls)) == len(calls)
+
+
+def test_names_are_those_of_measured_arms() -> None:
+    assert {*measured.ARMS, *measured.FLAT_ARMS} <= {*operators.ARMS}
+    assert [setting.name for setting in sharded.SHARDED_SETTINGS] == [*operators.FSDP_ARMS]

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from hvd_gqsgd.bench import predict
+from hvd_gqsgd.bench.measured import against
+from hvd_gqsgd.bench.networks import Network
+from hvd_gqsgd.bench.prediction import predict_sharded
 from hvd_gqsgd.nodes import nodes_of_sizes
 from hvd_gqsgd.tools import advice, cost_model, node_model
 from hvd_gqsgd.tools.cost_model import (
@@ -24,7 +27,7 @@ from hvd_gqsgd.tools.cost_model import (
 )
 from hvd_gqsgd.tools.node_model import Cluster
 
-RESNET = predict.gradients_of("resnet50")
+RESNET = Network.of_model("resnet50").gradients
 LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9, inside=1e9)
 SHAPES = [(2, 2), (2, 4), (3, 5), (8, 8), (16, 2)]
 two_phase = pytest.mark.parametrize("setting", [s for s in SETTINGS if s.two_phase])
@@ -101,6 +104,20 @@ def test_bytes_on_a_link(nodes: int, per_node: int, setting: Setting) -> None:
     assert node_model.link_bytes(setting, numel, Cluster(1, per_node), True) == 0
 
 
+def test_sharded_steps_on_nodes() -> None:
+    """With one rank a node as on ranks; with several, codes cross the link of a node often."""
+    modules, machine = Network.of_model("transformer").module_sizes, PRESETS["1gbe"]
+    alone = predict_sharded(modules, 8, machine, 0.1)["steps"]
+    shared = predict_sharded(modules, 8, machine, 0.1, per_node=4)["steps"]
+    one_node = predict_sharded(modules, 8, machine, 0.1, per_node=8)["steps"]
+    for name, step in alone.items():
+        assert one_node[name]["ms"] < step["ms"]
+        assert one_node[name]["relative_error"] == shared[name]["relative_error"]
+    codes, plain = "FSDP2 GlobalQSGD 8 bits", "FSDP2 fp32"
+    assert shared[codes]["gradient_ms"] > 2 * alone[codes]["gradient_ms"]
+    assert shared[plain]["weight_ms"] == pytest.approx(alone[plain]["weight_ms"])
+
+
 @two_phase
 @pytest.mark.parametrize(("nodes", "per_node"), SHAPES)
 @pytest.mark.parametrize("preset", ["1gbe", "200mbit"])
@@ -130,22 +147,24 @@ def test_flat_is_faster_over_fast_links() -> None:
 def test_advice(preset: str) -> None:
     steps = node_model.steps_of(RESNET, Cluster(2, 8), PRESETS[preset], 0.03, 0.07)
     assert "8 bits, flat" not in {setting.name for setting in steps}  # too narrow for 16 ranks
-    assert advice.recommend(steps, 16).startswith("Take 4 bits per block, two phases, by node: ")
+    assert advice.recommend(steps, 16).startswith(
+        "Use 4 bits per block, two phases, by node, compression=GlobalQSGD(bits=BlockBits(4), "
+    )
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows flat and by node, and JSON; without FSDP2, which is not modelled."""
+    """Rows flat and by node, those of FSDP2, and JSON."""
     predict.main(["--ranks", "8", "--per-node", "4"])
     printed = capsys.readouterr().out
     assert "resnet50 on 8 ranks, 4 on each node, " in printed
-    for row in ("8 bits, two phases, flat", "8 bits, two phases, by node", "fp16", "Take "):
+    for row in ("8 bits, two phases, flat", "8 bits, two phases, by node", "fp16", "Use "):
         assert row in printed
-    assert "FSDP2" not in printed
+    assert "FSDP2" in printed
     predict.main(["--ranks", "4", "--per-node", "2", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["steps"]["fp32"]["times_faster"] == 1
     assert "8 bits, flat" in result["steps"] and "8 bits, by node" not in result["steps"]
-    assert result["break_even"] > 0 and "fsdp2" not in result
+    assert result["break_even"] > 0 and "fsdp2" in result
     predict.main(["--ranks", "4", "--per-node", "4", "--json"])
     assert not any("by node" in name for name in json.loads(capsys.readouterr().out)["steps"])
     figure = tmp_path / "figure.png"
@@ -181,8 +200,9 @@ def test_against_what_was_measured(what: str) -> None:
     settings = (FP32, LINEAR_8, LINEAR_4, LINEAR_4)
     arms = {name: {"ms": 1000.0} for name in (*names, "FSDP2 fp32")}
     measured = {"model": "resnet50", "ranks": 4, "hosts": 2, "what": what, "compute_ms": 30.0}
-    found = predict.against(measured | {"arms": arms}, LINK)
-    assert tuple(found) == names  # FSDP2 is not modelled
+    found = against(measured | {"arms": arms}, LINK)
+    assert found.pop("FSDP2 fp32")["predicted_ms"] > 0
+    assert tuple(found) == names
     for name, setting, by_node in zip(names, settings, (False, False, True, False), strict=True):
         given = (setting, RESNET, Cluster(2, 2), LINK, by_node)
         seconds = node_model.exchange_seconds(*given)
@@ -190,7 +210,7 @@ def test_against_what_was_measured(what: str) -> None:
             seconds = node_model.step_seconds(*given, 0.01, 0.02)
         assert found[name]["predicted_ms"] == pytest.approx(1e3 * seconds)
     for hosts in (1, 4):  # each rank has a link, if only the memory of one machine
-        found = predict.against(measured | {"hosts": hosts, "arms": arms}, LINK)
+        found = against(measured | {"hosts": hosts, "arms": arms}, LINK)
         for name, setting in zip(names, settings, strict=True):
             seconds = cost_model.exchange_seconds(setting, RESNET, 4, LINK)
             if what == "step":

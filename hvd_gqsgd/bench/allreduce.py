@@ -1,7 +1,7 @@
 """Allreduces of all sizes through Horovod: ``hvd-gqsgd bench allreduce [--rate 1gbit]``.
 
 ``busbw`` is the bus bandwidth of nccl-tests, 2 (n - 1) / n times the gradient's bytes over the
-time: a ring without compression needs links of that bandwidth to be as fast.
+time: the bandwidth at which an uncompressed ring takes as long.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hvd_gqsgd.bench.figure import STYLES, draw, figure_file, log_ticks, new_figure, save
 from hvd_gqsgd.bench.hosts import add_arguments, is_rank, relaunch
 from hvd_gqsgd.bench.operators import OPERATORS
 from hvd_gqsgd.bench.table import show_table
@@ -38,11 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--repeats", type=int, default=11, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a figure too, as PNG")
+    parser.add_argument(
+        "--plot", type=figure_file, metavar="FILE", help="draw the medians, as .png, .pdf or .svg"
+    )
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     if not 0 < options.smallest * 2**10 <= options.largest * 2**20 or options.repeats < 1:
-        parser.error("--smallest must be positive and at most --largest, and --repeats positive")
+        parser.error(
+            "--smallest must be above 0 kB and at most --largest, and --repeats at least 1, got "
+            f"{options.smallest:g} kB, {options.largest:g} MB and {options.repeats}"
+        )
     if not is_rank():
         sys.exit(relaunch("hvd_gqsgd.bench.allreduce", given, options))
 
@@ -74,7 +80,7 @@ def measure(sizes: Sequence[int], repeats: int) -> dict[str, Any]:
     Returns:
         ``ranks``, and in ``rows`` for each size and arm: ``bytes`` of the tensor, ``ms`` and
         ``ms_p99`` of the slowest rank, ``times_faster`` than fp32, ``wire_bytes`` that a rank
-        handed to collectives, and ``busbw`` in GB/s.
+        passed to collectives, and ``busbw`` in GB/s.
     """
     import horovod.torch as hvd
     import torch
@@ -127,7 +133,7 @@ def _show(result: dict[str, Any]) -> None:
                 f"{row['times_faster']:.2f}", _size(row["wire_bytes"]), f"{row['busbw']:.3f}",
             ]
         )  # fmt: skip
-    print(f"{result['ranks']} ranks, {result['repeats']} rounds; of the slowest rank")
+    print(f"{result['ranks']} ranks, {result['repeats']} rounds; times of the slowest rank")
     header = ["float32", "", "ms, p50", "p99", "times faster", "sent", "busbw, GB/s"]
     show_table(header, cells, left=2)
 
@@ -140,18 +146,22 @@ def _size(count: int) -> str:
 
 
 def _plot(result: dict[str, Any], file: Path) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for arm in dict.fromkeys(row["arm"] for row in result["rows"]):
+    """Draws the medians over the size of the tensor."""
+    figure, (axes,) = new_figure()
+    for style, arm in zip(
+        STYLES, dict.fromkeys(row["arm"] for row in result["rows"]), strict=False
+    ):
         rows = [row for row in result["rows"] if row["arm"] == arm]
-        axes.plot([row["bytes"] for row in rows], [row["ms"] for row in rows], "o-", label=arm)
-    axes.set(xscale="log", yscale="log", xlabel="bytes of float32", ylabel="ms")
-    axes.set_title(f"allreduce on {result['ranks']} ranks")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=110)
+        sizes = [row["bytes"] / 2**20 for row in rows]
+        draw(axes, sizes, [row["ms"] for row in rows], style, arm)
+    axes.set(
+        xscale="log", yscale="log", xlabel="tensor of float32 (MiB)", ylabel="median time (ms)"
+    )
+    axes.set_title(f"Allreduce through Horovod, {result['ranks']} ranks")
+    for axis in (axes.xaxis, axes.yaxis):
+        log_ticks(axis)
+    axes.legend(fontsize=9)
+    save(figure, file)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ __all__ = ["block_norms", "bytes_of_codes", "levels_of_elements"]
 
 
 def block_norms(rows: Tensor, options: Options) -> Tensor:
-    """The bits of the norm of each block over all ranks."""
+    """The norm of each block over all ranks, as the bits of a float."""
     numel = rows.shape[1]
     block = options.block_size or max(numel, 1)
     norms = torch.zeros((len(rows), -(-numel // block)), dtype=layout.norm_dtype(rows.dtype))
@@ -35,8 +35,17 @@ def block_norms(rows: Tensor, options: Options) -> Tensor:
 def levels_of_elements(
     norms: Tensor, numel: int, bits: BlockBits, ranks: int, summands: int
 ) -> Tensor:
-    """The levels per side of each element of a tensor, given the global ``norms`` of its blocks;
-    1 for the elements of blocks without a width: float64, of shape (d,)."""
+    """The levels per side of each element of a tensor, float64 of shape (d,).
+
+    Elements of blocks without a width have 1.
+
+    Args:
+        norms: the global norm of each block.
+        numel: number of elements, d.
+        bits: the rule of widths.
+        ranks: number of ranks.
+        summands: number of codes that a lane sums; 1 in two phases.
+    """
     tensors = ((numel, bits.block_size),)
     owners = ranks if summands == 1 else 1
     segments = layout.block_segments(tensors, bits.words_for, norms.dtype, owners, summands)
@@ -50,8 +59,7 @@ def levels_of_elements(
 def bytes_of_codes(
     numels: Sequence[int], bits: BlockBits, norm_dtype: torch.dtype, ranks: int, two_phase: bool
 ) -> int:
-    """Bytes of the codes and the means of a bucket, or of marks and codes, as ``Stats`` counts
-    them."""
+    """Bytes of a bucket's codes and means, or marks and codes in an Allreduce, as in ``Stats``."""
     tensors = tuple((numel, bits.block_size) for numel in numels)
     if not two_phase:
         summed = layout.block_segments(tensors, bits.words_for, norm_dtype, 1, ranks)

@@ -19,11 +19,11 @@ from hvd_gqsgd.tools.node_model import Cluster, link_bytes
 __all__ = ["main", "measure"]
 
 MEGABYTES = 32.0
-"""The largest message, of int32. The time per byte is taken between a quarter of it and all."""
+"""The largest message, of int32. The time per byte is the slope between a quarter of it and all."""
 TENSORS = 100
-"""Small tensors in a step, for the time per tensor."""
+"""Number of small tensors, for the time per tensor."""
 BESIDE = 8
-"""How many times the kernels run beside one sum of the largest message."""
+"""Times that the kernels run beside one sum of the largest message."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -41,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="no effect: the output is always JSON")
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
-    if options.repeats < 1 or options.megabytes < 1:
-        parser.error("--repeats and --megabytes must be at least 1")
+    if options.repeats < 1 or not options.megabytes >= 1:
+        parser.error(
+            "--repeats and --megabytes must be at least 1, got "
+            f"{options.repeats} and {options.megabytes:g}"
+        )
     if not is_rank():
         sys.exit(relaunch("hvd_gqsgd.bench.calibrate", given, options))
 
@@ -70,10 +73,10 @@ def measure(
         progress: called after each round.
 
     Returns:
-        The same on all ranks.
+        The machine, the same on all ranks.
 
     Raises:
-        RuntimeError: there is one rank alone.
+        RuntimeError: there is only one rank.
     """
     import horovod.torch as hvd
     import torch
@@ -85,7 +88,7 @@ def measure(
 
     n = hvd.size()
     if n < 2:
-        raise RuntimeError("calibration needs at least 2 ranks, got 1")
+        raise RuntimeError("calibration needs at least 2 ranks, got 1: pass --ranks 2 or more")
     large = round(megabytes * 2**18) // 4096 * 4096
     small = large // 4
     words = {size: torch.zeros(size, dtype=torch.int32) for size in (1, small, large)}
@@ -148,19 +151,19 @@ def measure(
             return (whole - part) / (4 * (large - small))
         return whole / (4 * large)  # noise, or latency alone: a lower bound of the bandwidth
 
-    # Ranks of one machine alone have its memory as their links.
+    # Ranks of a single machine use its memory as links.
     per_node = 1 if hvd.local_size() == n else hvd.local_size()
     cluster = Cluster(n // per_node, per_node)
     summed, sent_twice = (
         link_bytes(setting, 1, cluster, by_node=False) for setting in (FP32, TWO_PHASE_8)
     )
     held_up = (seconds["beside"] - seconds[f"sum {large}"]) / (BESIDE * seconds["kernels"])
-    # What is left of many small tensors without the time of their bytes.
+    # The time of many small tensors without the time of their bytes.
     sent = of_a_byte("sum") * sum(tensor.nbytes for tensor in tensors)
     plain = seconds["plain"] - 2 * seconds["sum 1"] - sent
     compressed = seconds["compressed"] - 4 * seconds["sum 1"] - sent / 4
     return Machine(
-        alpha=20e-6,  # much less than an operation of Horovod's takes, which is measured
+        alpha=20e-6,  # small beside the measured time of an operation of Horovod
         beta=summed / of_a_byte("sum"),
         gamma=1e15,  # within beta
         beta_two_phase=sent_twice / of_a_byte("two"),

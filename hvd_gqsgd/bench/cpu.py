@@ -1,8 +1,8 @@
 """CPU time of a whole exchange, for each operator: ``hvd-gqsgd bench cpu``.
 
-All ranks run in this process, one after the other, on one thread, and nothing travels: the time is
-that of norms, widths, codes, rounding and decoding, as each rank has to spend it. The operators
-take turns, and the least of all rounds counts.
+All ranks run in this process, one after the other, on one thread, without communication. The time
+covers norms, widths, codes, rounding and decoding of one rank. The operators run in turn, and the
+fastest round of each counts.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for row in result["rows"]
         ],
         title=f"{options.ranks} ranks, {options.numel:,} float32, {result['instruction_set']}, "
-        f"one thread; CPU time of a rank, least of {options.repeats} rounds",
+        f"one thread; CPU time of a rank, fastest of {options.repeats} rounds",
     )
 
 
 def measure(ranks: int, numel: int, repeats: int) -> dict[str, Any]:
-    """Times all operators that have levels for so many ranks.
+    """Times all operators that have levels for this number of ranks.
 
     Returns:
         The instruction set, and "rows" with the "name", the "exchange", "ns_per_element" of a rank,
-        and "to_4_bits", the ratio to the operator of that name.
+        and "to_4_bits", the ratio to the operator "4 bits".
     """
     rows = _gradients(ranks, numel)
     arms = {name: Options(**options) for name, options in ARMS.items()}
@@ -113,7 +113,7 @@ def _timed(world: SimulatedRanks, rows: Tensor) -> float:
 
 
 def _gradients(ranks: int, numel: int) -> Tensor:
-    """Normal numbers whose scale differs from one run of 256 to the next."""
+    """Normal numbers; each run of 256 has a scale of its own."""
     generator = torch.Generator().manual_seed(0)
     scales = torch.randn(-(-numel // 256), generator=generator).exp2().repeat_interleave(256)
     return torch.randn(ranks, numel, generator=generator) * scales[:numel]

@@ -1,8 +1,8 @@
 """Compares errors with their bounds: ``python -m hvd_gqsgd.bench.error [--markdown]``.
 
-Formulas and proofs are in ``hvd_gqsgd/docs/THEORY.md``, as are the tables printed here. Gradients
-are heavy-tailed: independent numbers with Student's t distribution with 4 degrees of freedom.
-Nothing is timed, and seeds are fixed, so that the tables are the same on every machine.
+``hvd_gqsgd/docs/THEORY.md`` has the formulas, the proofs, and these tables. Gradients are
+heavy-tailed: independent numbers with Student's t distribution with 4 degrees of freedom. Seeds are
+fixed and nothing is timed, so the tables are the same on every machine.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--numel", type=int, default=BUCKET,
         help="elements for the comparison with the authors' scheme (default: %(default)s, 25 MB); "
-        "the rest takes 2^17 at most",
+        "all else uses 2^17 at most",
     )  # fmt: skip
     parser.add_argument("--trials", type=int, default=8, help="steps (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not 2 <= options.ranks <= 127:
         parser.error(f"--ranks must be from 2 to 127, got {options.ranks}")
     if min(options.numel, options.trials) < 1:
-        parser.error(f"--numel and --trials must be at least 1, got {options}")
+        parser.error(
+            f"--numel and --trials must be at least 1, got {options.numel} and {options.trials}"
+        )
     result = measure(options.ranks, options.numel, options.trials)
     if options.json:
         print(json.dumps(result))
@@ -103,13 +105,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def measure(
     ranks: int = 4, numel: int = BUCKET, trials: int = 8, most: int = 2**17
 ) -> dict[str, Any]:
-    """Measures everything.
+    """Measures all tables.
 
     Args:
         ranks: n, from 2 to 127.
         numel: elements for the comparison with the authors' scheme.
-        trials: steps to average over, but for the comparison.
-        most: most elements for all else.
+        trials: steps to average over, except in the comparison.
+        most: most elements outside the comparison.
 
     Returns:
         Lists of rows under "comparison", "operators", "tight", "by_ranks" and "widths", and
@@ -179,19 +181,19 @@ def expected_variance(rows: Tensor, **options: Any) -> Tensor:
 
 
 def _levels(options: Options, ranks: int) -> int:
-    """s; 0 for exponential dithering."""
+    """Levels a side; 0 for exponential dithering."""
     if options.dither == "exponential":
         return 0
     return levels_for(options.most_bits, _summands(options, ranks))
 
 
 def _summands(options: Options, ranks: int) -> int:
-    """Codes whose sum a lane must hold."""
+    """Number of codes that a lane must be able to sum."""
     return ranks if options.exchange_for(ranks) == "allreduce" else 1
 
 
 def _levels_of(rows: Tensor, options: Options) -> Tensor | int | None:
-    """s, of each element where blocks differ; None for exponential dithering."""
+    """Levels a side, of each element where blocks differ; None for exponential dithering."""
     n, bits = len(rows), options.bits
     if isinstance(bits, BlockBits):
         norms, summands = block_norms(rows, options), _summands(options, n)
@@ -249,7 +251,7 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
     """An operator's levels, bits per element on the wire, and error, also relative to theory."""
     n, numel = rows.shape
     two_phase = _two_phase(options)
-    # Not "auto": the operator that is named is the one to be measured, whatever n is.
+    # Not "auto", which would choose another exchange for some numbers of ranks.
     options = {**options, "exchange": "two_phase" if two_phase else "allreduce"}
     chosen = Options(**options)
     squares = _squares(rows, trials, options).mean()
@@ -268,7 +270,7 @@ def _row(name: str, rows: Tensor, trials: int, options: dict[str, Any]) -> dict[
 
 
 def _tight(rng: np.random.Generator, n: int, trials: int) -> list[dict[str, Any]]:
-    """Errors on data that reaches the formula, on n ranks or on as few as show it."""
+    """Errors on data for which a formula is exact, on n ranks or fewer."""
     numel = 2**15
 
     def case(name: str, formula: str, shares: Any, bound: float, options: Any) -> dict[str, Any]:
@@ -307,7 +309,7 @@ def _tight(rng: np.random.Generator, n: int, trials: int) -> list[dict[str, Any]
 
 
 def _by_ranks(rng: np.random.Generator, ranks: int, trials: int) -> dict[str, Any]:
-    """Both exchanges at 8 bits, on independent ranks and on ranks that hold the same."""
+    """Errors of both exchanges at 8 bits, for independent ranks and for equal ranks."""
     row: dict[str, Any] = {"ranks": ranks}
     different = student(rng, ranks, 2**14)
     for kind, rows in (("different", different), ("equal", different[:1].repeat(ranks, 1))):
@@ -342,8 +344,8 @@ TABLES: list[tuple[str, str, Columns]] = [
     ("comparison", "One tensor of {numel:,} float32 on {ranks} ranks, one step, Allreduce",
      [*OPERATOR, ("times the default", "to_default", ".2f")]),
     ("operators", "Operators on {ranks} ranks, {trials} steps; blocks of 1024 and correlated dither"
-     " where it does not say otherwise", OPERATOR),
-    ("tight", "Data that reaches the formula",
+     " unless stated otherwise", OPERATOR),
+    ("tight", "Data for which the formula is exact",
      [("", "name", ""), ("ranks", "ranks", ""), ("formula", "formula", ""),
       ("mean square / formula", "to_formula", ".3f")]),
     ("by_ranks", "Relative error at 8 bits by the number of ranks",

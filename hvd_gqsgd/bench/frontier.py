@@ -1,10 +1,10 @@
-"""Errors of means and losses at equal bytes, with rivals: ``hvd-gqsgd bench frontier``.
+"""Compares errors and losses with other compressors at equal bytes: ``hvd-gqsgd bench frontier``.
 
-Gradients are synthetic and heavy-tailed, as for ``bench error``, or recorded ones: a file by
-``torch.save`` with a list of tensors, one for each parameter, of shape (ranks, *shape). Several
-files are several steps of one training. Seeds are fixed, and nothing is timed.
+Gradients are synthetic and heavy-tailed, as in ``bench error``, or recorded: a file of
+``torch.save`` has a list of tensors, one per parameter, of shape (ranks, *shape). Several files are
+several steps of one training. Seeds are fixed, and nothing is timed.
 
-With ``--train`` scripts are trained with all settings of this package instead; see
+``--train`` trains scripts with all settings of this package instead; see
 ``hvd_gqsgd.bench.trainer``.
 """
 
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--train", nargs="+", metavar="TASK",
         help="train scripts, such as 'examples/language.py --steps 100', with all ranks in this "
-        "process, and compare what they come to",
+        "process, and compare their metrics",
     )  # fmt: skip
     parser.add_argument(
         "--settings", nargs="+", choices=tuple(trainer.SETTINGS), metavar="SETTING",
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for --train")
     parser.add_argument(
         "--results", type=Path, metavar="FILE",
-        help="for --train: add each run to this file of JSON lines, and take those that are there",
+        help="for --train: append each run to this file of JSON lines, and reuse its runs",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--markdown", action="store_true", help="print Markdown")
@@ -143,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _train(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.gradients:
-        parser.error("recorded gradients do not go with --train")
+        parser.error("--train does not take recorded gradients: leave FILE or --train out")
     if options.ranks and len(options.ranks) > 1:
         parser.error(f"--ranks must be one number for --train, got {options.ranks}")
     (ranks,) = options.ranks or [8]
@@ -176,10 +176,10 @@ def _show_block_sizes(rows: Sequence[dict[str, Any]], title: str, markdown: bool
 
 
 def load(path: Path) -> Step:
-    """A recorded step.
+    """Reads a recorded step.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file cannot be read, or has something else.
     """
     try:
         step = torch.load(path, weights_only=True)
@@ -197,22 +197,23 @@ def load(path: Path) -> Step:
 
 
 def synthetic(ranks: int) -> Step:
-    """Independent numbers with Student's t distribution, which differ in scale by rows."""
+    """Independent numbers with Student's t distribution, and a scale for each row."""
     rng = np.random.default_rng(0)
     scales = torch.from_numpy(rng.lognormal(sigma=1.0, size=(512, 1))).float()
     return [student(rng, ranks, 512 * 512).view(ranks, 512, 512) * scales]
 
 
 def measure(steps: Sequence[Step], node: int) -> list[dict[str, Any]]:
-    """Measures all settings on the last step; earlier ones teach those that have a state.
+    """Measures all settings on the last step; earlier steps set the state of those that have one.
 
     Args:
         steps: gradients, in the order of steps.
         node: ranks of a node, for qgZ.
 
     Returns:
-        A row for each setting that so many ranks can have, from few bits to many: its "name", the
-        "bits" on the wire for an element, and its "error", that of the mean to the mean's square.
+        A row for each setting that is possible for this number of ranks, in the order of bits:
+        "name", "bits" on the wire per element, and "error", the squared error of the mean over the
+        squared mean.
     """
     last = steps[-1]
     rows = torch.cat([x.flatten(1) for x in last], 1)
@@ -241,11 +242,10 @@ def measure(steps: Sequence[Step], node: int) -> list[dict[str, Any]]:
 
 
 def measure_steps(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Compares widths per step (DQ-SGD), per block and both with one width, in two phases, on all
-    steps together.
+    """Compares one width with widths per step (DQ-SGD), per block and both, over all steps.
 
     Returns:
-        Rows as those of ``measure``.
+        Rows like those of ``measure``.
     """
     numels, size = [x[0].numel() for x in steps[0]], len(steps[0][0])
     result = []
@@ -280,8 +280,8 @@ def measure_block_sizes(step: Step) -> list[dict[str, Any]]:
     """Compares sizes of blocks for widths per block, in two phases, at equal bytes.
 
     Returns:
-        A row for each size and total, but for those that leave less than 2 bits to the codes: its
-        "block_size", "total" bits an element, the "budget" of the codes, and the "error".
+        A row for each size and total that leave 2 bits or more for the codes: "block_size",
+        "total" bits per element, the "budget" of the codes, and "error".
     """
     true = torch.cat([x.flatten(1) for x in step], 1).double().mean(0)
     numels, ranks = [x[0].numel() for x in step], len(step[0])
@@ -301,7 +301,7 @@ def measure_block_sizes(step: Step) -> list[dict[str, Any]]:
 
 
 def _ours(step: Step, options: dict[str, Any]) -> Estimate | None:
-    """As one bucket; None if the lanes are too narrow."""
+    """Measures options on all tensors in one bucket; None if the lanes are too narrow."""
     numels, ranks = [x[0].numel() for x in step], len(step[0])
     chosen = Options(**options, bucket_mb=MOST_MB)
     try:
@@ -312,13 +312,13 @@ def _ours(step: Step, options: dict[str, Any]) -> Estimate | None:
 
 
 def _means(ranks: SimulatedRanks, step: Step) -> Tensor:
-    """Those of all parameters, one after the other."""
+    """The means of all parameters, flattened and concatenated."""
     rows = [[("", own.contiguous()) for own in rank] for rank in zip(*step, strict=True)]
     return torch.cat([mean.flatten() for mean in ranks.means(rows)])
 
 
 def _taught(rival: Callable[[Tensor], Estimate], steps: Sequence[Step]) -> Estimate:
-    """The estimate of the last step, after all before."""
+    """The estimate of the last step, after those of all steps before."""
     return [rival(torch.cat([x.flatten(1) for x in step], 1)) for step in steps][-1]
 
 

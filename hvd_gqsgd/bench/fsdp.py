@@ -1,9 +1,7 @@
-"""Training steps of a model's shape under FSDP2: PyTorch's own, and with gradients and weights as
-codes.
+"""Training steps of a model's shape under FSDP2, with PyTorch's collectives and with codes.
 
 Each layer is a module of ``fully_shard``, whose weights are gathered in the forward pass and in the
-backward pass. On CPUs nothing of that overlaps with computing, so the time in collectives is a part
-of the step's.
+backward pass. On CPUs these collectives do not overlap with computing.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from hvd_gqsgd.bench.operators import FSDP_BF16, FSDP_OURS
 __all__ = ["FsdpArm"]
 
 WARM_UP = 3
-"""Steps whose times do not count: the first one, and two more, as in ``rounds.interleaved``."""
+"""Steps before the first that counts: one, and two more, as in ``rounds.interleaved``."""
 
 
 class FsdpArm:
@@ -67,17 +65,17 @@ class FsdpArm:
         """Forward, backward, exchange and update."""
         self._now = dict.fromkeys(self._now, 0.0)
         self._optimizer.zero_grad()
-        # A layer's gradients are reduced as soon as those of its input are there.
+        # FSDP reduces the gradients of a layer once the gradient of its input is computed.
         self.network(torch.ones((), requires_grad=True)).backward()
         self._optimizer.step()
         self._steps.append(self._now)
 
     def exchange(self) -> None:
-        """There is none without the backward pass."""
+        """FSDP2 exchanges gradients only within the backward pass."""
         raise NotImplementedError
 
     def get_ready(self, exchange_alone: bool) -> None:
-        """Nothing is to be prepared."""
+        """Does nothing: the backward pass computes the gradients."""
 
     def spent(self, part: str, seconds: float, nbytes: int) -> None:
         """Counts a collective of gradients or of weights."""
@@ -85,8 +83,7 @@ class FsdpArm:
         self._bytes[part] += nbytes
 
     def megabytes_of(self, part: str) -> float:
-        """Megabytes of gradients or of weights that a rank hands to collectives in a step, counted
-        as those of a reduce-scatter or an all-gather of as many."""
+        """Megabytes of gradients or of weights that a rank passes to collectives in a step."""
         nbytes = self._bytes[part]
         if self._compressor is not None:
             stats = self._compressor.stats()
@@ -95,11 +92,11 @@ class FsdpArm:
         return nbytes / max(len(self._steps), 1) / 1e6
 
     def megabytes(self) -> float:
-        """Both."""
+        """Megabytes of gradients and weights that a rank passes to collectives in a step."""
         return self.megabytes_of("gradient") + self.megabytes_of("weight")
 
     def parts(self) -> dict[str, float]:
-        """The medians of the slowest rank, and megabytes; a collective call."""
+        """Median milliseconds of the slowest rank, and megabytes, by part; a collective call."""
         found: dict[str, float] = {}
         for part in self._now:
             own = np.median([step[part] for step in self._steps[WARM_UP:] or self._steps])
@@ -131,7 +128,7 @@ def _slopes(numel: int) -> Tensor:
 
 
 class _Timed:
-    """Another communication of FSDP, which is timed."""
+    """Wraps a communication of FSDP, and times it."""
 
     def __init__(self, comm: Any, arm: FsdpArm, part: str) -> None:
         self.allocate = comm.allocate

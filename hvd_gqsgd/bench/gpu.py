@@ -1,8 +1,8 @@
 """Times the kernels on a GPU: ``python -m hvd_gqsgd.bench.kernels --device cuda [--json]``.
 
-They do little but pass over memory, so each is compared with the bandwidth that a copy from device
-to device reaches in the same run. All are compared with the same steps in plain PyTorch, one after
-the other, as in the code of the authors of Global-QSGD.
+The kernels are limited by memory bandwidth, so each is compared with a copy from device to device
+in the same run. All together are compared with the same steps in plain PyTorch, one after the
+other, as in the code of the authors of Global-QSGD.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def measure(
 
     Returns:
         The GPU and all settings; for each pass ``ms``, the median of ``repeats`` rounds,
-        ``gb_per_s``, and ``share_of_copy``; and ``times_plain_torch``, how many times longer the
-        same steps take in plain PyTorch.
+        ``gb_per_s``, and ``share_of_copy``; and ``times_plain_torch``, the time of the same steps
+        in plain PyTorch over the time of the kernels.
 
     Raises:
         RuntimeError: there is no GPU, or this build has no kernels for it.
@@ -43,7 +43,9 @@ def measure(
     if not torch.cuda.is_available():
         raise RuntimeError("--device cuda needs a GPU that PyTorch can use, and found none")
     if "cuda" not in ops.devices():
-        raise RuntimeError("--device cuda needs hvd_gqsgd built with CUDA; see its set-up")
+        raise RuntimeError(
+            "--device cuda needs hvd_gqsgd built with CUDA: install nvcc, and build again"
+        )
     device = torch.device("cuda", torch.cuda.current_device())
     x = torch.randn(numel, device=device).to(dtype)
     passes, moved = passes_on(x, bits, block_size)
@@ -161,7 +163,7 @@ def passes_on(
 
 
 def _plain(x: Tensor, levels: int) -> Tensor:
-    """One norm for all, random rounding, int8 and back."""
+    """Quantizes to int8 with one norm and random rounding, and decodes."""
     norm = x.abs().max()
     scaled = x.div(norm).mul_(levels)
     rounded = scaled.add_(torch.rand_like(scaled).sub_(0.5)).round_()
@@ -175,7 +177,7 @@ def _interleaved(
     times: dict[str, list[float]] = {name: [] for name in passes}
     for repeat, (name, call) in itertools.product(range(-3, repeats), passes.items()):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(500_000)  # while the host enqueues what is measured
+        torch.cuda._sleep(500_000)  # until the host has enqueued the call
         begin.record()
         call()
         end.record()

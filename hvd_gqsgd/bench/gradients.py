@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-__all__ = ["MODELS", "Named", "layers_of", "shapes_of"]
+__all__ = ["MODELS", "Named", "layers_of", "module_of", "shapes_of"]
 
 Shape = tuple[int, ...]
 Named = tuple[str, Shape]
@@ -18,13 +18,15 @@ def shapes_of(model: str) -> list[tuple[str, Shape]]:
 
 
 def layers_of(model: str) -> list[list[Named]]:
-    """The parameters of one of ``MODELS``, by layer, such as ``encoder.3``."""
+    """The parameters of one of ``MODELS``, by layer."""
+    by_layer = itertools.groupby(shapes_of(model), lambda named: module_of(named[0]))
+    return [list(named) for _, named in by_layer]
 
-    def layer(named: Named) -> str:
-        found = re.match(r"[^.]+(\.\d+)?", named[0])
-        return found[0] if found else ""
 
-    return [list(named) for _, named in itertools.groupby(shapes_of(model), layer)]
+def module_of(name: str) -> str:
+    """The layer of a parameter: its path up to the first number, as ``encoder.layers.3``."""
+    found = re.match(r"(?:[^.]+\.)*?\d+(?=\.)|[^.]+", name)
+    return found[0] if found else ""
 
 
 def _resnet50() -> Iterator[Named]:

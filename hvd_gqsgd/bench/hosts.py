@@ -38,21 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ranks", type=_ranks, default=2, help="(default: %(default)s)")
     group.add_argument(
         "--rate",
-        help="limit of each host's link in both directions, such as 1gbit or 200mbit: makes hosts, "
-        "by network namespaces; needs root",
+        help="limit of each host's link in both directions, such as 1gbit or 200mbit; emulates "
+        "hosts by network namespaces, and needs root",
     )
     group.add_argument(
         "--hosts", type=_ranks, metavar="N",
-        help="with --rate, so many hosts, with as many ranks on each (default: one rank a host)",
+        help="number of hosts, for --rate; divides --ranks (default: one rank per host)",
     )  # fmt: skip
 
 
 def _ranks(text: str) -> int:
     """The value of ``--ranks`` or ``--hosts``."""
-    ranks = int(text)
-    if ranks < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {ranks}")
-    return ranks
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def is_rank() -> bool:
@@ -74,22 +73,22 @@ def launch(
         module: with a command line that takes ``arguments``.
         arguments: the same on all ranks.
         ranks: number of ranks.
-        rate: limit of the links between emulated hosts; None: ranks of this machine, as also
-            without root, with a warning.
+        rate: limit of the links between emulated hosts; None: ranks of this machine. Without
+            root the ranks run on this machine too, with a warning.
         output: a file for stdout and stderr; None: those of this process.
-        hosts: number of emulated hosts; None: one for each rank.
+        hosts: number of emulated hosts; None: one per rank.
 
     Returns:
         The exit status; 1, with a message on stderr, if there is no launcher, or if the ranks
         cannot be spread evenly.
     """
     if hosts is not None and (rate is None or ranks % hosts):
-        print(f"hvd-gqsgd: --hosts needs --rate, and as many ranks on each host, got {ranks} ranks "
-              f"on {hosts} hosts", file=sys.stderr)  # fmt: skip
+        print(f"hvd-gqsgd: --hosts needs --rate, and a number that divides --ranks, got {ranks} "
+              f"ranks on {hosts} hosts and --rate {rate}", file=sys.stderr)  # fmt: skip
         return 1
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # ends ranks and hosts too
     if rate is not None and os.geteuid() != 0:
-        print("hvd-gqsgd: --rate needs root: measuring on this machine's memory instead",
+        print("hvd-gqsgd: --rate needs root: measuring over shared memory instead",
               file=sys.stderr)  # fmt: skip
         rate = None
     command = [sys.executable, "-m", module, *arguments]
@@ -105,7 +104,7 @@ def launch(
 
 
 def relaunch(module: str, arguments: Sequence[str], options: argparse.Namespace) -> int:
-    """Runs a command once more, by ``launch``, where the options of ``add_arguments`` say."""
+    """Runs the command on the ranks that the options of ``add_arguments`` give, by ``launch``."""
     return launch(module, arguments, options.ranks, options.rate, hosts=options.hosts)
 
 

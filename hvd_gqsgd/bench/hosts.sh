@@ -4,8 +4,8 @@
 #
 #   hosts.sh up N [RATE]     make hosts h0 ... h<N-1>; RATE as tc writes it: 1gbit, 200mbit
 #   hosts.sh rate RATE       limit all links anew; none: no limit
-#   hosts.sh limit DEV RATE  limit what leaves this machine by DEV, as in a container; none: no limit
-#   hosts.sh link HOST down  pull a host's cable; up: plug it in again
+#   hosts.sh limit DEV RATE  limit what DEV of this machine or container sends; none: no limit
+#   hosts.sh link HOST down  take a host's link down; up: bring it up again
 #   hosts.sh on HOST CMD...  run a command on a host
 #   hosts.sh mpirun ARGS...  run Open MPI's mpirun on h0, HVD_GQSGD_SLOTS ranks a host (default: 1)
 #   hosts.sh gloo ARGS...    the same with horovodrun --gloo
@@ -104,9 +104,10 @@ down() {
     rm -rf "$state"
 }
 
-# send,inplace: with the PUT protocol that Open MPI prefers over TCP, ranks that exchange data take
-# turns, as the answer that lets the other one send waits behind one's own data. That would flatter
-# compression. Every host believes that it owns core 0, so there is no binding to cores.
+# send,inplace: with the PUT protocol that Open MPI prefers over TCP, two ranks that exchange data
+# send in turn, because the reply that starts the peer's transfer is queued behind the own data. This
+# slows down large messages, and would overstate the gain of compression. Ranks are not bound to
+# cores, as every host would bind its first rank to core 0.
 run() {
     export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 TMPDIR=/dev/shm
     local list

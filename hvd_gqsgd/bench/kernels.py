@@ -1,9 +1,9 @@
 """Times the kernels against memcpy: ``python -m hvd_gqsgd.bench.kernels [--json]``.
 
-Block maximum, quantize and dequantize do little but pass over memory, so they are compared with a
-copy of as many bytes by the C library's ``memcpy``. For float32 at 8 bits these are 14 per element:
-4 read; 4 read and 1 written; 1 read and 4 written. ``ratio_to_memcpy`` is the time of all three
-over that of the copy. Kernels on a GPU are timed in ``bench/gpu.py``.
+Block maximum, quantize and dequantize are limited by memory bandwidth, so they are compared with
+the C library's ``memcpy`` of the same number of bytes. For float32 at 8 bits an element has 14: 4
+read; 4 read and 1 written; 1 read and 4 written. ``ratio_to_memcpy`` is the time of the three
+kernels over the time of the copy. Kernels on a GPU are timed in ``bench/gpu.py``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=25, help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of a CPU (default: %(default)s)")
     parser.add_argument(
-        "--instruction-set", help="measure this one alone (default: all that this processor has)"
+        "--instruction-set", help="the instruction set to measure (default: all of this processor)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = vars(parser.parse_args(arguments))
@@ -91,16 +91,16 @@ def measure(
     threads: int = 1,
     instruction_set: str | None = None,
 ) -> dict[str, Any]:
-    """Times all kernels, for all instruction sets that this processor has or for one of them.
+    """Times all kernels, for one instruction set or for all of this processor.
 
     Returns:
-        The processor and all settings, the speed of each kernel, and ``ratio_to_memcpy`` of the
-        instruction set that was asked for, or else of the one in use.
+        The processor and all settings, the speed of each kernel, and ``ratio_to_memcpy`` of
+        ``instruction_set``, or else of the instruction set in use.
     """
     levels = levels_for(bits, 1)
     code = (CodeKind.LINEAR, bits, levels)
     x = torch.randn(numel, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    # All buffers are written to here, so that no page fault falls into the timing.
+    # Written here, so that page faults are not timed.
     copy, out = torch.zeros_like(x), torch.zeros_like(x)
     norms = torch.zeros(-(-numel // block_size), dtype=layout.norm_dtype(x.dtype))
     words = torch.zeros(layout.words_for(numel, block_size, bits), dtype=layout.word_dtype(bits))
@@ -167,13 +167,13 @@ def measure(
 
 
 def _memcpy(to: torch.Tensor, x: torch.Tensor, threads: int, pool: Executor) -> None:
-    """Copies by the C library. Not by ``Tensor.copy_``, which may be a loop of its own."""
+    """Copies by the C library; ``Tensor.copy_`` may have a loop of its own."""
 
     def part(index: int) -> None:
         begin, end = (x.nbytes * i // threads for i in (index, index + 1))
         _c_memcpy(to.data_ptr() + begin, x.data_ptr() + begin, end - begin)
 
-    if threads == 1:  # here, where the clock is
+    if threads == 1:  # in this thread, whose CPU time is measured
         part(0)
     else:
         list(pool.map(part, range(threads)))
@@ -182,10 +182,10 @@ def _memcpy(to: torch.Tensor, x: torch.Tensor, threads: int, pool: Executor) -> 
 def _interleaved(
     passes: dict[tuple[str, str], Callable[[], object]], repeats: int, threads: int
 ) -> dict[tuple[str, str], float]:
-    """Seconds of each pass, the least of all rounds.
+    """Seconds of each pass, of its fastest round.
 
-    Passes take turns, so that a disturbance of some seconds affects all of them. The CPU time of a
-    single thread leaves out the time of other processes.
+    Passes run in turn, so that a disturbance of some seconds affects all of them. The CPU time of a
+    single thread excludes the time of other processes.
     """
     clock = time.thread_time if threads == 1 else time.perf_counter
     least = dict.fromkeys(passes, float("inf"))
@@ -222,7 +222,7 @@ def _show(result: dict[str, Any]) -> None:
         f"{result['numel']:,} elements of {result['dtype']}, {result['bits']} bits "
         f"({result['levels']} levels a side), blocks of {result['block_size']}\n"
         f"{result['cpu']}, {result['threads']} thread(s), torch {result['torch']}; "
-        f"least {result['clock']} of {result['repeats']} rounds"
+        f"{result['clock']}, fastest of {result['repeats']} rounds"
     )
     show_table(header, rows, left=2)
     print(

@@ -1,4 +1,4 @@
-"""The figure of ``hvd-gqsgd model --plot-links``: the time of a step over the speed of the link."""
+"""The figures of ``hvd-gqsgd model`` over link speed: ``--plot`` and ``--plot-links``."""
 
 from __future__ import annotations
 
@@ -6,20 +6,29 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hvd_gqsgd.bench.gradients import shapes_of
+from hvd_gqsgd.bench.figure import STYLES, draw, log_ticks, new_figure, save
+from hvd_gqsgd.bench.networks import Network
+from hvd_gqsgd.tools.advice import break_even, recommended
 from hvd_gqsgd.tools.cost_model import (
+    BLOCKS_4,
     FP16,
     FP32,
-    LINEAR_4,
+    LINEAR_8,
+    PRESETS,
     TWO_PHASE_8,
-    Gradients,
     Machine,
+    Setting,
     allreduce_seconds,
-    step_seconds,
+    possible,
+    steps_of,
 )
 
-__all__ = ["plot_links", "power_sgd_seconds"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["plot_gains", "plot_links", "power_sgd_seconds"]
 
 RANK = 4
 
@@ -30,17 +39,21 @@ Measured with ResNet-50's gradients, one rank and one thread, on an AMD EPYC wit
 two cores take longer: the step of 810 ms in BENCHMARKS.md corresponds to about 27e-9.
 """
 
+GBIT = 1e9 / 8
+"""Bytes per second of 1 Gbit/s."""
+
 
 def power_sgd_seconds(
-    shapes: Sequence[tuple[int, ...]], ranks: int, machine: Machine, compute: float
+    shapes: Sequence[Sequence[float]], ranks: int, machine: Machine, compute: float
 ) -> float:
     """Seconds of a step with PowerSGD of rank 4 in one bucket, so that nothing overlaps.
 
-    As PyTorch's hook does, it sends a tensor uncompressed unless that is twice as large or more.
+    As in PyTorch's hook, a tensor is sent uncompressed unless it is more than twice as large as its
+    factors.
     """
-    factors = rest = 0
+    factors = rest = 0.0
     for shape in shapes:
-        rows, columns = shape[0], math.prod(shape[1:])
+        rows, columns = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
         if 2 * RANK * (rows + columns) < rows * columns:
             factors += RANK * (rows + columns)
         else:
@@ -51,52 +64,96 @@ def power_sgd_seconds(
     return compute + POWER_SGD * elements + sent
 
 
-def plot_links(model: str, ranks: int, compute: float, machine: Machine, file: Path) -> None:
+def plot_links(network: Network, ranks: int, compute: float, machine: Machine, file: Path) -> None:
     """Draws the time of a step with each compressor, over the bandwidth of each rank's link.
 
+    Marks the links of ``PRESETS``, the recommended setting, at the machine's link by a star, and
+    the bandwidth below which compression is recommended.
+
     Args:
-        model: one of ``gradients.MODELS``.
-        ranks, machine: the exchange; the bandwidth of the machine is not used.
+        network: the parameters.
+        ranks: number of ranks.
         compute: seconds of the forward and the backward pass; the latter takes two thirds.
-        file: the PNG to write.
+        machine: a rank and its link.
+        file: the figure to write.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    shapes = [shape for _, shape in shapes_of(model)]
-    gradients = Gradients.of([math.prod(shape) for shape in shapes])
-    low, high, points = 100e6 / 8, 100e9 / 8, 61
-    bandwidths = [low * (high / low) ** (i / (points - 1)) for i in range(points)]
-    machines = [dataclasses.replace(machine, beta=beta, beta_two_phase=None) for beta in bandwidths]
+    machines = _with_links(machine, 0.1, 100)
+    speeds = [m.beta / GBIT for m in machines]
+    eight = LINEAR_8 if possible(LINEAR_8, ranks) else TWO_PHASE_8
     arms = {
-        "fp32": (FP32, "-", "0.0"),
-        "fp16": (FP16, "--", "0.0"),
-        "GlobalQSGD, 8 bits": (TWO_PHASE_8, "-.", "0.45"),
-        "GlobalQSGD, 4 bits": (LINEAR_4, "-", "0.45"),
-    }
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    speeds = [8 * beta / 1e9 for beta in bandwidths]
+        "fp32": FP32, "fp16": FP16, "GlobalQSGD, 8 bits": eight,
+        "GlobalQSGD, 4 bits per block": BLOCKS_4,
+    }  # fmt: skip
 
-    def draw(label: str, seconds: list[float], style: str, gray: str) -> None:
-        width = 3 if label.startswith("Global") else 1.5
-        axes.plot(speeds, [1e3 * s for s in seconds], style, color=gray, lw=width, label=label)
+    def steps_on(there: Machine) -> dict[Setting, float]:
+        return steps_of(network.gradients, ranks, there, compute / 3, 2 * compute / 3)
 
-    for label, (setting, style, gray) in arms.items():
-        passes = (compute / 3, 2 * compute / 3)
-        draw(label, [step_seconds(setting, gradients, ranks, m, *passes) for m in machines],
-             style, gray)  # fmt: skip
-    draw("PowerSGD, rank 4", [power_sgd_seconds(shapes, ranks, m, compute) for m in machines],
-         ":", "0.0")  # fmt: skip
-    axes.axhline(1e3 * compute, color="0.7", lw=0.8, zorder=0)
-    axes.annotate("computing alone", (speeds[0], 1e3 * compute), (0, 3), color="0.4",
-                  textcoords="offset points", fontsize=8)  # fmt: skip
+    steps = [steps_on(there) for there in machines]
+    figure, (axes,) = new_figure(4.6)
+    best = [1e3 * each[recommended(each, ranks)] for each in steps]
+    axes.plot(speeds, best, color="0.8", linewidth=9, label="recommended", zorder=1)
+    for style, (label, setting) in zip(STYLES, arms.items(), strict=False):
+        draw(axes, speeds, [1e3 * each[setting] for each in steps], style, label)
+    power_sgd = [1e3 * power_sgd_seconds(network.shapes, ranks, m, compute) for m in machines]
+    draw(axes, speeds, power_sgd, STYLES[len(arms)], "PowerSGD, rank 4")
+    axes.axhline(1e3 * compute, color="0.6", linewidth=0.8)
+    axes.annotate("computing alone", (speeds[0], 1e3 * compute), (0, -3), va="top", fontsize=8,
+                  textcoords="offset points")  # fmt: skip
     axes.set(xscale="log", yscale="log", ylabel="time of a step (ms)")
-    axes.set_xlabel("bandwidth of each rank's link (Gbit/s)")
-    axes.set_title(f"{model}, {ranks} ranks, {1e3 * compute:g} ms of computing (predicted)")
+    axes.set_title(f"{network.name}, {ranks} ranks, {1e3 * compute:g} ms of computing (predicted)")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(file, dpi=110)
+        log_ticks(axis)
+    _mark_presets(axes, speeds)
+    link, limit = machine.beta / GBIT, break_even(steps_on, ranks, machine) / GBIT
+    if speeds[0] <= link <= speeds[-1]:
+        here = steps_on(dataclasses.replace(machine, beta_two_phase=None))
+        chosen = recommended(here, ranks)
+        label = f"at {link:.3g} Gbit/s:\n{chosen.name}"
+        axes.plot(link, 1e3 * here[chosen], "*k", markersize=15, zorder=4, label=label)
+    if speeds[0] <= limit <= speeds[-1]:
+        label = f"break-even: {limit:.2g} Gbit/s"
+        axes.axvline(limit, color="black", linewidth=1, linestyle=(0, (6, 2)), label=label)
+    axes.legend(loc="upper right", fontsize=9)
+    save(figure, file)
+
+
+def plot_gains(network: Network, compute: float, machine: Machine, file: Path) -> None:
+    """Draws the speedup of the fastest setting over fp32, over the bandwidth, for numbers of ranks.
+
+    Args:
+        network, compute, machine, file: as for ``plot_links``.
+    """
+    machines = _with_links(machine, 0.1, 7200)
+    speeds = [there.beta / GBIT for there in machines]
+    figure, (axes,) = new_figure()
+    for style, ranks in zip(STYLES, (2, 4, 8, 16, 64, 256, 1024), strict=False):
+        gains = []
+        for there in machines:
+            steps = steps_of(network.gradients, ranks, there, compute / 3, 2 * compute / 3)
+            gains.append(steps[FP32] / min(steps.values()))
+        draw(axes, speeds, gains, style, f"{ranks} ranks")
+    axes.axhline(1, color="0.6", linewidth=0.8)
+    axes.set(xscale="log", ylabel="speedup over fp32 of the fastest setting")
+    axes.set_title(f"{network.name}, {1e3 * compute:g} ms of computing (predicted)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    _mark_presets(axes, speeds)
+    axes.legend(loc="upper right", fontsize=9)
+    save(figure, file)
+
+
+def _with_links(machine: Machine, low: float, high: float, points: int = 61) -> list[Machine]:
+    """The machine with links of bandwidths from ``low`` to ``high``, in Gbit/s."""
+    speeds = [low * (high / low) ** (i / (points - 1)) for i in range(points)]
+    return [dataclasses.replace(machine, beta=GBIT * x, beta_two_phase=None) for x in speeds]
+
+
+def _mark_presets(axes: Axes, speeds: Sequence[float]) -> None:
+    """Marks the links of ``PRESETS`` along the top, and names the axis of the bandwidth."""
+    axes.set_xlabel("bandwidth of each rank's link (Gbit/s)")
+    links = {name: machine.beta / GBIT for name, machine in PRESETS.items()}
+    inside = {name: link for name, link in links.items() if speeds[0] <= link <= speeds[-1]}
+    top = axes.secondary_xaxis("top")
+    top.set_xticks(list(inside.values()), list(inside), fontsize=8)
+    top.minorticks_off()
+    for link in inside.values():
+        axes.axvline(link, color="0.6", linewidth=0.8, linestyle=(0, (1, 3)))

@@ -1,7 +1,7 @@
 """Peak memory of training steps, against plain Horovod: ``hvd-gqsgd bench memory``.
 
-Each arm of ``hvd-gqsgd bench step`` runs in a job of its own, so that no arm finds memory that
-another one has allocated.
+Each arm of ``hvd-gqsgd bench step`` runs in a job of its own, so that no arm reuses memory of
+another one.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS
 from hvd_gqsgd.bench.hosts import add_arguments, launch
+from hvd_gqsgd.bench.networks import Network
 from hvd_gqsgd.bench.operators import FP32
-from hvd_gqsgd.bench.predict import gradients_of
 from hvd_gqsgd.bench.step import chosen
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools.launch import printed_json
@@ -24,11 +24,11 @@ from hvd_gqsgd.tools.launch import printed_json
 __all__ = ["main", "measure"]
 
 STEPS = 2
-"""Rounds; with the steps that warm up, enough for all buffers to be allocated."""
+"""Rounds that count. All buffers are allocated by then, as warm-up steps come before."""
 
 
 def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> dict[str, Any]:
-    """Peak resident memory by arm, of the rank with the highest.
+    """Peak resident memory by arm, of the rank that uses most.
 
     Args:
         model: one of ``gradients.MODELS``.
@@ -44,7 +44,7 @@ def measure(model: str, arms: Sequence[str], ranks: int, rate: str | None) -> di
         RuntimeError: a job failed.
     """
     peaks: dict[str, float] = {}
-    gradients = 4 * gradients_of(model).elements / 1e6
+    gradients = 4 * Network.of_model(model).gradients.elements / 1e6
     for name in (FP32, *(arm for arm in arms if arm != FP32)):
         with tempfile.TemporaryFile() as output:
             given = [

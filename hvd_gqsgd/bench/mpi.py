@@ -2,10 +2,10 @@
 
     mpirun -n 2 --bind-to core python -m hvd_gqsgd.bench.mpi [--json]
 
-Each call is timed from a barrier to the end of the slowest rank. The calls take turns, so that a
-disturbance of some seconds affects all of them. ``ratio`` is the median time over
-that of ``MPI_Allreduce`` from one buffer to another; ``ratio_in_place``, where the result goes to
-the memory of the input, over that of ``MPI_Allreduce`` with ``MPI_IN_PLACE``.
+Each call is timed from a barrier to the end of the slowest rank. The calls run in turn, so that a
+disturbance of some seconds affects all of them. ``ratio`` is the median time over that of
+``MPI_Allreduce`` from one buffer to another. ``ratio_in_place`` is the median time with the result
+in the memory of the input, over that of ``MPI_Allreduce`` with ``MPI_IN_PLACE``.
 """
 
 from __future__ import annotations
@@ -51,8 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args(arguments)
-    if options.megabytes <= 0 or options.repeats < 1:
-        parser.error("--megabytes and --repeats must be positive")
+    if not options.megabytes > 0 or options.repeats < 1:
+        parser.error(
+            "--megabytes must be above 0, and --repeats at least 1, got "
+            f"{options.megabytes:g} and {options.repeats}"
+        )
     native_mpi.CHUNK = options.chunk
     result = measure(round(options.megabytes * 2**20 / 4), options.repeats)
     if MPI.COMM_WORLD.rank:

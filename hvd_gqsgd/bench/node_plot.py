@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from hvd_gqsgd.tools.cost_model import FP32, TWO_PHASE_8, Gradients, Machine
+from hvd_gqsgd.bench.figure import STYLES, draw, log_ticks, new_figure, save
+from hvd_gqsgd.bench.networks import Network
+from hvd_gqsgd.tools.cost_model import FP32, TWO_PHASE_8, Machine
 from hvd_gqsgd.tools.node_model import Cluster, step_seconds
 
 __all__ = ["PER_NODE", "plot_nodes"]
@@ -20,47 +22,41 @@ GIGABITS = (1, 10, 100, 400)
 
 
 def plot_nodes(
-    model: str, gradients: Gradients, per_node: int, compute: float, machine: Machine, file: Path
+    network: Network, per_node: int, compute: float, machine: Machine, file: Path
 ) -> None:
     """Draws the time of a step with float32, and with 8 bits flat and by node.
 
     Args:
-        model: name of the model.
-        gradients, machine: the exchange; the bandwidth of the machine is not used.
+        network: the parameters.
         per_node: ranks of each node.
         compute: seconds of the forward and the backward pass; the latter takes two thirds.
-        file: the PNG to write.
+        machine: a rank and its link; the bandwidth is not used.
+        file: the figure to write.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    figure = Figure(figsize=(7, 5.2), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    figure, panels = new_figure(5.6, 2, 2)
     arms = {
-        "GlobalQSGD, 8 bits, by node": (TWO_PHASE_8, True, "-", "0.6", 4),
-        "GlobalQSGD, 8 bits, flat": (TWO_PHASE_8, False, "--", "0.0", 1.5),
-        "fp32": (FP32, False, "-", "0.0", 1.5),
+        "fp32": (FP32, False, STYLES[0]),
+        "GlobalQSGD, 8 bits, flat": (TWO_PHASE_8, False, STYLES[1]),
+        "GlobalQSGD, 8 bits, by node": (TWO_PHASE_8, True, STYLES[2]._replace(width=2.5)),
     }
-    for axes, gigabits in zip(panels.flat, GIGABITS, strict=True):
+    for axes, gigabits in zip(panels, GIGABITS, strict=True):
         there = dataclasses.replace(machine, beta=gigabits * 1e9 / 8, beta_two_phase=None)
-        for label, (setting, by_node, style, gray, width) in arms.items():
+        for label, (setting, by_node, style) in arms.items():
             seconds = [
-                step_seconds(setting, gradients, Cluster(nodes, per_node), there, by_node,
+                step_seconds(setting, network.gradients, Cluster(nodes, per_node), there, by_node,
                              compute / 3, 2 * compute / 3)
                 for nodes in NODES
             ]  # fmt: skip
-            axes.plot(NODES, [1e3 * s for s in seconds], style, color=gray, lw=width, label=label)
+            draw(axes, NODES, [1e3 * s for s in seconds], style, label)
         axes.set(xscale="log", yscale="log")
-        axes.set_title(f"{gigabits} Gbit/s for each node", fontsize=10)
+        axes.set_title(f"link of {gigabits} Gbit/s", fontsize=10)
         axes.set_xticks(NODES, [str(nodes) for nodes in NODES])
         axes.xaxis.minorticks_off()
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.grid(alpha=0.3)
-    for below, left in zip(panels[-1], panels[:, 0], strict=True):
+        log_ticks(axes.yaxis)
+    for below, left in zip(panels[-2:], panels[::2], strict=True):
         below.set_xlabel(f"nodes of {per_node} ranks")
         left.set_ylabel("time of a step (ms)")
-    figure.suptitle(f"{model}, {1e3 * compute:g} ms of computing (predicted)", fontsize=11)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.suptitle(f"{network.name}, {1e3 * compute:g} ms of computing (predicted)", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
-    figure.savefig(file, dpi=85)
+    save(figure, file)

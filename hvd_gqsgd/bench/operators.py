@@ -40,7 +40,7 @@ FLAT = {
     },
     "GlobalQSGD 4 bits flat": {"bits": 4, "hierarchy": "flat"},
 }
-"""Options of arms that leave nodes out of account, for comparison with those above by node."""
+"""Options of arms that are flat on nodes of several ranks, where those above go by node."""
 OURS |= FLAT
 DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits")
 
@@ -48,6 +48,8 @@ FSDP_FP32, FSDP_BF16 = "FSDP2 fp32", "FSDP2 bf16 gradients"
 FSDP_OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "FSDP2 GlobalQSGD 8 bits": ({"bits": 8}, {}),
     "FSDP2 GlobalQSGD 4 bits": ({"bits": 4}, {}),
+    "FSDP2 GlobalQSGD 4 bits per block": ({"bits": BlockBits(4)}, {}),
+    "FSDP2 GlobalQSGD exponential": ({"dither": "exponential"}, {}),
     "FSDP2 GlobalQSGD 8 bits and weights": ({"bits": 8}, {"weight_bits": 8}),
 }
 """Options of ``GlobalQSGD`` and of its ``fsdp``, by the arm's name."""

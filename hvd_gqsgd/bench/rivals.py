@@ -1,9 +1,9 @@
-"""Rival compressors, by their published formulas, to measure errors of means at equal bytes.
+"""Other compressors, by their published formulas, to compare errors of means at equal bytes.
 
-Each takes the gradients of all ranks, of shape (ranks, elements), in float32, and returns the mean
-that every rank decodes, in float32, and the bits on the wire for an element, counted as those of a
-ring Allreduce: an exchange in two phases carries each element once as a code of a rank, and once as
-a code of the mean.
+Each takes the gradients of all ranks, float32 of shape (ranks, elements), and returns the mean that
+every rank decodes, in float32, and the bits on the wire per element. Bits are counted relative to a
+ring Allreduce, which sends each element twice: two phases send it once as a code of a rank, and
+once as a code of the mean.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Estimate(NamedTuple):
     """A decoded mean."""
 
     mean: Tensor
-    """Of shape (elements,); float32."""
+    """The mean, float32 of shape (elements,)."""
     bits: float
-    """On the wire, for each element."""
+    """Bits on the wire per element."""
 
 
 def fp16(rows: Tensor) -> Estimate:
@@ -38,9 +38,9 @@ class Float(NamedTuple):
     """A small floating-point format."""
 
     mantissa: int
-    """Bits behind the binary point."""
+    """Bits after the binary point."""
     least_exponent: int
-    """Of normal numbers."""
+    """Least exponent of normal numbers."""
     largest_exponent: int
     largest: float
     bits: int
@@ -59,7 +59,7 @@ MXFP8 = Float(mantissa=3, least_exponent=-6, largest_exponent=8, largest=448, bi
 """E4M3 elements of the Open Compute Project's Microscaling (MX) formats, version 1.0."""
 
 MXFP4 = Float(mantissa=1, least_exponent=0, largest_exponent=2, largest=6, bits=4)
-"""E2M1 elements of the same."""
+"""E2M1 elements of the same specification."""
 
 MX_BLOCK = 32
 MX_SCALE_BITS = 8
@@ -85,9 +85,9 @@ def mx(rows: Tensor, element: Float) -> Estimate:
 def qgz(rows: Tensor, node: int, bits: int = 4, group: int = 512) -> Estimate:
     """ZeRO++'s quantized gradients (qgZ, arXiv 2306.10209, section 3.3), and an Allgather.
 
-    A first Alltoall among the ranks of a node carries codes on the scale of each group, rounded to
-    nearest; the means of nodes are rounded again and go through a second one among nodes. ZeRO++
-    leaves the result on its owner; here an Allgather with the same codes brings it to all.
+    A first Alltoall within each node sends codes on the scale of each group, rounded to nearest. A
+    second one between nodes sends the means of nodes, rounded again. ZeRO++ leaves the result on
+    its owner; here an Allgather of the same codes distributes it.
 
     Args:
         rows: the gradients.
@@ -107,7 +107,7 @@ def qgz(rows: Tensor, node: int, bits: int = 4, group: int = 512) -> Estimate:
     each = bits + 32 / group
     means = encoded(rows).view(-1, node, rows.shape[1]).mean(1)
     if len(means) > 1:
-        # Of a node's data each of its ranks sends its part on, in codes again.
+        # Each rank of a node sends its part of the node's mean, as codes again.
         means, hops = encoded(means), 2 + 1 / node
     else:
         hops = 2.0
@@ -175,6 +175,6 @@ class PowerSgd:
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:
-    """The last dimension in blocks, filled up with zeros."""
+    """Splits the last dimension in blocks, padded with zeros."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % size))
     return padded.view(*padded.shape[:-1], -1, size)

@@ -1,4 +1,4 @@
-"""Timing on several ranks: calls take turns, and disturbed rounds are repeated."""
+"""Times calls on several ranks, in turn, and repeats disturbed rounds."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Timing:
     """Times of one call, of the slowest rank."""
 
     seconds: list[float] = field(default_factory=list)
-    """By round."""
+    """Seconds of each round."""
     load: list[float] = field(default_factory=list)
-    """Cores that other processes used meanwhile, by round."""
+    """Cores that other processes used in each round."""
     discarded: int = 0
     """Number of rounds that were repeated."""
 
@@ -59,7 +59,7 @@ def interleaved(
     """Times each call on all ranks, from a barrier to the end of the slowest one.
 
     A round in which other processes used more than ``most_load`` cores is repeated, up to ``TRIES``
-    times ``repeats`` rounds in all; then such rounds count too, and ``load`` shows it.
+    times ``repeats`` rounds in all. After that such rounds count too, and ``load`` shows them.
 
     Args:
         calls: by name, the same on all ranks.
@@ -67,7 +67,10 @@ def interleaved(
         prepare: called with the name before each call; not timed.
         progress: called after each round.
         warm_up: number of rounds before the first that counts.
-        most_load: cores.
+        most_load: cores that other processes may use in a round that counts.
+
+    Returns:
+        The times by name, the same on all ranks.
     """
     timings = {name: Timing() for name in calls}
     left = TRIES * repeats
@@ -126,7 +129,7 @@ def _total(name: str, value: float, op: int) -> float:
 
 
 def _busy() -> float:
-    """Seconds that the cores of this machine have worked for processes, without interrupts."""
+    """Seconds of all cores of this machine in processes, without interrupts."""
     fields: Sequence[str] = Path("/proc/stat").read_text().split("\n", 1)[0].split()
     user, nice, system = (int(value) for value in fields[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
@@ -134,7 +137,7 @@ def _busy() -> float:
 
 @functools.cache
 def _one_machine() -> bool:
-    """Whether all ranks share the cores, as on emulated hosts: only then is others' load known."""
+    """Whether all ranks run on one machine, whose load by other processes is known."""
     boot = uuid.UUID(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
     boots = hvd.allgather(torch.tensor([list(boot.bytes)]), name="bench.boot")
     return len(boots.unique(dim=0)) == 1

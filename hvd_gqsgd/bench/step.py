@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hvd_gqsgd.bench.figure import figure_file, new_figure, save
 from hvd_gqsgd.bench.gradients import MODELS
 from hvd_gqsgd.bench.hosts import INTERFACE, add_arguments, is_rank, relaunch
 from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS, FLAT, FSDP_ARMS
@@ -30,20 +31,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add_arguments(parser)
     parser.add_argument("--model", choices=MODELS, default="resnet50")
     parser.add_argument(
-        "--arms", default="", help="only those with one of these names, or one of these words in "
-        f"their name, separated by commas: {', '.join(ARMS)}; the first one is what others are "
-        "compared with, and those of FSDP2 with the first of them",
+        "--arms", default="", help="only arms with one of these names, or one of these words in "
+        f"their name, separated by commas: {', '.join(ARMS)}; speedups are relative to the first "
+        "arm, and those of FSDP2 to the first arm of FSDP2",
     )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7, help="(default: %(default)s)")
     parser.add_argument(
-        "--exchange", action="store_true", help="the exchange alone, with gradients ready"
+        "--exchange", action="store_true", help="time the exchange alone, with gradients ready"
     )
     parser.add_argument(
         "--most-load", type=float, default=0.2, metavar="CORES",
         help="repeat rounds in which other processes use more cores (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the medians, as FILE.png")
+    parser.add_argument(
+        "--plot", type=figure_file, metavar="FILE", help="draw the medians, as .png, .pdf or .svg"
+    )
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given)
     arms = chosen(options.arms)
@@ -52,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.exchange:
         arms = [name for name in arms if name not in (*DDP_ARMS, *FSDP_ARMS)]
     if not arms or options.repeats < 1:
-        parser.error("--arms must leave something to measure, and --repeats be at least 1")
+        parser.error(
+            "--arms must select one arm or more, and --repeats must be at least 1, got --arms "
+            f"{options.arms!r} and --repeats {options.repeats}"
+        )
     if not is_rank():
         sys.exit(relaunch("hvd_gqsgd.bench.step", given, options))
 
@@ -88,26 +94,26 @@ def chosen(words: str) -> list[str]:
 
 def _plot(result: dict[str, Any], file: Path) -> None:
     """Draws the medians as bars, with lines from the fastest round to the slowest."""
-    from matplotlib.figure import Figure
-
     ran = {name: arm for name, arm in result["arms"].items() if "error" not in arm}
     medians = [arm["ms"] for arm in ran.values()]
     spread = [
         [arm["ms"] - min(arm["rounds_ms"]) for arm in ran.values()],
         [max(arm["rounds_ms"]) - arm["ms"] for arm in ran.values()],
     ]
-    figure = Figure(figsize=(7, 0.8 + 0.35 * len(ran)), layout="constrained")
-    axes = figure.subplots()
-    axes.barh(list(ran), medians, xerr=spread, color="tab:blue", ecolor="gray")
+    figure, (axes,) = new_figure(1.0 + 0.35 * len(ran))
+    axes.barh(
+        list(ran), medians, xerr=spread, color="0.75", edgecolor="black", ecolor="black", capsize=3
+    )
+    for place, median in enumerate(medians):
+        axes.text(0, place, f" {median:.3g}", va="center", fontsize=9)
     axes.invert_yaxis()
-    axes.set(xlabel="ms", title=f"{_title(result)}, {result['ranks']} ranks")
-    axes.grid(axis="x", alpha=0.3)
-    figure.savefig(file, dpi=110)
+    axes.set(xlabel=f"time of {_what(result)} (ms), median, fastest and slowest round")
+    axes.set_title(f"{result['model']}, {result['ranks']} ranks")
+    save(figure, file)
 
 
-def _title(result: dict[str, Any]) -> str:
-    what = {"step": "a step", "exchange": "the exchange alone"}[result["what"]]
-    return f"{result['model']}: {what}"
+def _what(result: dict[str, Any]) -> str:
+    return {"step": "a step", "exchange": "the exchange alone"}[result["what"]]
 
 
 def _row(name: str, arm: dict[str, Any]) -> list[str]:
@@ -122,7 +128,7 @@ def _row(name: str, arm: dict[str, Any]) -> list[str]:
 
 
 def _parts(name: str, arm: dict[str, Any]) -> list[str]:
-    """The time in collectives of gradients and of weights, which under FSDP2 do not overlap."""
+    """A row with the time in collectives, which do not overlap under FSDP2."""
     return [
         name, f"{arm['gradient_ms']:.1f}", f"{arm['gradient_times_faster']:.2f}",
         f"{arm['gradient_ms'] / arm['ms']:.0%}",
@@ -131,10 +137,10 @@ def _parts(name: str, arm: dict[str, Any]) -> list[str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Prints the result of ``training.measure`` as a table, with another one for FSDP2."""
+    """Prints the result of ``training.measure`` as tables; FSDP2 has its own."""
     print(
-        f"{_title(result)}; {result['parameters']:,} parameters in {result['tensors']} tensors, "
-        f"{result['ranks']} ranks; medians of the slowest rank"
+        f"{result['model']}: {_what(result)}; {result['parameters']:,} parameters in "
+        f"{result['tensors']} tensors, {result['ranks']} ranks; medians of the slowest rank"
     )
     by_section: dict[bool, list[tuple[str, dict[str, Any]]]] = {False: [], True: []}
     for name, arm in result["arms"].items():
@@ -153,8 +159,8 @@ def show(result: dict[str, Any]) -> None:
     if result["compute_ms"]:
         print(f"a step without any exchange: {result['compute_ms']:.1f} ms")
     print(
-        f"rounds discarded, as others took the cores: {sum(arm['discarded'] for arm in ran)}; "
-        f"most that others took in those that count: {max(max(a['load']) for a in ran):.2f} cores"
+        f"rounds discarded because of other load: {sum(arm['discarded'] for arm in ran)}; "
+        f"most other load in a round that counts: {max(max(a['load']) for a in ran):.2f} cores"
     )
 
 

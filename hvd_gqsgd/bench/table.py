@@ -1,4 +1,4 @@
-"""Tables on a terminal, by rich if it is installed, or in Markdown."""
+"""Prints tables, with rich if it is installed, or in Markdown."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ def show_table(
     title: str | None = None,
     markdown: bool = False,
 ) -> None:
-    """Prints a table whose first ``left`` columns are text, and the others numbers.
+    """Prints a table.
 
-    If some rows have an empty last cell, each other row ends a section.
+    Args:
+        header: the names of columns.
+        rows: the cells; if some rows have an empty last cell, each other row ends a section.
+        left: number of columns of text, aligned to the left; others are aligned to the right.
+        title: a line above the table.
+        markdown: print Markdown also if rich is installed.
     """
     if not markdown:
         try:

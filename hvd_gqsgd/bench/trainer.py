@@ -1,11 +1,11 @@
-"""Training with all ranks in one process: ``hvd-gqsgd bench frontier --train``.
+"""Trains with all ranks in one process: ``hvd-gqsgd bench frontier --train``.
 
-The ranks' gradients are computed one after the other and averaged by simulated ranks, with the
-bits of the real exchange. So eight ranks cost no more than the work of one with their whole batch.
+The gradients of the ranks are computed one after the other, and averaged by simulated ranks with
+the bits of the real exchange. Eight ranks take the time of one rank with eight times the batch.
 
-A script says what to train by two functions: ``parse_args(arguments)`` and
-``make_training(args, ranks)``, which returns a :class:`Training`; ``args.seed`` is its seed.
-``args.record``, if there is one, is a file for the gradients of the last step in float32.
+A script defines its training by two functions: ``parse_args(arguments)``, whose result has a
+``seed``, and ``make_training(args, ranks)``, which returns a :class:`Training`. With
+``args.record``, a path, the gradients of the last step in float32 are saved there.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "6 bits": lambda steps: {"bits": 6},
     "6 bits per step": lambda steps: {"bits": DynamicBits(6, total_steps=steps)},
 }
-"""Options for a run of so many steps, all in two phases; none for float32."""
+"""Options by name, given the number of steps; all in two phases. None is float32."""
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Training:
     schedule: torch.optim.lr_scheduler.LRScheduler
     steps: int
     loss: Callable[[int, int], Tensor]
-    """That of a step and a rank, which may draw random numbers of its own."""
+    """Returns the loss of a step and a rank; it may draw random numbers."""
     metric: str
     """The name of the metric."""
     evaluate: Callable[[], float]
@@ -84,10 +84,9 @@ class Outcome:
     metric: str
     value: float
     bits: float
-    """Bytes on the wire of the compressed tensors, norms and headers included, as bits for each of
-    their elements."""
+    """Bits on the wire per element of the compressed tensors, norms and headers included."""
     error: float
-    """Squared error of all steps' means, to the square of the means."""
+    """Squared error of the means of all steps, over the square of the means."""
 
 
 def train(
@@ -104,7 +103,7 @@ def train(
     Returns:
         Bits on the wire and squared error, as in :class:`Outcome`.
     """
-    # Gradients come about in reverse order, and so are they exchanged.
+    # The backward pass computes gradients in reverse order, and they are exchanged in that order.
     named = list(training.model.named_parameters())[::-1]
     parameters = [parameter for _, parameter in named]
     world = SimulatedRanks(ranks, options) if options else None
@@ -134,8 +133,7 @@ def train(
 def _gradients(
     training: Training, step: int, ranks: int, parameters: Sequence[Tensor]
 ) -> list[list[Tensor]]:
-    """Those of each rank. Buffers of the model, as running means, become those of rank 0, whose
-    model is tested."""
+    """The gradients of each rank. The model keeps the buffers of rank 0, such as running means."""
     gradients, buffers = [], []
     for rank in range(ranks):
         own = torch.autograd.grad(training.loss(step, rank), parameters)
@@ -161,8 +159,7 @@ def compare(
         settings: of ``SETTINGS``.
         seeds: of the model, the data and the dither.
         ranks: number of ranks.
-        results: a file of JSON lines to which each run is added. Runs that are in it already are
-            not repeated.
+        results: a file of JSON lines to which each run is appended; its runs are not repeated.
     """
     outcomes = []
     if results is not None and results.exists():
@@ -184,7 +181,7 @@ def _run(task: str, setting: str, seed: int, ranks: int) -> Outcome:
     path = Path(script)
     if str(path.parent) not in sys.path:
         sys.path.insert(0, str(path.parent))
-    torch.set_num_threads(1)  # so that a run does not depend on the machine's cores
+    torch.set_num_threads(1)  # results do not depend on the number of cores
     module = importlib.import_module(path.stem)
     args = module.parse_args([*arguments, "--seed", str(seed)])
     training: Training = module.make_training(args, ranks)
@@ -225,6 +222,6 @@ def show(outcomes: Sequence[Outcome], markdown: bool) -> None:
 
 
 def _mean_and_deviation(numbers: Sequence[float], style: str) -> str:
-    """The deviation is that of the sample: there is none for a single seed."""
+    """The mean, with the sample's standard deviation if there are several seeds."""
     mean = format(statistics.fmean(numbers), style)
     return f"{mean} ± {statistics.stdev(numbers):{style[-3:]}}" if len(numbers) > 1 else mean

@@ -1,8 +1,7 @@
-"""Training steps of a model's shape: Horovod with and without GlobalQSGD, the hooks of DDP, FSDP2.
+"""Training steps of a model's shape, under Horovod, DDP and FSDP2, with and without GlobalQSGD.
 
-The model computes no more than a dot product per parameter, so that nearly all of the time is the
-exchange, which overlaps with the backward pass as in training. Each arm has its own copy of the
-parameters.
+The model computes one dot product per parameter, so that the exchange takes nearly all of the time.
+It overlaps with the backward pass as in training. Each arm has its own copy of the parameters.
 """
 
 from __future__ import annotations
@@ -86,14 +85,14 @@ def measure(
         model: one of ``gradients.MODELS``.
         arms: of ``operators.ARMS``; those of DDP and FSDP2 need a process group.
         repeats: number of rounds that count.
-        exchange_alone: time the exchange of gradients that are ready; for Horovod's arms.
+        exchange_alone: time only the exchange, with gradients ready; for Horovod's arms.
         most_load: cores that other processes may use in a round that counts.
         progress: called after each round.
-        interface: network interface of this rank, whose bytes are counted; None: not.
+        interface: network interface of this rank, whose bytes are counted; None: no count.
 
     Returns:
         ``arms``: by name, ``ms`` and ``rounds_ms`` of the slowest rank (the median and all
-        rounds), ``times_faster`` than the first arm, ``megabytes`` that a rank handed to
+        rounds), ``times_faster`` than the first arm, ``megabytes`` that a rank passed to
         collectives, ``link_megabytes`` that a host sent in a step by its interface (the most of any
         host; 0 if they were not counted), ``load`` by other processes, and the number of rounds
         ``discarded``; or the ``error`` of an arm that does not run. Arms of FSDP2 are compared with
@@ -111,7 +110,7 @@ def measure(
             arm = _together(partial(make_arm, name, model))
             _together(arm.step)
             made[name] = arm
-        except Exception as error:  # a peer that does not run is a result too
+        except Exception as error:  # reported as the result of this arm
             errors[name] = f"{type(error).__name__}: {error}"
     timed: dict[str, Arm | FsdpArm] = dict(made)
     if not exchange_alone:
@@ -173,7 +172,7 @@ class _Link:
         self._bytes = self._calls = 0
 
     def count(self, call: Callable[[], object]) -> None:
-        """Calls, between barriers: the other ranks of the host send by the same interface."""
+        """Calls between barriers, as other ranks of the host use the same interface."""
         if self._interface is None:
             call()
             return
@@ -184,7 +183,7 @@ class _Link:
         self._calls += 1
 
     def megabytes(self) -> float:
-        """Megabytes a call; the most of any host."""
+        """Megabytes per call of the host that sends most."""
         mean = torch.tensor([self._bytes / max(self._calls, 1) / 1e6])
         return float(hvd.allreduce(mean, op=hvd.Max, name="bench.link"))
 
@@ -229,7 +228,7 @@ class _Model(nn.Module):
 
 @dataclass
 class Arm:
-    """One way to train."""
+    """A way to train, and the state of its model."""
 
     label: str
     network: nn.Module
@@ -247,7 +246,7 @@ class Arm:
     def exchange(self) -> None:
         """Exchanges gradients that are ready, in the order of a backward pass.
 
-        As Horovod's optimizer does, but for its order of ready gradients, which is that of a set.
+        Horovod's optimizer does the same in the order of a set.
         """
         handles = []
         for name, parameter in reversed(self.named):
@@ -267,7 +266,7 @@ class Arm:
                 parameter.grad = slope.view_as(parameter).clone()
 
     def megabytes(self) -> float:
-        """Megabytes that a rank hands to collectives in a step."""
+        """Megabytes that a rank passes to collectives in a step."""
         if isinstance(self.compression, GlobalQSGD):
             stats = self.compression.stats()
             wire = stats.compressed_bytes_on_wire + stats.bypassed_bytes
@@ -302,9 +301,9 @@ def _optimizer(network: nn.Module) -> torch.optim.Optimizer:
 
 def _make_ddp(name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -> Arm:
     if not dist.is_initialized():
-        raise RuntimeError("there is no process group")
-    # PowerSGD's hook starts collectives when others are done, on whatever thread: with two buckets
-    # in flight ranks start them in different orders, and Gloo ends the program.
+        raise RuntimeError("arms of DDP need a process group: call start_process_group() first")
+    # PowerSGD's hook starts collectives from callbacks of others. With two buckets in flight the
+    # ranks would start them in different orders, and Gloo would abort the program.
     one_bucket = name == "DDP PowerSGD rank 4"
     default: Any = dist
     first = default._DEFAULT_FIRST_BUCKET_BYTES

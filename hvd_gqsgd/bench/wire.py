@@ -1,4 +1,4 @@
-"""Bytes of a bucket on the wire, by the formula of ``hvd_gqsgd/docs/THEORY.md``."""
+"""The bytes of a bucket on the wire, by the formulas of ``hvd_gqsgd/docs/THEORY.md``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ def wire_bytes(
     numels: Sequence[int], *, bits: int | BlockBits = 8, block_size: int | None = 1024,
     two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
 ) -> int:  # fmt: skip
-    """Bytes for a bucket of tensors of so many elements, of float64 if ``double``, as ``Stats``
-    counts them, but without probes and filled slots.
+    """Bytes of a bucket of tensors, as in ``Stats`` but without probes and filled slots.
+
+    Args:
+        numels: elements of each tensor; of float64 if ``double``.
+        bits, block_size, two_phase, l2: the options.
+        double: whether the tensors are float64.
+        ranks: number of ranks.
     """
     norm = 8 if double else 4
     if isinstance(bits, BlockBits):

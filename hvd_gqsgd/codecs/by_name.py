@@ -26,20 +26,20 @@ Registered = NewType("Registered", str)
 def register_codec(name: str, codec: type[Codec]) -> Registered:
     """Makes a codec a value of the option ``dither``.
 
-    All ranks must register the same codec, before their first ``dither=name``. A name can be
-    registered again, as a cell of a notebook is run again.
+    All ranks must register the same codec before the first use of ``dither=name``. Registering a
+    name again replaces its codec, as when a cell of a notebook runs again.
 
     Args:
         name: the value.
         codec: a subclass of :class:`Codec`, such as one of :class:`PlainCodec`.
 
     Returns:
-        The name, with a type that ``dither`` has for type checkers.
+        The name, with a type that type checkers accept for ``dither``.
 
     Raises:
         TypeError: ``name`` is not a string, or ``codec`` is not a class of codecs without abstract
             methods.
-        ValueError: the name is that of a codec of this package.
+        ValueError: the name belongs to a codec of this package.
     """
     if not isinstance(name, str):
         raise TypeError(f"the name of a codec must be a string, got {name!r}")

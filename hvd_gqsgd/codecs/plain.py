@@ -1,7 +1,7 @@
-"""Codecs in plain torch: two functions of an element, and no native code.
+"""Codecs in plain torch, for research: a subclass has two functions of an element.
 
-All else is here: tiles, words, norms and dither. Encoding takes some 60 ns an element, 200 times as
-long as with native code: it is for research. ``hvd_gqsgd/docs/RESEARCH.md`` adds such a codec.
+This module implements tiles, words, norms and dither. Encoding takes about 60 ns per element, 200
+times as long as native code. ``hvd_gqsgd/docs/RESEARCH.md`` adds such a codec.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hvd_gqsgd.codecs.base import Codec
 
 __all__ = ["PlainCodec"]
 
-_REQUANTIZE = 2**63  # the stream of the second rounding; those of ranks are smaller
+_REQUANTIZE = 2**63  # the stream of the second rounding; streams of ranks are smaller
 
 
 class PlainCodec(Codec):
@@ -35,15 +35,15 @@ class PlainCodec(Codec):
 
     @abstractmethod
     def round(self, shares: Tensor, dither: Tensor) -> Tensor:
-        """The codes of shares, as int64; with a uniform number from [0, 1) for each share."""
+        """Returns the codes of shares, as int64; ``dither`` is uniform on [0, 1)."""
 
     @abstractmethod
     def values(self, codes: Tensor) -> Tensor:
-        """The shares that codes stand for; the same on all ranks."""
+        """Returns the shares that codes represent; the same on all ranks."""
 
     @classmethod
     def levels_for(cls, bits: int, summands: int) -> int:
-        """Levels a side beside zero: all that a lane counts, as codes are not added."""
+        """Levels on each side of zero, for any number of summands, as codes are not added."""
         return (1 << bits - 1) - 1
 
     def encode(
@@ -119,7 +119,7 @@ class PlainCodec(Codec):
         return _tiles(numel, self.block(numel), self.bits, norms.dtype, norms.device, first, last)
 
     def _sum(self, rows: Tensor, norm: Tensor, tiles: _Tiles) -> Tensor:
-        """The sum of the tiles of all ranks, whose words are a row each."""
+        """The sum of the tiles of all ranks; each row has the words of a rank."""
         shares = [self.values(self._unpack(_spread(row, tiles.words))) for row in rows]
         return _decoded(torch.stack(shares).sum(0), norm).masked_fill_(~tiles.elements, 0)
 
@@ -140,12 +140,12 @@ class PlainCodec(Codec):
 
 
 class _Tiles(NamedTuple):
-    """A run of tiles of a tensor, in matrices with a row for each; masks tell what is used."""
+    """A run of tiles of a tensor: masks of matrices with a row per tile."""
 
     begin: int
     """First element."""
     end: int
-    """The one after the last."""
+    """Element after the last one."""
     num_words: int
     num_means: int
     norms: Tensor
@@ -156,7 +156,7 @@ class _Tiles(NamedTuple):
     """A norm and the words, in elements of the type of means."""
 
 
-@functools.lru_cache(maxsize=256)  # the same tensors come step after step
+@functools.lru_cache(maxsize=256)  # the same tensors are exchanged in each step
 def _tiles(
     numel: int, block: int, bits: int, norm_dtype: torch.dtype, device: torch.device,
     first: int, last: int | None,
@@ -190,7 +190,7 @@ def _runs(numbers: Sequence[int]) -> Iterator[tuple[int, int, int, int]]:
 
 
 def _spread(flat: Tensor, mask: Tensor) -> Tensor:
-    """A matrix with the elements where the mask is, and 0 elsewhere."""
+    """A matrix with the elements where the mask is True, and 0 elsewhere."""
     return flat.new_zeros(mask.shape).masked_scatter_(mask, flat)
 
 
@@ -199,7 +199,7 @@ def _floats(norms: Tensor) -> Tensor:
 
 
 def _shares(rows: Tensor, norm: Tensor) -> Tensor:
-    """Elements as shares of their norm; 0 where it is 0 or not finite."""
+    """Elements as shares of their norm; 0 where the norm is 0 or not finite."""
     usable = norm.isfinite() & (norm > 0)
     return torch.where(usable, (rows / torch.where(usable, norm, 1)).clamp(-1, 1), 0)
 
@@ -212,7 +212,7 @@ def _decoded(shares: Tensor, norm: Tensor) -> Tensor:
 def _dither(
     tiles: _Tiles, seed: int, step: int, tensor_id: int, stream: int, first: int = 0
 ) -> Tensor:
-    """Uniform numbers from [0, 1) for each tile, whichever tiles are asked for together.
+    """Uniform numbers from [0, 1) for each tile, independent of the other tiles of the call.
 
     ``tensor_id`` is the tensor's number, and above 31 bits its first tile; see
     ``hvd_gqsgd.layout.part_identity``.

@@ -1,37 +1,68 @@
-"""Does quantization pay, and with which setting? By the seconds of a step that a model predicts."""
+"""Recommends a setting by the predicted seconds of a step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TypeVar
 
-from hvd_gqsgd.tools.cost_model import FP32, Machine, Setting, relative_variance
+from hvd_gqsgd.tools.accuracy import squared_error
+from hvd_gqsgd.tools.cost_model import Machine
+from hvd_gqsgd.tools.settings import FP32, Setting
 
-__all__ = ["MARGIN", "break_even", "recommend"]
+__all__ = ["MARGIN", "break_even", "choose", "recommend", "recommended"]
+
+_T = TypeVar("_T")
 
 MARGIN = 0.1
-"""Least gain of a setting that is recommended: the model is no more accurate than that."""
+"""Least share of a step that a recommended setting saves, as the model is not more accurate."""
 
 
-def recommend(steps: Mapping[Setting, float], ranks: int) -> str:
-    """A recommendation, in one sentence.
+def choose(seconds: Mapping[_T, float], plain: _T, error: Callable[[_T], float]) -> _T:
+    """The most accurate of the fastest settings, or ``plain`` if none is faster by ``MARGIN``.
+
+    Two settings are as fast if they differ by less than ``MARGIN``. Of settings that are as
+    accurate, the fastest one is chosen.
+
+    Args:
+        seconds: the seconds of a step with each setting.
+        plain: the setting without compression.
+        error: returns the expected error of a setting.
+    """
+    fastest, pays = min(seconds.values()), seconds[plain] * (1 - MARGIN)
+    if fastest > pays:
+        return plain
+    enough = min(fastest / (1 - MARGIN), pays)
+    fast = [setting for setting, taken in seconds.items() if taken <= enough]
+    return min(fast, key=lambda setting: (error(setting), seconds[setting]))
+
+
+def recommended(steps: Mapping[Setting, float], ranks: int) -> Setting:
+    """The setting that is recommended, by ``choose``.
 
     Args:
         steps: the seconds of a step with each setting that is possible, fp32 among them.
         ranks: number of ranks.
     """
     if ranks == 1:
+        return FP32
+    return choose(steps, FP32, lambda setting: squared_error(setting, ranks))
+
+
+def recommend(steps: Mapping[Setting, float], ranks: int) -> str:
+    """The recommendation as a sentence; arguments as for ``recommended``."""
+    if ranks == 1:
         return "Do not compress: one rank exchanges nothing."
-    best, plain = _best(steps, ranks), steps[FP32]
-    if steps[best] > plain * (1 - MARGIN):
+    best, plain = recommended(steps, ranks), steps[FP32]
+    if best == FP32:
         return (
             "Do not compress: no setting makes a step more than "
             f"{MARGIN:.0%} faster than fp32 ({plain * 1e3:.0f} ms)."
         )
     return (
-        f"Take {best.name}: a step of {steps[best] * 1e3:.0f} ms in place of {plain * 1e3:.0f} ms, "
-        f"{plain / steps[best]:.1f} times faster than fp32."
+        f"Use {best.name}, compression={best.compressor}: a step of {steps[best] * 1e3:.0f} ms "
+        f"instead of {plain * 1e3:.0f} ms, {plain / steps[best]:.1f} times faster than fp32."
     )
 
 
@@ -41,17 +72,17 @@ def break_even(
     """The bandwidth, in bytes per second, below which the best setting is recommended.
 
     Args:
-        steps_on: as ``recommend`` takes them, on a machine.
+        steps_on: returns the steps of ``recommended`` on a machine.
         ranks: number of ranks.
-        machine: with any bandwidth.
+        machine: the machine, whose bandwidth is varied.
 
     Returns:
-        0 if it is not recommended at any bandwidth, infinity if at all.
+        0 if no setting is recommended at any bandwidth; infinity if one is at every bandwidth.
     """
 
     def pays(beta: float) -> bool:
         steps = steps_on(replace(machine, beta=beta, beta_two_phase=None))
-        return steps[_best(steps, ranks)] <= steps[FP32] * (1 - MARGIN)
+        return recommended(steps, ranks) != FP32
 
     low, high = 1e5, 1e13
     if not pays(low):
@@ -62,15 +93,3 @@ def break_even(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if pays(middle) else (low, middle)
     return low
-
-
-def _best(steps: Mapping[Setting, float], ranks: int) -> Setting:
-    """The most accurate of the fastest settings but fp32, and of these the fastest.
-
-    Two settings are as fast if they differ by less than ``MARGIN``.
-    """
-    others = {setting: seconds for setting, seconds in steps.items() if setting != FP32}
-    fastest, pays = min(others.values()), steps[FP32] * (1 - MARGIN)
-    enough = min(fastest / (1 - MARGIN), pays) if fastest <= pays else fastest
-    fast = [setting for setting, seconds in others.items() if seconds <= enough]
-    return min(fast, key=lambda setting: (relative_variance(setting, ranks), steps[setting]))

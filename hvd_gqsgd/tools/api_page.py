@@ -49,7 +49,7 @@ def all_entries() -> dict[str, list[Entry]]:
 
 
 def _shown(entry: Entry) -> bool:
-    """Users pass the fields of ``Options`` as keywords, and never have one."""
+    """Whether the entry is shown: users pass the fields of ``Options`` as keywords, without one."""
     return not entry.name.startswith("Options.")
 
 
@@ -123,7 +123,7 @@ def _python(code: str) -> str:
 
 
 def _marked(text: str, indent: str = "") -> str:
-    """Text in lines, with the code and the references of reStructuredText in Markdown."""
+    """Wraps text, with code and references in Markdown instead of reStructuredText."""
     text = ROLE.sub(lambda role: f"`{role[1].rpartition('.')[2]}`", text).replace("``", "`")
     return textwrap.fill(
         text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False

@@ -16,13 +16,29 @@ operation. The module is pure Python: it works without PyTorch, Horovod and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from hvd_gqsgd.tools.accuracy import relative_error, relative_variance, squared_error
+from hvd_gqsgd.tools.settings import (
+    BLOCKS_4,
+    EXPONENTIAL_8,
+    FP16,
+    FP32,
+    LINEAR_4,
+    LINEAR_8,
+    SETTINGS,
+    TWO_PHASE_8,
+    Setting,
+    levels,
+    possible,
+)
 
 __all__ = [
     "BLOCKS_4",
+    "EXPONENTIAL_8",
     "FP16",
     "FP32",
     "LINEAR_4",
@@ -39,9 +55,12 @@ __all__ = [
     "buckets_of",
     "exchange_seconds",
     "flat_parts",
+    "levels",
     "parts_of_stages",
     "possible",
+    "relative_error",
     "relative_variance",
+    "squared_error",
     "step_of",
     "step_seconds",
     "steps_of",
@@ -109,34 +128,29 @@ class Gradients:
     """Number of these tensors."""
 
     @classmethod
-    def of(cls, sizes: Sequence[int], min_numel: int = 4096) -> Gradients:
-        """Gradients of tensors with these numbers of elements."""
+    def of(cls, parameters: Iterable[Any], min_numel: int = 4096) -> Gradients:
+        """The gradients of these parameters.
+
+        Args:
+            parameters: as of ``model.parameters()``, or numbers of elements. Parameters with
+                ``requires_grad=False`` are left out.
+            min_numel: tensors with fewer elements are not compressed.
+
+        Raises:
+            TypeError: an item is neither a tensor nor an int.
+            ValueError: a number of elements is negative, or no parameter requires a gradient.
+        """
+        given = list(parameters)
+        trained = [each for each in given if getattr(each, "requires_grad", True)]
+        if given and not trained:
+            raise ValueError(
+                f"none of {len(given)} parameters has requires_grad=True: pass the parameters that "
+                "are trained, or their numbers of elements"
+            )
+        sizes = [_numel(each) for each in trained]
         small = [size for size in sizes if size < min_numel]
         return cls(sum(sizes), len(sizes), sum(small), len(small))
 
-
-@dataclass(frozen=True)
-class Setting:
-    """A way to exchange gradients."""
-
-    name: str
-    bits: float
-    """Bits per element on the wire."""
-    two_phase: bool = False
-    quantized: bool = True
-    block_size: int = 1024
-    gain: float = 1
-    """Squared error of one width in all blocks of 1024, to that of this setting."""
-
-
-FP32 = Setting("fp32", 32, quantized=False)
-FP16 = Setting("fp16", 16, quantized=False)
-LINEAR_8 = Setting("8 bits", 8)
-TWO_PHASE_8 = Setting("8 bits, two phases", 8, two_phase=True)
-LINEAR_4 = Setting("4 bits, two phases", 4, two_phase=True)
-BLOCKS_4 = Setting("4 bits per block, two phases", 4, two_phase=True, block_size=256, gain=15)
-SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4, BLOCKS_4)
-"""The settings that are compared."""
 
 BUCKET = 25 * 2**20
 """Bytes of float32 in a bucket."""
@@ -147,8 +161,17 @@ FUSED = 128 * 2**20
 PROBE_BYTES = 56
 """Bytes that Horovod reduces in place of each compressed gradient."""
 
-MIN_LEVELS = 31
-"""Fewest levels a side in an Allreduce, as for ``exchange="auto"``."""
+
+def _numel(parameter: Any) -> int:
+    numel = parameter.numel() if hasattr(parameter, "numel") else parameter
+    if isinstance(numel, bool) or not hasattr(numel, "__index__"):
+        raise TypeError(
+            "parameters must be tensors, as of model.parameters(), or ints, their numbers of "
+            f"elements, got an item of type {type(parameter).__name__}"
+        )
+    if numel < 0:
+        raise ValueError(f"a number of elements must be at least 0, got {numel}")
+    return int(numel)
 
 
 class Parts(NamedTuple):
@@ -177,26 +200,6 @@ class Stages(NamedTuple):
     """Kernels after the codes."""
     operations: tuple[int, int]
     """Operations up to the codes, and after these."""
-
-
-def possible(setting: Setting, ranks: int) -> bool:
-    """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more."""
-    if not setting.quantized or setting.two_phase:
-        return True
-    return ((1 << int(setting.bits)) - 1) // (2 * ranks) >= MIN_LEVELS
-
-
-def relative_variance(setting: Setting, ranks: int) -> float:
-    """Bound of the squared error of a mean to the squared norm of its blocks, but for a factor that
-    is the same for all linear settings: the square of the distance of two levels, for each time
-    that a number is rounded. 0 without quantization.
-
-    See "Two phases" in ``docs/THEORY.md``.
-    """
-    if not setting.quantized:
-        return 0.0
-    levels = ((1 << int(setting.bits)) - 1) // (2 * (1 if setting.two_phase else ranks))
-    return (2 if setting.two_phase else 1) / levels**2 / setting.gain
 
 
 def allreduce_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
@@ -274,7 +277,7 @@ def step_of(
     forward: float,
     backward: float,
 ) -> float:
-    """Seconds of a training step, given those of its exchange; see ``step_seconds``."""
+    """Seconds of a training step, given the seconds of its exchange; see ``step_seconds``."""
     share = min(1.0, (BUCKET if setting.quantized else 0) / max(4 * gradients.elements, 1))
     beside = machine.exposed * (1 - share) * backward
     before = forward + share * backward + parts.first + parts.travel + beside
@@ -301,7 +304,7 @@ def flat_parts(
     Args:
         setting, gradients, ranks, machine: the exchange.
         allreduce: seconds of an Allreduce, given its bytes.
-        two_phase: the same of an Alltoall and an Allgather.
+        two_phase: seconds of an Alltoall and an Allgather, given their bytes.
 
     Raises:
         ValueError: the lanes cannot hold the sum of this many ranks.
@@ -334,7 +337,7 @@ def parts_of_stages(
     """The exchange of quantized gradients, bucket after bucket.
 
     Args:
-        stages: of a bucket.
+        stages: the seconds of a bucket's stages.
         gradients, machine: the exchange.
         allreduce: seconds of an Allreduce, given its bytes.
     """

@@ -1,12 +1,12 @@
-"""Launching ranks on this machine: over MPI by ``mpirun``, over Gloo by ``horovodrun``.
+"""Launches ranks on this machine: over MPI with ``mpirun``, over Gloo with ``horovodrun``.
 
 A job is a command line of a launcher, followed by that of a rank, and an environment::
 
     command = [*launch_command("mpi", ranks=2), sys.executable, "train.py"]
     status = run_job(command, launch_environment(), timeout=600)
 
-The placement of ranks is in the environment rather than in options of ``mpirun``, which differ
-between MPIs: without ``bound``, ranks may outnumber the cores.
+Environment variables set the placement of ranks, as the options of ``mpirun`` differ between MPIs.
+Without ``bound``, ranks may outnumber the cores.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ __all__ = [
 ]
 
 LAUNCHERS = {"mpi": "mpirun", "gloo": "horovodrun"}
-"""The program that launches ranks, by what they communicate over."""
+"""The program that launches ranks, by backend."""
 
 GRACE = 20.0
-"""Seconds between SIGTERM, which launchers pass on to their ranks, and SIGKILL."""
+"""Seconds between SIGTERM, which launchers forward to their ranks, and SIGKILL."""
 
-# Open MPI 5 and 4; other MPIs ignore these and allow more ranks than cores anyway.
+# Open MPI 5 and 4. Other MPIs ignore these, and allow more ranks than cores by default.
 _UNBOUND = {
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
     "OMPI_MCA_hwloc_base_binding_policy": "none",
-    "OMPI_MCA_mpi_yield_when_idle": "1",  # a rank that waits takes no core from the others
+    "OMPI_MCA_mpi_yield_when_idle": "1",  # a rank that waits leaves its core to others
 }
 
 
@@ -61,12 +61,12 @@ def find_program(name: str) -> str:
     """The path of a program beside this Python, or else on the ``PATH``.
 
     Raises:
-        LaunchError: there is none.
+        LaunchError: the program is in neither place.
     """
     found = shutil.which(name, path=_search_path())
     if found is None:
         beside = Path(sys.executable).parent
-        raise LaunchError(f"{name} was found neither in {beside} nor on the PATH")
+        raise LaunchError(f"{name} was found neither in {beside} nor on the PATH: install it")
     return found
 
 
@@ -76,7 +76,7 @@ def fits(ranks: int) -> bool:
 
 
 def launch_command(launcher: str, ranks: int, *, bound: bool = False) -> list[str]:
-    """The command line of a launcher; that of a rank follows it.
+    """The command line of a launcher, without the command of a rank, which follows.
 
     Args:
         launcher: "mpi" or "gloo".
@@ -104,7 +104,7 @@ def launch_environment(*, bound: bool = False) -> dict[str, str]:
     env = dict(os.environ, PATH=_search_path())  # for scripts that call launchers by name
     defaults = {"OMP_NUM_THREADS": "1"} | ({} if bound else _UNBOUND)
     if not sys.stderr.isatty():
-        defaults["TQDM_MININTERVAL"] = "5"  # a log needs no more
+        defaults["TQDM_MININTERVAL"] = "5"  # often enough for a log
     if os.geteuid() == 0:  # as in a container, where Open MPI refuses to run otherwise
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return defaults | env
@@ -118,7 +118,7 @@ def running(
     output: int | IO[bytes] | None = None,
     cwd: Path | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Starts a job, and ends all of it if it still runs when the block is left.
+    """Starts a job, and terminates all of its processes at the end of the block.
 
     Args:
         command: of the launcher and of a rank.
@@ -185,7 +185,7 @@ def run_ranks(
     launcher: str = "mpi",
     output: IO[bytes] | None = None,
 ) -> None:
-    """Runs a command on several ranks of this machine, to the end; with a core each if they fit.
+    """Runs a command on several ranks of this machine to its end, each bound to a core if they fit.
 
     Args:
         command: of a rank, the same on all.
@@ -195,7 +195,7 @@ def run_ranks(
         output: a file for stdout and stderr; None: those of this process.
 
     Raises:
-        LaunchError: there is no launcher, the job failed, or it did not end in time.
+        LaunchError: the launcher is not installed, the job failed, or it did not end in time.
     """
     bound = fits(ranks)
     job = [*launch_command(launcher, ranks, bound=bound), *command]
@@ -210,7 +210,7 @@ def printed_json(output: str) -> dict[str, Any]:
     """The last JSON object in the output of a job; other output may surround it.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the output has no JSON object.
     """
     for line in reversed(output.splitlines()):
         start = line.find("{")

@@ -36,7 +36,9 @@ from hvd_gqsgd.tools.cost_model import SETTINGS, Gradients, Machine, Parts, Sett
 
 __all__ = [
     "Cluster",
+    "allgather_seconds",
     "allreduce_seconds",
+    "alltoall_seconds",
     "exchange_seconds",
     "link_bytes",
     "step_seconds",
@@ -47,7 +49,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes with as many ranks each."""
+    """Nodes of equal numbers of ranks."""
 
     nodes: int
     per_node: int
@@ -60,12 +62,12 @@ class Cluster:
 
     @property
     def flat(self) -> bool:
-        """Whether an exchange by node is the flat one: with one node, or one rank on each."""
+        """Whether an exchange by node equals the flat one: with one node, or one rank on each."""
         return self.nodes == 1 or self.per_node == 1
 
 
 def link_bytes(setting: Setting, bytes_: float, cluster: Cluster, by_node: bool) -> float:
-    """Bytes that a node sends over its link, of a bucket of so many; the least of an Allreduce."""
+    """Bytes that a node sends over its link for a bucket; for an Allreduce, the least."""
     n, nodes, per_node = cluster.ranks, cluster.nodes, cluster.per_node
     if nodes > 1 and setting.two_phase and (not by_node or cluster.flat):
         return (per_node * (n - per_node) + n - 1) / n * bytes_
@@ -87,14 +89,24 @@ def allreduce_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> floa
     return min(ring, doubling, sums)
 
 
+def alltoall_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
+    """Seconds of an Alltoall among all ranks, with ``bytes_`` on each rank."""
+    n, per_node, m = cluster.ranks, cluster.per_node, machine
+    crossing = per_node * (n - per_node) / n * bytes_ / (m.beta_two_phase or m.beta)
+    inside = (n - 1) / n * bytes_ / m.inside if per_node > 1 else 0.0
+    return (n - 1) * m.alpha + max(crossing, inside)
+
+
+def allgather_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
+    """Seconds of an Allgather among all ranks, with ``bytes_`` of all ranks together."""
+    n, m = cluster.ranks, machine
+    beta = _slowest(m.beta_two_phase or m.beta, cluster, m)
+    return (n - 1) * m.alpha + (n - 1) / n * bytes_ / beta
+
+
 def two_phase_seconds(bytes_: float, cluster: Cluster, machine: Machine) -> float:
     """Seconds of an Alltoall and an Allgather among all ranks."""
-    n, per_node, m = cluster.ranks, cluster.per_node, machine
-    beta = m.beta_two_phase or m.beta
-    crossing = per_node * (n - per_node) / n * bytes_ / beta
-    inside = (n - 1) / n * bytes_ / m.inside if per_node > 1 else 0.0
-    gather = (n - 1) / n * bytes_ / _slowest(beta, cluster, m)
-    return 2 * (n - 1) * m.alpha + max(crossing, inside) + gather
+    return alltoall_seconds(bytes_, cluster, machine) + allgather_seconds(bytes_, cluster, machine)
 
 
 def exchange_seconds(
@@ -105,7 +117,7 @@ def exchange_seconds(
     Args:
         setting: by node its codes go in two phases.
         gradients, cluster, machine: the exchange.
-        by_node: with codes between nodes alone. A setting without codes is as among all ranks.
+        by_node: send codes between nodes only; without quantization it has no effect.
 
     Raises:
         ValueError: the lanes cannot hold the sum of all ranks.
@@ -131,19 +143,24 @@ def steps_of(
     gradients: Gradients, cluster: Cluster, machine: Machine, forward: float, backward: float
 ) -> dict[Setting, float]:
     """Seconds of a step with each setting that is possible, flat and by node, with such names."""
-    found = {}
-    for setting in SETTINGS:
-        if not cost_model.possible(setting, cluster.ranks):
-            continue
-        ways = {", flat": False, ", by node": True} if setting.quantized else {"": False}
-        if cluster.flat or not setting.two_phase:
-            ways.pop(", by node", None)
-        for way, by_node in ways.items():
-            named = replace(setting, name=setting.name + way)
-            found[named] = step_seconds(
-                setting, gradients, cluster, machine, by_node, forward, backward
-            )
-    return found
+    return {
+        way: step_seconds(way, gradients, cluster, machine, way.by_node, forward, backward)
+        for setting in SETTINGS
+        if cost_model.possible(setting, cluster.ranks)
+        for way in _ways(setting, cluster)
+    }
+
+
+def _ways(setting: Setting, cluster: Cluster) -> list[Setting]:
+    """The setting flat and, where codes take two phases between nodes, by node."""
+    if not setting.quantized:
+        return [setting]
+    options = f"{setting.options}, hierarchy="
+    flat = replace(setting, name=f"{setting.name}, flat", options=f'{options}"flat"')
+    if cluster.flat or not setting.two_phase:
+        return [flat]
+    name = f"{setting.name}, by node"
+    return [flat, replace(setting, name=name, options=f'{options}"node"', by_node=True)]
 
 
 def _slowest(beta: float, cluster: Cluster, machine: Machine) -> float:

@@ -1,6 +1,6 @@
 """Signatures and docstrings of the public names, for ``docs/API.md`` and its tests.
 
-Sources are parsed, not imported, so the libraries that adapters are for need not be installed.
+Sources are parsed, not imported, so the libraries of adapters need not be installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry:
     """A public function, class, method or property."""
 
     name: str
-    """With the module of an adapter, below ``hvd_gqsgd``; a method with its class."""
+    """The name below ``hvd_gqsgd``, with the module of an adapter or the class of a method."""
     module: str
     node: Function
     parameters: tuple[Parameter, ...]

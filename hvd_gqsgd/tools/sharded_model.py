@@ -1,8 +1,8 @@
 """The performance model of a training step under FSDP2, on CPUs over Gloo.
 
 The modules are reduced and gathered one after another, and nothing of that overlaps with computing,
-so a step is the sum of its parts. By the terms of ``cost_model``, for S bytes of a module and n
-ranks, each collective once a module, and that of weights twice:
+so a step is the sum of its parts. A module of S bytes takes, once for gradients and twice for
+weights, by the terms of ``cost_model`` for one rank a node, and of ``node_model`` for several:
 
     reduce-scatter of Gloo, an Allreduce    2 (n-1) alpha + 2 (n-1)/n S/beta + (n-1)/n S/gamma
     all-gather, or an Alltoall of codes     (n-1) alpha + (n-1)/n S/beta
@@ -12,15 +12,32 @@ To these come, with codes, a header, the exchange of norms and the kernels, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from hvd_gqsgd.tools.cost_model import Machine, allreduce_seconds
+from hvd_gqsgd.tools.accuracy import relative_error
+from hvd_gqsgd.tools.advice import MARGIN, choose
+from hvd_gqsgd.tools.cost_model import Machine
+from hvd_gqsgd.tools.node_model import (
+    Cluster,
+    allgather_seconds,
+    allreduce_seconds,
+    alltoall_seconds,
+)
+from hvd_gqsgd.tools.settings import (
+    BLOCKS_4,
+    EXPONENTIAL_8,
+    FP32,
+    LINEAR_4,
+    TWO_PHASE_8,
+    Setting,
+)
 
 __all__ = [
     "SHARDED_SETTINGS",
     "ShardedSetting",
     "gradient_seconds",
+    "recommend_sharded",
     "sharded_step_seconds",
     "weight_seconds",
 ]
@@ -29,7 +46,7 @@ HEADER = 128
 """Bytes that the ranks agree on before each message of codes."""
 
 BLOCK = 1024
-"""Elements that share a norm."""
+"""Weights that share a norm."""
 
 GATHERS = 2
 """Times that a module is gathered in a step: in the forward pass and in the backward pass."""
@@ -40,86 +57,118 @@ class ShardedSetting:
     """A way to exchange gradients and weights."""
 
     name: str
-    bits: int | None = None
-    """Of gradients in codes; None: they are not."""
+    gradients: Setting
+    """The setting of gradients, which are rounded once."""
     weight_bits: int | None = None
-    """Of weights in codes; None: they are float32."""
-    reduced_bytes: int = 4
-    """Of an element of a gradient that is not in codes."""
+    """Bits of a weight on the wire; None: weights are float32."""
 
+    @property
+    def call(self) -> str:
+        """The expression that chooses this setting for a ``model``."""
+        if not self.gradients.quantized:
+            reduced = "bfloat16" if self.gradients == BF16 else "float32"
+            return f"MixedPrecisionPolicy(reduce_dtype=torch.{reduced})"
+        weights = "" if self.weight_bits is None else f", weight_bits={self.weight_bits}"
+        options = self.gradients.options.removesuffix(', exchange="two_phase"')
+        return f"GlobalQSGD({options}).fsdp(model{weights})"
+
+    def relative_error(self, ranks: int) -> float:
+        """Expected error of the mean gradient; see ``accuracy``."""
+        return relative_error(self.gradients, ranks, one_phase=True)
+
+
+BF16 = Setting("bf16", 16, quantized=False, mantissa=7)
 
 SHARDED_SETTINGS = (
-    ShardedSetting("FSDP2 fp32"),
-    ShardedSetting("FSDP2 bf16 gradients", reduced_bytes=2),
-    ShardedSetting("FSDP2 GlobalQSGD 8 bits", 8),
-    ShardedSetting("FSDP2 GlobalQSGD 4 bits", 4),
-    ShardedSetting("FSDP2 GlobalQSGD 8 bits and weights", 8, 8),
+    ShardedSetting("FSDP2 fp32", FP32),
+    ShardedSetting("FSDP2 bf16 gradients", BF16),
+    ShardedSetting("FSDP2 GlobalQSGD 8 bits", TWO_PHASE_8),
+    ShardedSetting("FSDP2 GlobalQSGD 4 bits", LINEAR_4),
+    ShardedSetting("FSDP2 GlobalQSGD 4 bits per block", BLOCKS_4),
+    ShardedSetting("FSDP2 GlobalQSGD exponential", EXPONENTIAL_8),
+    ShardedSetting("FSDP2 GlobalQSGD 8 bits and weights", TWO_PHASE_8, 8),
 )
-"""Those that are compared, by the names of arms of ``hvd-gqsgd bench step``."""
-
-
-def scatter_seconds(bytes_: float, ranks: int, machine: Machine) -> float:
-    """Seconds of an Alltoall or an all-gather of so many bytes on each rank or of all ranks."""
-    beta = machine.beta_two_phase or machine.beta
-    return (ranks - 1) * machine.alpha + (ranks - 1) / ranks * bytes_ / beta
+"""The settings that are compared. Arms of ``hvd-gqsgd bench step`` have the same names."""
 
 
 def gradient_seconds(
-    setting: ShardedSetting, modules: Sequence[int], ranks: int, machine: Machine
+    setting: ShardedSetting, modules: Sequence[int], cluster: Cluster, machine: Machine
 ) -> float:
-    """Seconds of the reduction of modules with so many elements; 0 for one rank."""
-    if ranks == 1:
+    """Seconds to reduce the gradients of modules of these sizes; 0 for one rank."""
+    if cluster.ranks == 1:
         return 0.0
-    m, total = machine, 0.0
+    m, total, way = machine, 0.0, setting.gradients
     for elements in modules:
-        if setting.bits is None:
-            total += allreduce_seconds(setting.reduced_bytes * elements, ranks, m)
+        sent = elements * way.bits / 8
+        if not way.quantized:
+            total += allreduce_seconds(sent, cluster, m)
             continue
         total += (
-            allreduce_seconds(HEADER, ranks, m)
-            + allreduce_seconds(4 * elements / BLOCK, ranks, m)
-            + scatter_seconds(elements * setting.bits / 8, ranks, m)
+            allreduce_seconds(HEADER, cluster, m)
+            + allreduce_seconds(4 * elements / way.block_size, cluster, m)
+            + alltoall_seconds(sent, cluster, m)
             + elements * (m.norm + m.quantize + m.dequantize)
         )
     return total
 
 
 def weight_seconds(
-    setting: ShardedSetting, modules: Sequence[int], ranks: int, machine: Machine
+    setting: ShardedSetting, modules: Sequence[int], cluster: Cluster, machine: Machine
 ) -> float:
-    """Seconds of all gathers of modules with so many elements in a step; 0 for one rank."""
-    if ranks == 1:
+    """Seconds of all gathers in a step of modules of these sizes; 0 for one rank."""
+    if cluster.ranks == 1:
         return 0.0
     m, total = machine, 0.0
     for elements in modules:
         if setting.weight_bits is None:
-            total += scatter_seconds(4 * elements, ranks, m)
+            total += allgather_seconds(4 * elements, cluster, m)
             continue
         sent = elements * setting.weight_bits / 8 + 4 * elements / BLOCK
         total += (
-            allreduce_seconds(HEADER, ranks, m)
-            + scatter_seconds(sent, ranks, m)
-            + elements / ranks * (m.norm + m.quantize)
+            allreduce_seconds(HEADER, cluster, m)
+            + allgather_seconds(sent, cluster, m)
+            + elements / cluster.ranks * (m.norm + m.quantize)
             + elements * m.dequantize
         )
     return GATHERS * total
 
 
 def sharded_step_seconds(
-    setting: ShardedSetting, modules: Sequence[int], ranks: int, machine: Machine, compute: float
+    setting: ShardedSetting,
+    modules: Sequence[int],
+    cluster: Cluster,
+    machine: Machine,
+    compute: float,
 ) -> float:
     """Seconds of a training step.
 
     Args:
-        setting: that of gradients and weights.
+        setting: the setting of gradients and weights.
         modules: the elements of each module.
-        ranks: how many there are.
-        machine: one of them, and its link.
+        cluster: the nodes and their ranks.
+        machine: a rank and the link of its node.
         compute: seconds of the forward pass, the backward pass and the update of one rank alone.
     """
     copies = 4 * sum(modules) * (GATHERS + 1) * machine.copy
     return (
         compute + copies
-        + gradient_seconds(setting, modules, ranks, machine)
-        + weight_seconds(setting, modules, ranks, machine)
+        + gradient_seconds(setting, modules, cluster, machine)
+        + weight_seconds(setting, modules, cluster, machine)
     )  # fmt: skip
+
+
+def recommend_sharded(steps: Mapping[ShardedSetting, float], ranks: int) -> str:
+    """A recommendation for FSDP2, as a sentence.
+
+    Args:
+        steps: the seconds of a step with each of ``SHARDED_SETTINGS``.
+        ranks: number of ranks.
+    """
+    stock = SHARDED_SETTINGS[0]
+    best = choose(steps, stock, lambda setting: setting.relative_error(ranks))
+    if best == stock or ranks == 1:
+        return f"FSDP2: do not compress, as no setting saves more than {MARGIN:.0%} of a step."
+    return (
+        f"FSDP2: use {best.call}: a step of {steps[best] * 1e3:.0f} ms instead of "
+        f"{steps[stock] * 1e3:.0f} ms, {steps[stock] / steps[best]:.1f} times faster than fp32."
+    )

@@ -1,0 +1,89 @@
+"""The settings that the performance model compares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = [
+    "BLOCKS_4",
+    "EXPONENTIAL_8",
+    "FP16",
+    "FP32",
+    "LINEAR_4",
+    "LINEAR_8",
+    "SETTINGS",
+    "TWO_PHASE_8",
+    "Setting",
+    "levels",
+    "possible",
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to exchange gradients."""
+
+    name: str
+    bits: float
+    """Bits per element on the wire."""
+    two_phase: bool = False
+    quantized: bool = True
+    block_size: int = 1024
+    gain: float = 1
+    """Squared error of one width in all blocks of 1024, relative to that of this setting."""
+    dither: str = "linear"
+    mantissa: int = 23
+    """Explicit bits of the significand on the wire, without quantization."""
+    options: str = ""
+    """Arguments of ``GlobalQSGD`` for this setting."""
+    by_node: bool = False
+    """Whether codes travel between nodes only; see ``node_model``."""
+
+    @property
+    def compressor(self) -> str:
+        """Expression for the argument ``compression`` of Horovod's ``DistributedOptimizer``."""
+        if self.quantized:
+            return f"GlobalQSGD({self.options})"
+        return f"hvd.Compression.{'fp16' if self.bits == 16 else 'none'}"
+
+
+FP32 = Setting("fp32", 32, quantized=False)
+FP16 = Setting("fp16", 16, quantized=False, mantissa=10)
+LINEAR_8 = Setting("8 bits", 8, options="bits=8")
+TWO_PHASE_8 = Setting(
+    "8 bits, two phases", 8, two_phase=True, options='bits=8, exchange="two_phase"'
+)
+LINEAR_4 = Setting("4 bits, two phases", 4, two_phase=True, options="bits=4")
+BLOCKS_4 = Setting(
+    "4 bits per block, two phases", 4, two_phase=True, block_size=256, gain=15,
+    options="bits=BlockBits(4)",
+)  # fmt: skip
+EXPONENTIAL_8 = Setting(
+    "8 bits exponential, two phases", 8, two_phase=True, dither="exponential",
+    options='bits=8, dither="exponential"',
+)  # fmt: skip
+SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4, BLOCKS_4, EXPONENTIAL_8)
+"""The settings that are compared."""
+
+MIN_LEVELS = 31
+"""Fewest levels a side in an Allreduce, as for ``exchange="auto"``."""
+
+
+def levels(setting: Setting, ranks: int) -> int | None:
+    """Levels a side of zero; None without quantization.
+
+    With a width per block, the levels of the mean width.
+
+    Args:
+        setting: the setting.
+        ranks: number of ranks that an Allreduce sums.
+    """
+    if not setting.quantized:
+        return None
+    return ((1 << int(setting.bits)) - 1) // (2 * (1 if setting.two_phase else ranks))
+
+
+def possible(setting: Setting, ranks: int) -> bool:
+    """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more."""
+    found = levels(setting, ranks)
+    return found is None or setting.two_phase or found >= MIN_LEVELS
