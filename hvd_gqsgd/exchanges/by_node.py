@@ -64,6 +64,9 @@ class NodeExchange(Exchange):
         self.rank, self.size = setup.transport.rank, setup.transport.size
         self._setup, self._nodes, self._takes = setup, nodes, takes
         self._make_flat = flat
+        # Hosts stay the same as long as the ranks do. A rank that gives up a step before it is
+        # told goes the way of the step before.
+        self._told: Nodes | None = None
         self._remaining = RemainingSum.of_wide_lanes(setup._replace(header=0))
         self._known: dict[Nodes, AmongOwners] = {}
         self.codec(self.options.most_bits)
@@ -110,10 +113,14 @@ class NodeExchange(Exchange):
             hosts[header + self.rank] = host_number()
             hosts = yield Max("hosts", hosts)
             if not terms.given_up and not terms.all_here:
-                return (yield from self._padded(self._remaining.all(bucket, terms), bucket))
-            if not terms.given_up and nodes is None:
-                nodes = nodes_of_hosts(tuple(hosts[header:].tolist()))
-                if not self._takes(nodes):
+                return (
+                    yield from self._padded(self._remaining.all(bucket, terms), bucket, "norms")
+                )
+            if nodes is None:
+                if not terms.given_up:
+                    self._told = nodes_of_hosts(tuple(hosts[header:].tolist()))
+                nodes = self._told
+                if nodes is not None and not self._takes(nodes):
                     return (yield from self._padded(self._flat.run(bucket, terms), bucket))
         result = None
         if nodes is None:  # given up before they were known
@@ -196,21 +203,29 @@ class NodeExchange(Exchange):
             elif message not in ("told", "rest"):
                 yield Alltoall(message, nothing, [0] * self.size, [0] * self.size)
 
-    def _padded(self, running: Running, bucket: Bucket) -> Running:
+    def _padded(self, running: Running, bucket: Bucket, pad: str | None = None) -> Running:
         """An exchange without nodes, in as many messages: Horovod's operations are counted, and
-        once a rank has left, it must remember them; see ``exchanges/remaining.py``."""
+        once a rank has left, it must remember them, so that ``pad`` names all; see
+        ``exchanges/remaining.py``. Else they have names of their own, as a rank that gives up
+        starts them all at once."""
         left = len(self.messages) - 1
         collective = next(running)
-        while True:
+        result: Result | None = None
+        error: Exception | None = None
+        while result is None and error is None:
             reduced = yield collective
             left -= 1
             try:
                 collective = running.send(reduced)
             except StopIteration as end:
-                result: Result = end.value
-                break
-        for _ in range(left):
-            yield Max("norms", self._no_norms(bucket, bucket.norm_dtype))
+                result = end.value
+            except Exception as kept:  # raised once the others have their messages
+                error = kept
+        for number in range(left):
+            yield Max(pad or f"pad.{number}", self._no_norms(bucket, bucket.norm_dtype))
+        if result is None:
+            assert error is not None
+            raise error
         return result
 
     def _no_norms(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
