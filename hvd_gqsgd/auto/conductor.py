@@ -8,6 +8,7 @@ for it in between. All ranks see the same numbers at the same step. A rank that 
 
 The first step of a session is uncompressed on all ranks, and a second message carries the state:
 ranks that join later, or that have loaded no checkpoint, adopt that of the rank that is furthest.
+So are the next ones, until all ranks have taken part in one: ``hvd.join()`` may keep a rank away.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Conductor:
         self._watch = Stopwatch()
         self._message: Handle | None = None
         self._state_message: Handle | None = None
+        self._met = False  # whether all ranks have taken part in a step of the session
         self._arms: dict[str, Arm] = {}
         self._chooser: Chooser | None = None
         self._taken = 0  # the arm of the step before
@@ -202,6 +204,7 @@ class Conductor:
         self._chooser.begin_uncompressed()
         self._watch.forget()
         self._message = self._state_message = None
+        self._met = False
 
     def _check_plan(self, arms: Sequence[Arm], where: str) -> None:
         """Checks that a pinned plan has no other settings than those of ``arms``.
@@ -234,9 +237,8 @@ class Conductor:
             times = (times[2],) * 3
         load = (*self._numel, *self._tensors)
         words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
-        first = self._message is None
         self._message = self._send(transport, "step", words)
-        if first:
+        if not self._met:
             words = [1, self.step, self._options.digest(), self._known_for, *self._words]
             self._state_message = self._send(transport, "state", words)
 
@@ -281,11 +283,15 @@ class Conductor:
         assert self._message is not None
         assert self._chooser is not None
         rows = self._received(transport, self._message)
-        if self._state_message is not None:
-            state, self._state_message = self._state_message, None
-            self._adopt(self._received(transport, state))
-            return
+        self._message = None
         here = [row for row in rows if row[0]]
+        if not self._met:
+            assert self._state_message is not None
+            states = self._received(transport, self._state_message)
+            self._met = len(here) == len(rows)
+            if self._met:
+                self._adopt(states)
+            return
         furthest = max(here, key=lambda row: row[1])
         ours = self.step - 1
         if len(here) < len(rows):

@@ -1,9 +1,10 @@
-"""``bits="auto"`` in programs with several models."""
+"""``bits="auto"`` in programs with several models, and with a rank that has nothing to do."""
 
 from __future__ import annotations
 
 import os
 
+import horovod.torch as hvd
 import pytest
 import torch
 from conftest import process_group
@@ -58,3 +59,31 @@ def test_fsdp_models_of_one_compressor(rank, several, take):  # noqa: F811
         assert_same_on_all_ranks(torch.cat(full))
     assert_same_plan(compressor)
     assert compressor.stats().setting == "8 bits"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_rank_without_batches_in_the_first_epoch(rank, size, several, take, resumed):  # noqa: F811
+    """All steps are uncompressed until this rank has taken part in one."""
+    if size > 6:
+        pytest.skip("Horovod 0.28.1 aborts: new messages after lower ranks have left")
+    compressor = GlobalQSGD(bits="auto", min_numel=0, patience=20.0)
+    take(compressor)
+
+    def train(batches):
+        for number in range(batches):
+            x = gradients(size, 5000, seed=number)[rank].clone()
+            mean = hvd.allreduce(x, compression=compressor, name="x")
+        return mean if batches else None
+
+    if resumed:
+        train(30)
+        assert compressor.stats().setting == "8 bits"
+        compressor.load_state_dict(compressor.state_dict())
+    train(0 if rank == size - 1 else 4)
+    if rank < size - 1:
+        assert compressor.stats().setting == "fp32"
+    hvd.join()
+    assert_same_on_all_ranks(train(20))
+    assert compressor.stats().setting == "8 bits"
+    hvd.join()
+    assert_same_on_all_ranks(torch.tensor([compressor.state_dict()["step"]]))
