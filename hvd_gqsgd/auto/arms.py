@@ -90,4 +90,5 @@ def _setting(name: str, options: Options, ranks: int) -> Setting:
         two_phase=options.exchange_for(ranks) == "two_phase",
         block_size=options.block_size or BLOCK_SIZE,
         gain=GAIN if isinstance(options.bits, BlockBits) else 1,
+        dither=options.dither,
     )

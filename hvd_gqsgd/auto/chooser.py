@@ -147,10 +147,13 @@ class Chooser:
             TypeError: a word is not an int.
             ValueError: it is of another number of arms.
         """
+        if not isinstance(words, list | tuple):
+            raise TypeError(f"a state must be a list of ints, got {words!r}")
         if len(words) != len(self.state()):
             raise ValueError(f"a state of {self._arms} arms expected, got {list(words)}")
         for word in words:
             check_int("a word of the state", word, 0, 2**63 - 1)
+        check_int("the arm of the state", words[0], 0, self._arms - 1)
         self._best, busy, held, period, self._noise = words[:5]
         self._base = Seen(busy, held, period)
         self._elapsed, self._spent, self._wait, self._retry_at, *rest = words[5:]

@@ -8,12 +8,15 @@ for it in between. All ranks see the same numbers at the same step. A rank that 
 
 The first step of a session is uncompressed on all ranks, and a second message carries the state:
 ranks that join later, or that have loaded no checkpoint, adopt that of the rank that is furthest.
+So are the next ones, until all ranks have taken part in one: ``hvd.join()`` may keep a rank away.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,7 +29,7 @@ from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.plan import SETTING_NAMES as NAMES
-from hvd_gqsgd.plan import Plan
+from hvd_gqsgd.plan import Plan, check_plan
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.tools.cost_model import Gradients
 from hvd_gqsgd.transports.base import Handle, Transport
@@ -43,6 +46,9 @@ class Conductor:
         options: those of the user.
         stats: counts steps and decisions.
         patience: seconds to wait for the message of a rank that is in another step.
+
+    Raises:
+        ValueError: the plan has a setting that is not possible with the other options.
     """
 
     def __init__(self, options: Options, stats: Stats, patience: float) -> None:
@@ -52,6 +58,7 @@ class Conductor:
         self.step = 0
         """Number of the coming step."""
         self._pinned = None if options.plan is None else Plan(options.plan)
+        self._check_plan(arms_of(dataclasses.replace(options, error=None), 1), "")
         self._plan = Plan()
         self._words: list[int] = []  # a loaded state, until the ranks are known
         self._ranks = self._known_for = 0  # of the session, and of the state
@@ -64,10 +71,10 @@ class Conductor:
         self._watch = Stopwatch()
         self._message: Handle | None = None
         self._state_message: Handle | None = None
+        self._met = False  # whether all ranks have taken part in a step of the session
         self._arms: dict[str, Arm] = {}
         self._chooser: Chooser | None = None
         self._taken = 0  # the arm of the step before
-        self._enters = False  # the next step is the first of a session
         self.arm = Arm("", arms_of(self._options, 1)[0].setting, None)
         self._new_load()
 
@@ -83,6 +90,7 @@ class Conductor:
 
         Raises:
             AgreementError: other ranks have not begun the step before.
+            ValueError: the plan has a setting that is not possible with so many ranks.
             Exception: an error of the transport.
         """
         times = None if self._pinned is not None else self._watch.begin_step()
@@ -97,11 +105,6 @@ class Conductor:
         name = NAMES[self._chooser.arm]
         if self._pinned is not None:
             name = self._pinned.at(self.step)
-        if name not in self._arms:
-            raise ValueError(
-                f"plan has {name!r} at step {self.step}, which is not possible with "
-                f"{transport.size} ranks and the other options: {', '.join(self._arms)} are"
-            )
         self._plan.add(self.step, name)
         self.arm = self._arms[name]
         self._taken = NAMES.index(name)
@@ -155,8 +158,14 @@ class Conductor:
         Raises:
             TypeError, ValueError: it is not a result of ``state_dict``.
         """
-        schedule = state.get("schedule") if isinstance(state, dict) else None
-        if not isinstance(schedule, dict) or schedule.keys() != {"ranks", "words", "plan"}:
+        if not isinstance(state, dict):
+            raise TypeError(f"a state must be a dict, got {state!r}")
+        schedule = state.get("schedule")
+        if (
+            state.keys() != {"step", "schedule"}
+            or not isinstance(schedule, dict)
+            or schedule.keys() != {"ranks", "words", "plan"}
+        ):
             raise ValueError(
                 'the state of bits="auto" must have the keys step and schedule, and the schedule '
                 f"ranks, words and plan; give bits as when the state was saved; got {state!r}"
@@ -164,8 +173,9 @@ class Conductor:
         check_int("step", state["step"], 0, 2**30)
         check_int("ranks", schedule["ranks"], 0, 2**31 - 1)
         Chooser(len(NAMES), _unused).adopt(schedule["words"])
+        plan = schedule["plan"]
+        self._plan = Plan(check_plan(plan) if plan != [] else ())  # empty before the first step
         self.step, self._ranks = state["step"], schedule["ranks"]
-        self._plan = Plan(schedule["plan"])
         self._words = list(schedule["words"])
         self._start()
 
@@ -187,12 +197,29 @@ class Conductor:
         """Begins a session: other ranks may have a state, and this one may have none."""
         self._words, self._known_for = self._state(), self._ranks
         self._session, self._ranks = transport.session, transport.size
-        self._arms = {arm.name: arm for arm in arms_of(self._options, self._ranks)}
+        arms = arms_of(self._options, self._ranks)
+        self._check_plan(arms, f" on {self._ranks} ranks")
+        self._arms = {arm.name: arm for arm in arms}
         self._chooser = self._adopted(self._words, self._known_for)
         self._chooser.begin_uncompressed()
         self._watch.forget()
         self._message = self._state_message = None
-        self._enters = True
+        self._met = False
+
+    def _check_plan(self, arms: Sequence[Arm], where: str) -> None:
+        """Checks that a pinned plan has no other settings than those of ``arms``.
+
+        Raises:
+            ValueError: it has.
+        """
+        accepted = [arm.name for arm in arms]
+        for step, name in self._pinned.pairs() if self._pinned is not None else ():
+            if name not in accepted:
+                raise ValueError(
+                    f"plan must have settings that are possible with the other options{where}: "
+                    f"{', '.join(map(repr, accepted))}; got {name!r} at step {step}. Give the "
+                    "options of the run that the plan is of"
+                )
 
     def _adopted(self, words: list[int], ranks: int) -> Chooser:
         allowed = [NAMES.index(name) for name in self._arms]
@@ -211,8 +238,7 @@ class Conductor:
         load = (*self._numel, *self._tensors)
         words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
         self._message = self._send(transport, "step", words)
-        if self._enters:
-            self._enters = False
+        if not self._met:
             words = [1, self.step, self._options.digest(), self._known_for, *self._words]
             self._state_message = self._send(transport, "state", words)
 
@@ -259,12 +285,15 @@ class Conductor:
         self._message = self._state_message = None
         if message is None:  # this rank is alone
             return
-        rows = self._received(transport, message)
-        if state is not None:
-            self._adopt(self._received(transport, state))
-            return
         assert self._chooser is not None
+        rows = self._received(transport, message)
         here = [row for row in rows if row[0]]
+        if state is not None:
+            states = self._received(transport, state)
+            self._met = len(here) == len(rows)
+            if self._met:
+                self._adopt(states)
+            return
         furthest = max(here, key=lambda row: row[1])
         ours = self.step - 1
         if len(here) < len(rows):

@@ -48,8 +48,8 @@ class FixedBits:
             raise TypeError(f"the state of a fixed width must be a dict, got {state!r}")
         if state:
             raise ValueError(
-                "the state of a fixed width must be empty, and this is one of DynamicBits: give "
-                f"bits as when the state was saved; got {state!r}"
+                "the state of a fixed width must be empty, and this is one of DynamicBits or of "
+                f"bits='auto': give bits as when the state was saved; got {state!r}"
             )
 
 

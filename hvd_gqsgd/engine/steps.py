@@ -163,6 +163,15 @@ class Steps:
             record.teach(schedule)
         return schedule
 
+    def check_idle(self) -> None:
+        """Checks that no tensor is in flight, before a state is loaded.
+
+        Raises:
+            RuntimeError: one is.
+        """
+        if any(record.tickets for record in self._records):
+            raise RuntimeError("a state cannot be loaded while gradients are in flight")
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state; the next step continues from it.
 
@@ -170,8 +179,7 @@ class Steps:
             TypeError, ValueError: it is not a result of ``state_dict``.
             RuntimeError: tensors are in flight.
         """
-        if any(record.tickets for record in self._records):
-            raise RuntimeError("a state cannot be loaded while gradients are in flight")
+        self.check_idle()
         if not isinstance(state, dict):
             raise TypeError(f"a state must be a dict, got {state!r}")
         if state.keys() != {"step", "schedule"}:

@@ -11,12 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
+from hvd_gqsgd.auto.arms import Arm
 from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.agreement import check, find_nodes, refuse
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
 from hvd_gqsgd.frontends.ddp_exchange import BucketExchange, average_plainly
-from hvd_gqsgd.options import OF_AUTO, FrontEnd, Options
+from hvd_gqsgd.options import OF_AUTO, FrontEnd
+from hvd_gqsgd.registry import of_process_group
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.process_groups import check_group, host_group
 from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
@@ -54,6 +56,8 @@ class AutoBucketExchange:
         self._stats = stats
         self._group = check_group(group)
         self._host = TorchDistributedTransport(host_group(self._group))
+        # Several models of a compressor, as those of a GAN, begin steps of one session.
+        self._host.session = of_process_group(self._group, "session", object)
         self._host.nodes = find_nodes(self._host, "hosts")  # as where another rank has a width
         try:
             self.options = front_end.options(given)
@@ -64,7 +68,9 @@ class AutoBucketExchange:
         self.rank, self.size = self._host.rank, self._host.size
         self.steps = conductor or Conductor(self.options, stats, math.inf)
         self._exchange: BucketExchange | None = None
-        self._arm = ""
+        self._with = ""  # its setting
+        # Of this step; another model may begin the next one before this step ends.
+        self._arm, self._step = self.steps.arm, 0
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -74,7 +80,7 @@ class AutoBucketExchange:
     @property
     def described(self) -> str:
         """The setting of the last step."""
-        return self.steps.arm.name
+        return self._arm.name
 
     def held(self) -> AbstractContextManager[None]:
         """Nothing goes on in the meantime."""
@@ -84,18 +90,18 @@ class AutoBucketExchange:
         """See ``BucketExchange.average``."""
         conductor = self.steps
         if begin:
-            conductor.begin(self._host)
+            self._arm = conductor.begin(self._host)
+            self._step = conductor.step - 1
         why = why_bypassed(buffer, self.options.min_numel)
         if why is None:
             conductor.enter(buffer.numel(), on_gpu=buffer.is_cuda)
         else:
             conductor.count_small(buffer.numel())
-        options = conductor.arm.options
-        if options is None:
+        if self._arm.options is None:
             self._stats.bypass(why or "auto", nbytes_of(buffer), lambda: self.rank)
             future = average_plainly(buffer, self._group)
         else:
-            future = self._of(conductor.arm.name, options).average(buffer, begin)
+            future = self._of(self._arm).average(buffer, begin)
         if why is None:
             future.add_done_callback(lambda _: conductor.result())
             conductor.leave()
@@ -105,17 +111,19 @@ class AutoBucketExchange:
         """See ``BucketExchange.close``."""
         if self._exchange is not None:
             self._exchange.close()
-        self._exchange, self._arm = None, ""
+        self._exchange, self._with = None, ""
 
-    def _of(self, arm: str, options: Options) -> BucketExchange:
+    def _of(self, arm: Arm) -> BucketExchange:
         """The exchange of the setting of this step."""
-        if self._exchange is None or arm != self._arm:
+        options = arm.options
+        assert options is not None
+        if self._exchange is None or arm.name != self._with:
             self.close()
             given = {name: value for name, value in self._given.items() if name not in OF_AUTO}
             self._exchange = BucketExchange(
                 self._group, self._front_end, given | {"bits": options.bits}, self._stats,
                 Steps(options.width),
             )  # fmt: skip
-            self._arm = arm
-        self._exchange.steps.resume_at(self.steps.step - 1)
+            self._with = arm.name
+        self._exchange.steps.resume_at(self._step)
         return self._exchange

@@ -16,6 +16,7 @@ from hvd_gqsgd.frontends.bypass import why_bypassed
 from hvd_gqsgd.frontends.fsdp_groups import Group
 from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.registry import of_process_group
 from hvd_gqsgd.stats import Stats
 
 __all__ = ["AutoGroup"]
@@ -34,7 +35,11 @@ class AutoGroup(Group):
         conductor: Conductor, plan: BucketPlan | None = None,
     ) -> None:  # fmt: skip
         super().__init__(group, options, stats, None, plan)
+        # Several models of a compressor begin steps of one session.
+        self.on_host.session = of_process_group(group, "session", object)
         self._conductor = conductor
+        # Of this step; another model may begin the next one before this step ends.
+        self._arm, self._step = conductor.arm, 0
         self._with: dict[str, Group] = {}
         self._of_step: set[object] = set()
 
@@ -44,7 +49,8 @@ class AutoGroup(Group):
         conductor = self._conductor
         if not self._of_step or of in self._of_step:
             self._of_step.clear()
-            conductor.begin(self.on_host)
+            self._arm = conductor.begin(self.on_host)
+            self._step = conductor.step - 1
         self._of_step.add(of)
         if why_bypassed(x, self.options.min_numel) is not None:
             conductor.count_small(x.numel())
@@ -57,9 +63,8 @@ class AutoGroup(Group):
 
     def bypasses(self, of: object, x: Tensor) -> bool:
         """See ``Group.bypasses``."""
-        options = self._conductor.arm.options
-        if options is not None:
-            return self._of(options).bypasses(of, x)
+        if self._arm.options is not None:
+            return self._of(self._arm.options).bypasses(of, x)
         self.stats.tensors += 1
         why = why_bypassed(x, self.options.min_numel) or "auto"
         self.stats.bypass(why, x.nbytes, lambda: self.on_host.rank)
@@ -67,13 +72,12 @@ class AutoGroup(Group):
 
     def reduce(self, of: object, x: Tensor, out: Tensor, scale: float) -> None:
         """See ``Group.reduce``."""
-        options = self._conductor.arm.options
-        assert options is not None
-        self._of(options).reduce(of, x, out, scale)
+        assert self._arm.options is not None
+        self._of(self._arm.options).reduce(of, x, out, scale)
 
     def _of(self, options: Options) -> Group:
         """The exchange of the setting of this step."""
-        name = self._conductor.arm.name
+        name = self._arm.name
         if name not in self._with:
             group = self.group
             assert group is not None
@@ -83,5 +87,5 @@ class AutoGroup(Group):
             )  # fmt: skip
             self._with[name] = Group(group, of_arm, self.stats, Steps(options.width))
         exchange = self._with[name]
-        exchange.steps.resume_at(self._conductor.step - 1)
+        exchange.steps.resume_at(self._step)
         return exchange

@@ -94,7 +94,14 @@ class AutoCompressor:
         return tensor
 
     def restart(self) -> None:
-        """Forgets all that is in flight, before a checkpoint is loaded."""
+        """Prepares for the loading of a checkpoint.
+
+        Raises:
+            RuntimeError: gradients are in flight.
+        """
+        for exchange in self._exchanges.values():
+            exchange.restart()
+            exchange.steps.check_idle()
         self._exchanges.clear()
         self._handed_out = True
 

@@ -71,7 +71,7 @@ class TorchDistributedTransport:
         self._group = weakref.ref(group)
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self.session = object()
+        self.session: object = object()
         self.nodes = nodes or one_node(self.size)
         self._channels = channels or {}
         self._notify = notify

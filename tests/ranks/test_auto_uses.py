@@ -1,0 +1,89 @@
+"""``bits="auto"`` in programs with several models, and with a rank that has nothing to do."""
+
+from __future__ import annotations
+
+import os
+
+import horovod.torch as hvd
+import pytest
+import torch
+from conftest import process_group
+from helpers import assert_same_on_all_ranks, backward, gradients, mlp
+from hooked import Given, wrap
+from test_auto import assert_same_plan, take  # noqa: F401
+
+from hvd_gqsgd import GlobalQSGD
+
+under_mpi = pytest.mark.skipif(
+    "OMPI_COMM_WORLD_SIZE" not in os.environ, reason="the same as under mpirun"
+)
+
+
+@under_mpi
+@pytest.mark.parametrize("at_once", [False, True], ids=["in turn", "in one backward pass"])
+def test_ddp_states_of_one_compressor(rank, size, several, take, at_once):  # noqa: F811
+    """As those of a generator and its critic: each begins steps of its own, of one session."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor)
+    states = [compressor.ddp_state(process_group()) for _ in range(2)]
+    models = [Given(5000) for _ in states]
+    wrapped = [wrap(model, state) for model, state in zip(models, states, strict=True)]
+    for number in range(30):
+        losses = [
+            model(gradients(size, 5000, seed=2 * number + which)[rank])
+            for which, model in enumerate(wrapped)
+        ]
+        for loss in [sum(losses)] if at_once else losses:
+            loss.backward()
+    for model in models:
+        assert_same_on_all_ranks(model.weight.grad)
+    assert_same_plan(compressor)
+    assert compressor.stats().setting == "8 bits"
+    assert compressor.state_dict()["step"] == 60
+    for state in states:
+        state.close()
+
+
+@under_mpi
+def test_fsdp_models_of_one_compressor(rank, several, take):  # noqa: F811
+    from sharded import shard  # here, as it takes seconds to import
+
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor)
+    models = [compressor.fsdp(shard(mlp(seed))) for seed in range(2)]
+    for number in range(20):
+        for model in models:
+            backward(model, rank, number)
+    for model in models:
+        full = [p.grad.full_tensor().view(-1) for p in model.parameters()]
+        assert_same_on_all_ranks(torch.cat(full))
+    assert_same_plan(compressor)
+    assert compressor.stats().setting == "8 bits"
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_rank_without_batches_in_the_first_epoch(rank, size, several, take, resumed):  # noqa: F811
+    """All steps are uncompressed until this rank has taken part in one."""
+    if size > 6:
+        pytest.skip("Horovod 0.28.1 aborts: new messages after lower ranks have left")
+    compressor = GlobalQSGD(bits="auto", min_numel=0, patience=20.0)
+    take(compressor)
+
+    def train(batches):
+        for number in range(batches):
+            x = gradients(size, 5000, seed=number)[rank].clone()
+            mean = hvd.allreduce(x, compression=compressor, name="x")
+        return mean if batches else None
+
+    if resumed:
+        train(30)
+        assert compressor.stats().setting == "8 bits"
+        compressor.load_state_dict(compressor.state_dict())
+    train(0 if rank == size - 1 else 4)
+    if rank < size - 1:
+        assert compressor.stats().setting == "fp32"
+    hvd.join()
+    assert_same_on_all_ranks(train(20))
+    assert compressor.stats().setting == "8 bits"
+    hvd.join()
+    assert_same_on_all_ranks(torch.tensor([compressor.state_dict()["step"]]))
