@@ -1,4 +1,7 @@
-"""Builds the native parts; everything else about the package is in pyproject.toml.
+"""Builds the native parts, and says which PyTorch they need; all else is in pyproject.toml.
+
+CXX names the C++ compiler: by default c++. Where there is none nothing is compiled, and NumPy does
+the work of the kernels.
 
 MPICXX names the compiler wrapper of the MPI to build for: by default the mpicxx beside this Python,
 or else on the PATH. Empty: no part for MPI.
@@ -24,6 +27,10 @@ from platform import machine
 
 from setuptools import setup
 
+LEAST_TORCH = (2, 4)
+# What the package needs where nothing is compiled: the oldest that `make matrix` tries.
+REQUIRES = ["numpy>=1.26", f"torch>={LEAST_TORCH[0]}.{LEAST_TORCH[1]}"]
+
 try:
     import torch
     from torch.utils import cpp_extension
@@ -42,8 +49,23 @@ If it is not installed, install it first:
     pip install torch setuptools wheel && pip install --no-build-isolation .
 """
         )
-    setup()
+    setup(install_requires=REQUIRES)
     sys.exit()
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+if TORCH < LEAST_TORCH:
+    sys.exit(
+        f"hvd_gqsgd needs PyTorch {REQUIRES[1][7:]} or newer; {torch.__version__} is installed"
+    )
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler; one that CXX names must be there."""
+    named = os.environ.get("CXX")
+    found = shutil.which(shlex.split(named or "c++")[0]) is not None
+    if named and not found:
+        sys.exit(f"hvd_gqsgd: CXX is set, but {named} was not found")
+    return found
 
 
 def unusable(why: str) -> str:
@@ -70,7 +92,16 @@ def mpi_flags() -> list[str] | str:
     shown = subprocess.run([wrapper, "-show"], capture_output=True, text=True)
     if trial.returncode or shown.returncode:
         return unusable(f"{wrapper} does not work: {trial.stderr or shown.stderr}")
-    return shlex.split(shown.stdout)[1:]
+    # Without the path of that MPI: the library is loaded where mpi4py has loaded its own, and must
+    # find that one or none.
+    flags = iter(shlex.split(shown.stdout)[1:])
+    kept = []
+    for flag in flags:
+        if flag in ("-Wl,-rpath", "-Wl,--rpath"):
+            next(flags)
+        elif not flag.startswith(("-Wl,-rpath,", "-Wl,--rpath,", "-Wl,-rpath=", "-Wl,--rpath=")):
+            kept.append(flag)
+    return kept
 
 
 def cuda_home() -> Path | str:
@@ -108,8 +139,10 @@ def nccl_flags() -> tuple[list[str], list[str]] | str:
     return f"nccl.h and libnccl.so.2 were found in none of {', '.join(map(str, homes))}"
 
 
-MPI = mpi_flags()
-CUDA = cuda_home()
+COMPILER = has_compiler()
+NO_COMPILER = "no C++ compiler was found"
+MPI = mpi_flags() if COMPILER else NO_COMPILER
+CUDA = cuda_home() if COMPILER else NO_COMPILER
 NCCL = "there is no CUDA" if isinstance(CUDA, str) else nccl_flags()
 # Why parts are left out.
 LEFT_OUT = {
@@ -184,11 +217,17 @@ def cuda_library() -> CUDAExtension:
     )
 
 
-libraries = [library("_C", ["native/torch/cpu.cc", *sorted(glob("native/cpu/*.cc"))])]
+libraries = []
+if COMPILER:
+    libraries.append(library("_C", ["native/torch/cpu.cc", *sorted(glob("native/cpu/*.cc"))]))
+    # What is compiled runs with the PyTorch of its headers alone, so a wheel asks for that one.
+    REQUIRES[1] = f"torch=={TORCH[0]}.{TORCH[1]}.*"
+else:
+    print(f"hvd_gqsgd: CPU: left out ({NO_COMPILER}): NumPy does its work, slowly", flush=True)
 if isinstance(MPI, list):
     sources = ["native/torch/mpi.cc", *sorted(glob("native/mpi/*.cc"))]
     libraries.append(library("_mpi", sources, MPI))
 if isinstance(CUDA, Path):
     libraries.append(cuda_library())
 
-setup(cmdclass={"build_ext": Build}, ext_modules=libraries)
+setup(cmdclass={"build_ext": Build}, ext_modules=libraries, install_requires=REQUIRES)

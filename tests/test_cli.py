@@ -179,7 +179,7 @@ MPI = {"library": "Open MPI v9", "threads": "multiple", "error": None}
     [
         (MPI, NATIVE, {"MPI": "ok", "native part for MPI": "ok"}),
         ({**MPI, "error": "for another MPI"}, NATIVE,
-         {"MPI": "ok", "native part for MPI": "broken"}),
+         {"MPI": "ok", "native part for MPI": "missing"}),
         ({**MPI, "error": "not built"}, {**NATIVE, "mpi": ABSENT},
          {"MPI": "ok", "native part for MPI": "missing"}),
         (MPI, {**NATIVE, "cpu": UNUSABLE}, {"MPI": "ok"}),

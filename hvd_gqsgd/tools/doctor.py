@@ -88,12 +88,12 @@ def examine(info: Mapping[str, Any], *, ranks: bool = True) -> Iterator[Finding]
         ranks: whether to test ranks too.
     """
     native, horovod, gpus = info["native"], info["horovod"], _gpu_names()
-    usable = native["cpu"]["loads"]
+    usable = native["cpu"]["loads"] is not False
     yield Finding("Python", "ok", info["python"])
     yield Finding("PyTorch", "ok", f"{info['torch']}, {info['threads']} threads")
     yield Finding("hvd_gqsgd", "ok", info["version"])
     yield check_native(native, info["parts"])
-    if usable:
+    if native["cpu"]["loads"]:
         yield check_instruction_set(info["instruction_set"], info["instruction_sets"])
     yield from check_gpus(gpus, native, info["parts"])
     yield from check_mpi(native)
@@ -103,7 +103,11 @@ def examine(info: Mapping[str, Any], *, ranks: bool = True) -> Iterator[Finding]
 
 
 def check_native(native: Mapping[str, Any], parts: Sequence[str]) -> Finding:
-    """Whether the native part loads, without which there is little else."""
+    """Whether the native part loads; where it was not built, NumPy takes its place."""
+    if not native["cpu"]["built"]:
+        return Finding(
+            "native part", "missing", "not built: NumPy does its work, which is slow", loader.REMEDY
+        )
     if native["cpu"]["loads"]:
         return Finding("native part", "ok", f"built for {', '.join(parts)}")
     return Finding("native part", "broken", native["cpu"]["error"], loader.REMEDY)
@@ -177,7 +181,7 @@ def check_mpi(
         )  # fmt: skip
     elif found["error"]:
         yield Finding(
-            "native part for MPI", "broken", found["error"],
+            "native part for MPI", "missing", f"allreduce() is slower without it: {found['error']}",
             "build again with MPICXX set to the mpicxx of the MPI above",
         )  # fmt: skip
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 from hvd_gqsgd._native import loader
@@ -31,7 +32,7 @@ def probe_mpi() -> None:
         MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled",
         MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple",
     }[MPI.Query_thread()]  # fmt: skip
-    library = version.split(",")[0].strip("\0\n ")
+    library = " ".join(re.split(r"[,\n\0]", version)[0].split())
     print(json.dumps({"library": library, "threads": threads, "error": _mpi_error(version)}))
 
 

@@ -118,7 +118,7 @@ def l2_norms(norms: Array, squares: Array) -> Array:
     """M sqrt(sum of (x / M)^2) from both over all ranks: from M to the largest finite number."""
     maxima = floats(norms)
     real = maxima.dtype.type
-    factor = np.sqrt(squares.astype(real)) / real(2**15)
+    factor = np.sqrt(np.maximum(squares, 0).astype(real)) / real(2**15)  # none is negative
     with np.errstate(over="ignore", invalid="ignore"):
         l2 = np.minimum(maxima * np.maximum(factor, real(1)), np.finfo(real).max)
     return np.where(np.isfinite(maxima), l2.view(norms.dtype), norms)
