@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 from glob import glob
@@ -30,6 +31,10 @@ from setuptools import setup
 LEAST_TORCH = (2, 4)
 # What the package needs where nothing is compiled: the oldest that `make matrix` tries.
 REQUIRES = ["numpy>=1.26", f"torch>={LEAST_TORCH[0]}.{LEAST_TORCH[1]}"]
+
+# pip builds in an environment without PyTorch: build for the one that it installs to.
+for folder in site.getsitepackages() if importlib.util.find_spec("torch") is None else ():
+    site.addsitedir(folder)
 
 try:
     import torch
@@ -43,10 +48,11 @@ except ImportError as error:
             f"""
 hvd_gqsgd is compiled against the PyTorch that it will run with, and this Python cannot import it:
     {type(error).__name__}: {error}
-If PyTorch is installed, the build was isolated from it. Let it see your environment:
-    pip install --no-build-isolation .
 If it is not installed, install it first:
-    pip install torch setuptools wheel && pip install --no-build-isolation .
+    pip install torch setuptools wheel && pip install --no-build-isolation hvd_gqsgd
+If it is installed, the build was isolated from it. Let it see your environment:
+    pip install --no-build-isolation hvd_gqsgd
+In the repository of hvd_gqsgd, write . for hvd_gqsgd.
 """
         )
     setup(install_requires=REQUIRES)
@@ -141,7 +147,7 @@ def nccl_flags() -> tuple[list[str], list[str]] | str:
 
 COMPILER = has_compiler()
 NO_COMPILER = "no C++ compiler was found"
-MPI = mpi_flags() if COMPILER else NO_COMPILER
+MPI = mpi_flags() if COMPILER else unusable(NO_COMPILER)
 CUDA = cuda_home() if COMPILER else NO_COMPILER
 NCCL = "there is no CUDA" if isinstance(CUDA, str) else nccl_flags()
 # Why parts are left out.

@@ -1,1 +1,1 @@
-"""The arithmetic in plain NumPy: the ground truth of the tests, and of the fallback without kernels."""
+"""The arithmetic in plain NumPy: ground truth of the tests, and fallback without kernels."""
