@@ -87,7 +87,7 @@ def test_a_wheel_without_a_compiler(wheel: Path) -> None:
 def test_it_runs_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     """Without the sources: the version is that of the wheel, and results are right."""
     with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path / "installed")
+        file.extractall(tmp_path / "installed")  # noqa: S202 (made above)
     code = (
         "import torch, hvd_gqsgd; print(hvd_gqsgd.__version__, hvd_gqsgd.__file__);"
         "print(hvd_gqsgd.simulate(torch.ones(2, 3)).tolist())"
@@ -132,10 +132,10 @@ def test_a_build_that_cannot_be(missing: str, message: str, sources: Path) -> No
 
 
 def test_a_compiler_that_is_asked_for(sources: Path) -> None:
-    for variable in ("CXX", "MPICXX"):
-        done = run([sys.executable, "setup.py", "build"], sources, **{variable: "no-such-compiler"})
+    for variable, why in (("CXX", "none-such was not found"), ("MPICXX", "no C++ compiler")):
+        done = run([sys.executable, "setup.py", "build"], sources, **{variable: "none-such"})
         assert done.returncode == 1, variable
-        assert f"{variable} is set, but no-such-compiler was not found" in done.stderr
+        assert f"{variable} is set, but {why}" in done.stderr
 
 
 def test_one_version() -> None:
