@@ -9,10 +9,11 @@
 #   CXX              the C++ compiler (default: c++)
 #   MAX_JOBS         compilers at once (default: one a core)
 #   XDG_CACHE_HOME   where caches go (default: ~/.cache)
+#   HOROVOD_VERSION  its version (default: that of versions.env)
 #   HOROVOD_*        Horovod's own build options, such as HOROVOD_GPU_OPERATIONS=NCCL
 set -euo pipefail
 
-version=${HOROVOD_VERSION:-0.28.1}
+version=${HOROVOD_VERSION:-$(sed -n 's/^HOROVOD=//p' "$(dirname "$(realpath "$0")")/versions.env")}
 recipe=1 # goes into the cache's key: raise it when the build below changes
 
 fail() {
