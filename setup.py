@@ -6,10 +6,10 @@ the work of the kernels.
 MPICXX names the compiler wrapper of the MPI to build for: by default the mpicxx beside this Python,
 or else on the PATH. Empty: no part for MPI.
 
-CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it;
-TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or, without any, compute
-capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own packages, NCCL_HOME, or the
-system.
+CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it. Empty: no part
+for GPUs. TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or, without
+any, compute capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own packages,
+NCCL_HOME, or the system.
 """
 
 from __future__ import annotations
@@ -112,6 +112,8 @@ def mpi_flags() -> list[str] | str:
 
 def cuda_home() -> Path | str:
     """Where CUDA is, or why there is none to build for."""
+    if os.environ.get("CUDA_HOME") == "":
+        return "CUDA_HOME is empty"
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} was built without it"
     # PyTorch's guess is wrong where the nvcc on the PATH is a link or a script.
