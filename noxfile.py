@@ -25,6 +25,14 @@ TESTS = ("norms", "two_phase", "exponential", "simulate", "options", "pickle", "
 MPI4PY = "mpi4py==4.1.2"
 DIGITS = ("examples/digits_ddp.py", "--epochs", "1")
 
+# More ranks than cores, perhaps, and perhaps as root; other MPIs than Open MPI ignore this.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}  # fmt: skip
+
 nox.options.stop_on_first_error = False
 nox.options.reuse_existing_virtualenvs = True
 
@@ -139,11 +147,7 @@ def add(row: Row) -> None:
 
     @nox.session(name=row.name, python=row.python)
     def matrix(session: nox.Session) -> None:
-        session.env |= {
-            "OMP_NUM_THREADS": "1", "PYTHONPATH": "", "OMPI_ALLOW_RUN_AS_ROOT": "1",
-            "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
-            "OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_mpi_yield_when_idle": "1",
-        }  # fmt: skip
+        session.env.update(ENVIRONMENT)
         install(session, row)
         line = check(session, row)
         record(row.name, line)
