@@ -6,8 +6,8 @@ the work of the kernels.
 MPICXX names the compiler wrapper of the MPI to build for: by default the mpicxx beside this Python,
 or else on the PATH. Empty: no part for MPI.
 
-CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it. Empty: no part
-for GPUs. TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or, without
+CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it. Empty: no
+part for GPUs. TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or, without
 any, compute capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own packages,
 NCCL_HOME, or the system.
 """

@@ -25,8 +25,8 @@ sed -n 's/^ *\(hvd_gqsgd: \)/\1/p' "$work/build.log"
 "$python" -m auditwheel show "$dist"/hvd_gqsgd-*.whl
 
 # The training is that of the README.
-# shellcheck disable=SC2016 # a pattern
 mkdir "$work/elsewhere"
+# shellcheck disable=SC2016 # a pattern
 sed -n '/^\*\*DistributedDataParallel/,/^```$/{/^```\|^\*\*/d;p}' README.md >"$work/elsewhere/ddp.py"
 cd "$work/elsewhere"
 
