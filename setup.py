@@ -7,9 +7,9 @@ MPICXX names the compiler wrapper of the MPI to build for: by default the mpicxx
 or else on the PATH. Empty: no part for MPI.
 
 CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it. Empty: no
-part for GPUs. TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or, without
-any, compute capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own packages,
-NCCL_HOME, or the system.
+part for GPUs. TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or,
+without any, compute capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own
+packages, NCCL_HOME, or the system.
 """
 
 from __future__ import annotations
