@@ -21,7 +21,7 @@ DOCKER = Path(__file__).parents[1] / "docker"
 
 pytestmark = pytest.mark.skipif(not DOCKER.is_dir(), reason="images have no docker/")
 
-# A dictionary has the fields of an object, a list the form of its items, a type or a set the values.
+# A dictionary has the fields of an object, a list the form of its items, a type or a set values.
 QUANTITY = re.compile(r"\d+(\.\d+)?(m|Ki|Mi|Gi)?")
 SECURITY = {
     "runAsUser": int, "runAsNonRoot": bool, "allowPrivilegeEscalation": bool,
