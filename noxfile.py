@@ -19,11 +19,12 @@ from typing import NamedTuple
 
 import nox
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 PAGE = ROOT / "hvd_gqsgd" / "docs" / "COMPATIBILITY.md"
 TESTS = ("norms", "two_phase", "exponential", "simulate", "options", "pickle", "imports", "steps")
 MPI4PY = "mpi4py==4.1.2"
-DIGITS = ("examples/digits_ddp.py", "--epochs", "1")
+RANKS = ("test_optimizer.py", "test_ddp.py")
+DIGITS = (str(ROOT / "examples" / "digits_ddp.py"), "--epochs", "1")
 
 # More ranks than cores, perhaps, and perhaps as root; other MPIs than Open MPI ignore this.
 ENVIRONMENT = {
@@ -99,11 +100,12 @@ def install(session: nox.Session, row: Row) -> None:
         mpicxx = str(Path(session.bin) / "mpicxx")
     mpicxx = mpicxx if row.mpicxx is None else row.mpicxx
     if row.horovod:
-        session.run("docker/install_horovod.sh", external=True, env={"PYTHON": "python"})
-    for old in Path(session.create_tmp()).glob("*.tar.gz"):
+        session.run_install("docker/install_horovod.sh", external=True, env={"PYTHON": "python"})
+    built = Path(session.create_tmp())
+    for old in built.glob("*.tar.gz"):
         old.unlink()
-    session.run("python", "setup.py", "-q", "sdist", "-d", session.create_tmp(), silent=True)
-    (sources,) = Path(session.create_tmp()).glob("*.tar.gz")
+    session.run_install("python", "setup.py", "-q", "sdist", "-d", str(built), silent=True)
+    sources = next(built.glob("*.tar.gz"), None)
     session.install(
         "--no-build-isolation", "--force-reinstall", "--no-deps", str(sources),
         env={"MPICXX": mpicxx, "CUDA_HOME": ""},
@@ -112,15 +114,16 @@ def install(session: nox.Session, row: Row) -> None:
 
 def check(session: nox.Session, row: Row) -> str:
     """Tests for some minutes; returns the versions that were found, as a line of the table."""
+    session.chdir(session.create_tmp())  # or Python would find the package of the repository
     doctor = str(session.run("python", "-m", "hvd_gqsgd", "doctor", silent=True))
     session.log(doctor)
     info = json.loads(str(session.run("python", "-c", VERSIONS, silent=True)).splitlines()[-1])
-    # By the program: `python -m` would find the package of this folder.
-    session.run("pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{n}.py" for n in TESTS))
+    tests = ROOT / "tests"
+    pytest = ("pytest", "-q", "-p", "no:cacheprovider")
+    session.run(*pytest, *(str(tests / f"test_{name}.py") for name in TESTS))
     session.run("torchrun", "--standalone", "--nproc-per-node", "2", *DIGITS)
     if row.horovod:
-        ranks = ["tests/ranks/test_optimizer.py", "tests/ranks/test_ddp.py"]
-        session.run("mpirun", "-n", "2", "pytest", "-q", "-p", "no:cacheprovider", *ranks)
+        session.run("mpirun", "-n", "2", *pytest, *(str(tests / "ranks" / name) for name in RANKS))
     mpi = re.search(r"ok  MPI: (.*?), threads", doctor)
     part = ", native part" if "native part for MPI: in use" in doctor else ""
     ranks_of = re.findall(r"ok  2 ranks over (\w+)", doctor)
