@@ -186,7 +186,8 @@ def shares(values: Array, maxima: Array, one: int) -> Array:
     most = np.where(usable, maxima, real(1))
     guard = real(2.0**512 if real is np.float64 else 2.0**64)
     # A power of two that keeps one / M away from both ends of the floats.
-    pre = np.where(maxima < 1 / guard, guard, np.where(most > guard, 1 / guard, real(1)))
+    least = real(1) / guard  # of this type with NumPy 1 too, where 1 / guard is a float64
+    pre = np.where(maxima < least, guard, np.where(most > guard, least, real(1)))
     scale = real(one) / (most * pre)
     short = most * pre * scale < real(one)
     scale = np.where(short, np.nextafter(scale, real(np.inf)), scale)
