@@ -128,6 +128,13 @@ def test_uses(copied: Path) -> None:
 
 
 @pytest.mark.timeout(150)
+def test_an_older_pytorch(copied: Path) -> None:
+    code = "import torch; del torch.library.register_fake; from hvd_gqsgd import GlobalQSGD"
+    done = python("-c", f"{code}; GlobalQSGD()", path=copied)
+    assert "ImportError: hvd_gqsgd needs PyTorch 2.4 or newer, got 2." in done.stderr
+
+
+@pytest.mark.timeout(150)
 def test_doctor_tells(copied: Path) -> None:
     done = python("-m", "hvd_gqsgd", "doctor", "--no-test", path=copied)
     assert done.returncode == 0, done.stdout

@@ -1,4 +1,4 @@
-"""The operators in NumPy, for where nothing was compiled: the same bits, some hundred times slower.
+"""The operators in NumPy, for where nothing was compiled: the same bits, hundreds of times slower.
 
 Each is the function of ``hvd_gqsgd.reference`` of the same purpose, on the memory of the tensors.
 Widths per block are not among them.

@@ -49,6 +49,9 @@ __all__ = [
 
 _log = logging.getLogger("hvd_gqsgd")
 
+if not hasattr(torch.library, "register_fake"):
+    raise ImportError(f"hvd_gqsgd needs PyTorch 2.4 or newer, got {torch.__version__}")
+
 # Before operators are declared, which is possible once only: a second import fails in the same way.
 COMPILED = built("_C")
 """Whether there are compiled kernels; without them, ``fallback`` does their work."""
