@@ -144,7 +144,7 @@ clean: ## remove what was built, but keep .venv
 	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too (Horovod's wheel stays in the cache)
-	rm -rf $(VENV)
+	rm -rf $(VENV) .nox
 
 # --- set-up --------------------------------------------------------------------------------------
 
