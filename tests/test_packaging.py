@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterable
 from email import message_from_bytes
 from email.message import Message
 from pathlib import Path
@@ -25,7 +26,8 @@ pytestmark = pytest.mark.launches
 ROOT = Path(__file__).parents[1]
 if not (ROOT / "setup.py").is_file():
     pytest.skip("images have no setup.py", allow_module_level=True)
-(VERSION,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+PROJECT = (ROOT / "pyproject.toml").read_text()
+(VERSION,) = re.findall(r'^version = "(.+)"$', PROJECT, re.MULTILINE)
 
 # What a setup.py finds in an environment that lacks something.
 PRETEND = {
@@ -145,3 +147,21 @@ def test_one_version() -> None:
     assert hvd_gqsgd.__version__ == VERSION
     assert f"\nversion: {VERSION}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {VERSION} - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_bounds_are_the_ends_of_the_matrix() -> None:
+    """The oldest versions that `make matrix` tries, and no row in the table that it does not."""
+    rows = re.findall(r'Row\("([\w-]+)", "([\d.]+)", "([\d.]+)"', (ROOT / "noxfile.py").read_text())
+    table = (ROOT / "hvd_gqsgd" / "docs" / "COMPATIBILITY.md").read_text()
+    found = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \| ([\d.]+)", table, re.MULTILINE)
+    assert {name for name, _, _ in found} <= {name for name, _, _ in rows}
+    assert len(found) > 2
+
+    def least(texts: Iterable[str]) -> str:
+        return min(texts, key=lambda text: [int(part) for part in text.split(".")])
+
+    assert f'requires-python = ">={least(python for _, python, _ in rows)}"' in PROJECT
+    oldest = least(torch for _, _, torch in rows).split(".")
+    assert f"LEAST_TORCH = ({oldest[0]}, {oldest[1]})" in (ROOT / "setup.py").read_text()
+    classified = re.findall(r"Python :: (3\.\d+)", PROJECT)
+    assert set(classified) == {python for _, python, _ in rows}
