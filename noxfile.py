@@ -124,7 +124,7 @@ def check(session: nox.Session, row: Row) -> str:
     session.run("torchrun", "--standalone", "--nproc-per-node", "2", *DIGITS)
     if row.horovod:
         session.run("mpirun", "-n", "2", *pytest, *(str(tests / "ranks" / name) for name in RANKS))
-    mpi = re.search(r"ok  MPI: (.*?), threads", doctor)
+    mpi = re.search(r"ok  MPI: (.*?), threads", doctor.replace(" Version:", ""))
     part = ", native part" if "native part for MPI: in use" in doctor else ""
     ranks_of = re.findall(r"ok  2 ranks over (\w+)", doctor)
     horovod = info["horovod"]["version"] if info["horovod"] else "–"
@@ -139,10 +139,10 @@ def record(name: str, line: str) -> None:
     """Puts a row's line into the table of the page, in the order of ``ROWS``."""
     text = PAGE.read_text()
     found = dict(re.findall(r"^(?=\| ([\w-]+) \|)(.*)$", text, re.MULTILINE)) | {name: line}
-    head, _, rest = text.partition("|---|---|---|---|---|---|---|\n")
-    after = rest[rest.index("\n\n") :] if "\n\n" in rest else "\n"
-    lines = [found[row.name] for row in ROWS if row.name in found]
-    PAGE.write_text(head + "|---|---|---|---|---|---|---|\n" + "\n".join(lines) + after)
+    head, rule, rest = text.partition("|---|---|---|---|---|---|---|\n")
+    after = re.sub(r"\A(\|.*\n)*", "", rest)
+    lines = [found[row.name] + "\n" for row in ROWS if row.name in found]
+    PAGE.write_text("".join([head, rule, *lines, after]))
 
 
 def add(row: Row) -> None:
