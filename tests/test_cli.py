@@ -106,7 +106,7 @@ RIGHT = "echo hvd_gqsgd: the mean of {} ranks is right"
     [
         (None, "missing", "was found neither in"),
         ("echo it fails; exit 1", "broken", "it fails"),
-        ("echo it hangs; exec /bin/sleep 60", "broken", "not done after 0.5 s: it hangs"),
+        ("echo it hangs; exec /bin/sleep 60", "broken", "not finished after 0.5 s: it hangs"),
         ("echo no rank runs", "broken", "no rank runs"),
         # Of another MPI than Horovod's: each rank is a world of its own.
         (f"{RIGHT.format(1)}; {RIGHT.format(1)}", "broken", "the mean of 1 ranks is right"),

@@ -17,7 +17,7 @@ __all__ = ["build_info"]
 def build_info() -> dict[str, Any]:
     """Returns versions, the native parts of this build, and the code paths in use.
 
-    The function works without the native parts, and reports the reason that they do not load.
+    It works without the native parts, and then reports why they do not load.
 
     Returns:
         A dictionary with

