@@ -14,6 +14,7 @@ repository=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 unset PYTHONPATH
+export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 say() { printf '\nhvd_gqsgd: %s (after %d s)\n' "$1" "$SECONDS"; }
 
