@@ -177,7 +177,7 @@ class Build(BuildExtension):
 INCLUDE = [os.path.abspath("native")]
 HEADERS = glob("native/**/*.h", recursive=True)
 CXXFLAGS = [
-    "-std=c++17",
+    # No -std: PyTorch adds that of its headers, C++17 or, from 2.15 on, C++20.
     "-O3",
     "-fno-math-errno",
     # Floating-point exception flags are never read. Without them float16 conversions vectorize.
@@ -219,7 +219,7 @@ def cuda_library() -> CUDAExtension:
         extra_compile_args={
             "cxx": CXXFLAGS,
             # For the same bits as on the CPU: no fused multiply-add here either.
-            "nvcc": ["-std=c++17", "-O3", "--fmad=false"],
+            "nvcc": ["-O3", "--fmad=false"],
         },
         extra_link_args=link,
     )
