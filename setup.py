@@ -177,7 +177,7 @@ class Build(BuildExtension):
 INCLUDE = [os.path.abspath("native")]
 HEADERS = glob("native/**/*.h", recursive=True)
 CXXFLAGS = [
-    # No -std: PyTorch adds that of its headers, C++17 or, from 2.15 on, C++20.
+    # No -std: PyTorch adds that of its headers, C++17 or, from 2.14 on, C++20.
     "-O3",
     "-fno-math-errno",
     # Floating-point exception flags are never read. Without them float16 conversions vectorize.
