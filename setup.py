@@ -176,8 +176,9 @@ class Build(BuildExtension):
 # Absolute, as the compiler runs in another folder.
 INCLUDE = [os.path.abspath("native")]
 HEADERS = glob("native/**/*.h", recursive=True)
+STANDARD = "-std=c++17" if TORCH < (2, 14) else "-std=c++20"  # that of PyTorch's headers
 CXXFLAGS = [
-    # No -std: PyTorch adds that of its headers, C++17 or, from 2.14 on, C++20.
+    STANDARD,
     "-O3",
     "-fno-math-errno",
     # Floating-point exception flags are never read. Without them float16 conversions vectorize.
@@ -219,7 +220,7 @@ def cuda_library() -> CUDAExtension:
         extra_compile_args={
             "cxx": CXXFLAGS,
             # For the same bits as on the CPU: no fused multiply-add here either.
-            "nvcc": ["-O3", "--fmad=false"],
+            "nvcc": [STANDARD, "-O3", "--fmad=false"],
         },
         extra_link_args=link,
     )
