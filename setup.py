@@ -1,12 +1,15 @@
-"""Builds the native parts; everything else about the package is in pyproject.toml.
+"""Builds the native parts, and says which PyTorch they need; all else is in pyproject.toml.
+
+CXX names the C++ compiler: by default c++. Where there is none nothing is compiled, and NumPy does
+the work of the kernels.
 
 MPICXX names the compiler wrapper of the MPI to build for: by default the mpicxx beside this Python,
 or else on the PATH. Empty: no part for MPI.
 
-CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it;
-TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or, without any, compute
-capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own packages, NCCL_HOME, or the
-system.
+CUDA is taken from CUDA_HOME, or else from where nvcc is, if PyTorch was built for it. Empty: no
+part for GPUs. TORCH_CUDA_ARCH_LIST says for which GPUs: by default those of this machine, or,
+without any, compute capability 8.0, 9.0 and what comes after. NCCL is that of PyTorch's own
+packages, NCCL_HOME, or the system.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import site
 import subprocess
 import sys
 from glob import glob
@@ -23,6 +27,14 @@ from pathlib import Path
 from platform import machine
 
 from setuptools import setup
+
+LEAST_TORCH = (2, 4)
+# What the package needs where nothing is compiled: the oldest that `make matrix` tries.
+REQUIRES = ["numpy>=1.26", f"torch>={LEAST_TORCH[0]}.{LEAST_TORCH[1]}"]
+
+# pip builds in an environment without PyTorch: build for the one that it installs to.
+for folder in site.getsitepackages() if importlib.util.find_spec("torch") is None else ():
+    site.addsitedir(folder)
 
 try:
     import torch
@@ -36,14 +48,30 @@ except ImportError as error:
             f"""
 hvd_gqsgd is compiled against the PyTorch that it will run with, and this Python cannot import it:
     {type(error).__name__}: {error}
-If PyTorch is installed, the build was isolated from it. Let it see your environment:
-    pip install --no-build-isolation .
 If it is not installed, install it first:
-    pip install torch setuptools wheel && pip install --no-build-isolation .
+    pip install torch setuptools wheel && pip install --no-build-isolation hvd_gqsgd
+If it is installed, the build was isolated from it. Let it see your environment:
+    pip install --no-build-isolation hvd_gqsgd
+In the repository of hvd_gqsgd, write . for hvd_gqsgd.
 """
         )
-    setup()
+    setup(install_requires=REQUIRES)
     sys.exit()
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+if TORCH < LEAST_TORCH:
+    sys.exit(
+        f"hvd_gqsgd needs PyTorch {REQUIRES[1][7:]} or newer; {torch.__version__} is installed"
+    )
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler; one that CXX names must be there."""
+    named = os.environ.get("CXX")
+    found = shutil.which(shlex.split(named or "c++")[0]) is not None
+    if named and not found:
+        sys.exit(f"hvd_gqsgd: CXX is set, but {named} was not found")
+    return found
 
 
 def unusable(why: str) -> str:
@@ -70,11 +98,22 @@ def mpi_flags() -> list[str] | str:
     shown = subprocess.run([wrapper, "-show"], capture_output=True, text=True)
     if trial.returncode or shown.returncode:
         return unusable(f"{wrapper} does not work: {trial.stderr or shown.stderr}")
-    return shlex.split(shown.stdout)[1:]
+    # Without the path of that MPI: the library is loaded where mpi4py has loaded its own, and must
+    # find that one or none.
+    flags = iter(shlex.split(shown.stdout)[1:])
+    kept = []
+    for flag in flags:
+        if flag in ("-Wl,-rpath", "-Wl,--rpath"):
+            next(flags)
+        elif not flag.startswith(("-Wl,-rpath,", "-Wl,--rpath,", "-Wl,-rpath=", "-Wl,--rpath=")):
+            kept.append(flag)
+    return kept
 
 
 def cuda_home() -> Path | str:
     """Where CUDA is, or why there is none to build for."""
+    if os.environ.get("CUDA_HOME") == "":
+        return "CUDA_HOME is empty"
     if torch.version.cuda is None:
         return f"PyTorch {torch.__version__} was built without it"
     # PyTorch's guess is wrong where the nvcc on the PATH is a link or a script.
@@ -108,8 +147,10 @@ def nccl_flags() -> tuple[list[str], list[str]] | str:
     return f"nccl.h and libnccl.so.2 were found in none of {', '.join(map(str, homes))}"
 
 
-MPI = mpi_flags()
-CUDA = cuda_home()
+COMPILER = has_compiler()
+NO_COMPILER = "no C++ compiler was found"
+MPI = mpi_flags() if COMPILER else unusable(NO_COMPILER)
+CUDA = cuda_home() if COMPILER else NO_COMPILER
 NCCL = "there is no CUDA" if isinstance(CUDA, str) else nccl_flags()
 # Why parts are left out.
 LEFT_OUT = {
@@ -135,8 +176,9 @@ class Build(BuildExtension):
 # Absolute, as the compiler runs in another folder.
 INCLUDE = [os.path.abspath("native")]
 HEADERS = glob("native/**/*.h", recursive=True)
+STANDARD = "-std=c++17" if TORCH < (2, 14) else "-std=c++20"  # that of PyTorch's headers
 CXXFLAGS = [
-    "-std=c++17",
+    STANDARD,
     "-O3",
     "-fno-math-errno",
     # Floating-point exception flags are never read. Without them float16 conversions vectorize.
@@ -178,17 +220,23 @@ def cuda_library() -> CUDAExtension:
         extra_compile_args={
             "cxx": CXXFLAGS,
             # For the same bits as on the CPU: no fused multiply-add here either.
-            "nvcc": ["-std=c++17", "-O3", "--fmad=false"],
+            "nvcc": [STANDARD, "-O3", "--fmad=false"],
         },
         extra_link_args=link,
     )
 
 
-libraries = [library("_C", ["native/torch/cpu.cc", *sorted(glob("native/cpu/*.cc"))])]
+libraries = []
+if COMPILER:
+    libraries.append(library("_C", ["native/torch/cpu.cc", *sorted(glob("native/cpu/*.cc"))]))
+    # What is compiled runs with the PyTorch of its headers alone, so a wheel asks for that one.
+    REQUIRES[1] = f"torch=={TORCH[0]}.{TORCH[1]}.*"
+else:
+    print(f"hvd_gqsgd: CPU: left out ({NO_COMPILER}): NumPy does its work, slowly", flush=True)
 if isinstance(MPI, list):
     sources = ["native/torch/mpi.cc", *sorted(glob("native/mpi/*.cc"))]
     libraries.append(library("_mpi", sources, MPI))
 if isinstance(CUDA, Path):
     libraries.append(cuda_library())
 
-setup(cmdclass={"build_ext": Build}, ext_modules=libraries)
+setup(cmdclass={"build_ext": Build}, ext_modules=libraries, install_requires=REQUIRES)

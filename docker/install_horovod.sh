@@ -9,10 +9,11 @@
 #   CXX              the C++ compiler (default: c++)
 #   MAX_JOBS         compilers at once (default: one a core)
 #   XDG_CACHE_HOME   where caches go (default: ~/.cache)
+#   HOROVOD_VERSION  its version (default: that of versions.env)
 #   HOROVOD_*        Horovod's own build options, such as HOROVOD_GPU_OPERATIONS=NCCL
 set -euo pipefail
 
-version=${HOROVOD_VERSION:-0.28.1}
+version=${HOROVOD_VERSION:-$(sed -n 's/^HOROVOD=//p' "$(dirname "$(realpath "$0")")/versions.env")}
 recipe=1 # goes into the cache's key: raise it when the build below changes
 
 fail() {
@@ -111,13 +112,15 @@ cache=${XDG_CACHE_HOME:-$HOME/.cache}/hvd_gqsgd/horovod
 wheel_in() { [ ! -d "$1" ] || find "$1" -name 'horovod-*.whl' -print -quit; }
 
 build() {
-    local jobs=${MAX_JOBS:-$(nproc)} began=$SECONDS
+    local jobs=${MAX_JOBS:-$(nproc)} began=$SECONDS standard
 
     # CMake 4 refuses the Gloo that comes with Horovod.
     "${pip[@]}" install --quiet --target "$work/tools" cmake==3.31.10
 
     # Horovod's CMake asks for C++14, PyTorch's headers for more: the last -std counts.
-    printf '#!/usr/bin/env bash\nexec %s "$@" -std=c++17\n' "$cxx" >"$work/c++17"
+    standard=$("$python" -c 'from torch.torch_version import TorchVersion; from torch import __version__
+print("c++20" if TorchVersion(__version__) >= (2, 14) else "c++17")')
+    printf '#!/usr/bin/env bash\nexec %s "$@" -std=%s\n' "$cxx" "$standard" >"$work/c++"
     # CMake would prefer the MPI of the first mpiexec that it finds. (Gloo's C part asks for MPI too;
     # CMake only reads the flags from the wrapper.)
     cat >"$work/cmake" <<END
@@ -128,11 +131,11 @@ cmake=$(printf %q "$work/tools/bin/cmake")
 mpicxx=$(printf %q "$mpicxx")
 exec "\$cmake" -DMPI_CXX_COMPILER="\$mpicxx" -DMPI_C_COMPILER="\$mpicxx" "\$@"
 END
-    chmod +x "$work/c++17" "$work/cmake"
+    chmod +x "$work/c++" "$work/cmake"
 
     # MAKEFLAGS: no part of a make that may be running this.
     env -u MFLAGS -u MAKELEVEL MAKEFLAGS="-j$jobs" \
-        CXX="$work/c++17" LDFLAGS="-Wl,-rpath,$rpath" HOROVOD_CMAKE="$work/cmake" \
+        CXX="$work/c++" LDFLAGS="-Wl,-rpath,$rpath" HOROVOD_CMAKE="$work/cmake" \
         HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1 \
         HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1 \
         "${pip[@]}" wheel --no-cache-dir --no-deps --no-build-isolation --no-binary horovod \

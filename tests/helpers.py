@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from reference import linear as reference
-from reference import two_phase as reference_two_phase
-from reference.kinds import Code, exponential, two_phase_code
 from torch import Tensor
 
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference import two_phase as reference_two_phase
+from hvd_gqsgd.reference.kinds import Code, exponential, two_phase_code
 
 Array = NDArray[Any]
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import as_numpy, bits_of, from_bits, gradient_like
-from reference import linear as reference
 from torch import Tensor
 
 from hvd_gqsgd import AgreementError
@@ -20,6 +19,7 @@ from hvd_gqsgd.engine.operation_slots import SlotFilling
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.reference import linear as reference
 from hvd_gqsgd.transports.base import Done, Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 

@@ -28,7 +28,6 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import block_bits as reference
 from simulated_ranks import Group
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, layout, simulate
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import error
 from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.reference import block_bits as reference
 
 RNG = np.random.default_rng
 LIMIT = threshold(1e-9)

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_same, gradient_like, name, shared_norms, spread
-from reference import block_bits as reference
 from simulated_ranks import Group
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import error
+from hvd_gqsgd.reference import block_bits as reference
 
 RNG = np.random.default_rng
 STEPS = 24

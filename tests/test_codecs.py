@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference.kinds import two_phase_code
-from reference.linear import levels
 
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.codecs import CODECS, Codec, CodeKind, make_codec
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.reference.kinds import two_phase_code
+from hvd_gqsgd.reference.linear import levels
 
 
 def codec_of(options: Options, bits: int, summands: int) -> Codec:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import instruction_set, threshold
-from reference.combine import exponential_sum
-from reference.linear import hash_bits
-from reference.two_phase import exponential_levels
 
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference.combine import exponential_sum
+from hvd_gqsgd.reference.linear import hash_bits
+from hvd_gqsgd.reference.two_phase import exponential_levels
 
 WIDTHS = [4, 8]
 

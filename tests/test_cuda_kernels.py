@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, TWO_PHASE_CODES, WIDTHS, name, random_place, several, special_values
-from reference.kinds import LINEAR, Code, exponential, linear
-from reference.linear import levels
 from torch import Tensor
 
 from hvd_gqsgd import BlockBits, layout
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference.kinds import LINEAR, Code, exponential, linear
+from hvd_gqsgd.reference.linear import levels
 
 pytestmark = pytest.mark.launches
 

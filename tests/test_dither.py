@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import Array, chi_square_z, encode, norms, threshold
-from reference import linear as reference
-from reference.kinds import linear
+
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference.kinds import linear
 
 LIMIT = threshold(1e-9)
 ELEMENTS = 2**19

@@ -33,12 +33,12 @@ from helpers import (
     special_values,
     threshold,
 )
-from reference import linear as reference
-from reference.kinds import EXPONENTIAL, Code, exponential
-from reference.two_phase import exponential_codes, exponential_levels
 from torch import Tensor
 
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference.kinds import EXPONENTIAL, Code, exponential
+from hvd_gqsgd.reference.two_phase import exponential_codes, exponential_levels
 
 LIMIT = threshold(1e-9)
 WIDTHS = [4, 8]

@@ -18,8 +18,6 @@ import torch
 from helpers import as_numpy
 from hypothesis import event, example, given
 from hypothesis import strategies as st
-from reference import linear as reference
-from reference import two_phase as reference_two_phase
 from strategies import DTYPES, LAYOUTS, layouts, magnitudes, operators, ranks
 from torch import Tensor
 
@@ -32,6 +30,8 @@ from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.frontends.horovod_probe import Reading, disagreement
 from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference import two_phase as reference_two_phase
 from hvd_gqsgd.transports.base import Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, as_numpy, assert_same, gradient_like, name
-from reference import linear as reference
 from torch import Tensor
 
 from hvd_gqsgd.engine.agreement import Ahead
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.reference import linear as reference
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
 SHAPES = [*itertools.product([7, 1024, 1500, None], [(1, 1), (2600, 3)]), (100, (300, 0))]

@@ -100,6 +100,16 @@ def test_no_file_is_long() -> None:
     assert [str(file) for file in code if len(file.read_text().splitlines()) > 400] == []
 
 
+def test_pre_commit_runs_what_lint_runs() -> None:
+    """With the tools of the same environment, so that their versions are one."""
+    recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe is not None
+    commands = recipe[1].replace("$(PY)", ".venv/bin/python").replace("$(VENV)", ".venv")
+    commands = re.sub(r" \$\(\w+\)", "", commands)  # files, which pre-commit names
+    entries = re.findall(r"entry: (.*)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert [line.strip("\t@") for line in commands.splitlines()] == entries
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 def test_mutants_apply(mutant: Mutant) -> None:
     """``make mutate`` takes an hour: what it replaces must still be there, once."""

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from reference.kinds import LINEAR
 from torch import Tensor
 
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference.kinds import LINEAR
 
 X = torch.ones(100)
 NORMS = torch.zeros(10, dtype=torch.int32)

@@ -29,13 +29,13 @@ from helpers import (
     random_place,
     special_values,
 )
-from reference import linear as reference
-from reference.kinds import linear
 
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import gpu
 from hvd_gqsgd.bench import kernels as bench
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference.kinds import linear
 
 BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
 SIZES = [0, 1, 3, 255, 1023, 1024, 1025, 2049, 5000]

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 from helpers import WIDTHS
-from reference import linear as reference
-from reference.kinds import linear
 
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference.kinds import linear
 
 SIZES = [1, 2, 11, 12, 13, 63, 64, 1023, 1024, 1025, 3000, 4096]
 BLOCKS = [1, 5, 12, 1023, 1024, 1025, 2048, 2**63 - 1]

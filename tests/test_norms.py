@@ -22,10 +22,10 @@ from helpers import (
     shared_norms,
     squares,
 )
-from reference import linear as reference
 
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference import linear as reference
 
 BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
 SIZES = [0, 1, 3, 1023, 1024, 1025, 5000]

@@ -19,15 +19,15 @@ from helpers import (
     several,
     shared_norms,
 )
-from reference import block_bits as reference_block_bits
-from reference import two_phase as reference
-from reference.kinds import Code, linear
 from torch import Tensor
 
 from hvd_gqsgd import BlockBits, layout, simulate
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.reference import block_bits as reference_block_bits
+from hvd_gqsgd.reference import two_phase as reference
+from hvd_gqsgd.reference.kinds import Code, linear
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
 RNG = np.random.default_rng

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import DTYPES
-from reference import linear as reference
 from simulated_ranks import (
     Elastic,
     Group,
@@ -30,6 +29,7 @@ from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.exchanges.contribution import MARKS, rank_weight
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.reference import linear as reference
 from hvd_gqsgd.transports.base import Handle
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 

@@ -25,12 +25,12 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import linear as reference
 from torch import Tensor
 
 import hvd_gqsgd
 from hvd_gqsgd import DynamicBits, simulate
 from hvd_gqsgd.codecs import LinearCodec
+from hvd_gqsgd.reference import linear as reference
 
 LIMIT = threshold(1e-9)
 WORLDS = [2, 3, 4, 5, 7, 8, 16]

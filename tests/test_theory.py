@@ -16,20 +16,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import theory
 import torch
 from helpers import DTYPES, Array, as_numpy, gradient_like, random_floats, threshold
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from reference import linear as reference
-from reference import theory
-from reference import two_phase as reference_two_phase
-from reference.theory import Operator
+from theory import Operator
 from torch import Tensor
 
 from hvd_gqsgd import simulate
 from hvd_gqsgd.bench import error
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference import two_phase as reference_two_phase
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 

@@ -27,12 +27,12 @@ from helpers import (
     threshold,
     tiles_of,
 )
-from reference import two_phase as reference_two_phase
-from reference.kinds import Code, exponential, linear
 from torch import Tensor
 
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference import two_phase as reference_two_phase
+from hvd_gqsgd.reference.kinds import Code, exponential, linear
 
 BLOCKS = [1, 7, 256, 1000, 1024, 1500, None]
 SIZES = [0, 1, 3, 1023, 1024, 1025, 5000]

@@ -25,13 +25,13 @@ from helpers import (
     several,
     tiles_of,
 )
-from reference import linear as reference
-from reference import two_phase as reference_two_phase
-from reference.kinds import EXPONENTIAL, Code, exponential, linear
 from torch import Tensor
 
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
+from hvd_gqsgd.reference import linear as reference
+from hvd_gqsgd.reference import two_phase as reference_two_phase
+from hvd_gqsgd.reference.kinds import EXPONENTIAL, Code, exponential, linear
 
 
 @pytest.mark.parametrize("code", TWO_PHASE_CODES, ids=str)

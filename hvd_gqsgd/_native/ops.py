@@ -1,4 +1,5 @@
-"""The native kernels as torch ops: schemas, fake kernels, and the loading of the library.
+"""The native kernels as torch ops: schemas, fake kernels, and the loading of the library, or of
+``fallback`` where it was not built.
 
 The ops write into buffers that the caller owns and reuses, all on one device. Norms are ``int32``
 (the bits of a float32) or, for float64 tensors, ``int64`` (the bits of a float64), one a block.
@@ -15,9 +16,10 @@ import logging
 import torch
 from torch import Tensor
 
-from hvd_gqsgd._native.loader import built, load
+from hvd_gqsgd._native.loader import REMEDY, built, load
 
 __all__ = [
+    "COMPILED",
     "block_max",
     "block_max_each",
     "block_squares",
@@ -47,8 +49,15 @@ __all__ = [
 
 _log = logging.getLogger("hvd_gqsgd")
 
+if not hasattr(torch.library, "register_fake"):
+    raise ImportError(f"hvd_gqsgd needs PyTorch 2.4 or newer, got {torch.__version__}")
+
 # Before operators are declared, which is possible once only: a second import fails in the same way.
-load("_C")
+COMPILED = built("_C")
+"""Whether there are compiled kernels; without them, ``fallback`` does their work."""
+
+if COMPILED:
+    load("_C")
 
 _library = torch.library.Library("hvd_gqsgd", "DEF")
 
@@ -136,6 +145,12 @@ for _name in (
 ):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
+
+if not COMPILED:
+    from hvd_gqsgd._native import fallback
+
+    _log.warning("no kernels are compiled: NumPy does their work, which is slow: %s", REMEDY)
+    fallback.register(_library)
 
 _ops = torch.ops.hvd_gqsgd
 

@@ -26,17 +26,19 @@ def build_info() -> dict[str, Any]:
         - ``native``: for each of the native libraries ``cpu``, ``cuda`` and ``mpi``, a dictionary
           with ``built`` and ``loads`` (bool) and ``error`` (str or None). ``loads`` is None where
           loading was not tried: without the library; for all others if that of the CPU does not
-          load; and for ``mpi``, which would load an MPI before mpi4py can choose one
+          load; and for ``mpi``, which would load an MPI before mpi4py can choose one. Where
+          ``cpu`` was not built NumPy does the work of the kernels
         - ``parts``: the native parts compiled in, of ``cpu``, ``cuda``, ``mpi`` and ``nccl``
         - ``instruction_sets``: names of the instruction sets that this build has kernels for and
           this processor supports
-        - ``instruction_set``: name of the one in use; None without the native part
+        - ``instruction_set``: name of the one in use; ``"python"`` where none was built; None where
+          the native part does not load
         - ``threads``: number of threads that a kernel may use
         - ``horovod``: None if it is not installed, else its ``version`` and whether it was built
           with ``mpi``, ``gloo`` and ``nccl``
     """
-    native = {"cpu": _library("_C", load=True)}
-    usable = native["cpu"]["loads"]
+    native = {"cpu": _library("_C", load=loader.built("_C"))}
+    usable = native["cpu"]["loads"] is not False
     native["cuda"] = _library("_cuda", load=usable and loader.built("_cuda"))
     native["mpi"] = _library("_mpi", load=False)
     return {
@@ -67,7 +69,7 @@ def _kernels() -> dict[str, Any]:
 
     return {
         "parts": [
-            *ops.devices(),
+            *(device for device in ops.devices() if ops.COMPILED or device != "cpu"),
             *(["mpi"] if mpi.built() else []),
             *(["nccl"] if nccl.built() else []),
         ],

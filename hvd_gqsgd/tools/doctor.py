@@ -16,7 +16,6 @@ import torch
 from hvd_gqsgd._native import loader
 from hvd_gqsgd.tools.build_info import build_info
 from hvd_gqsgd.tools.launch import (
-    LAUNCHERS,
     LaunchError,
     capture_job,
     launch_command,
@@ -85,22 +84,32 @@ def examine(info: Mapping[str, Any], *, ranks: bool = True) -> Iterator[Finding]
         ranks: whether to test ranks too.
     """
     native, horovod, gpus = info["native"], info["horovod"], _gpu_names()
-    usable = native["cpu"]["loads"]
+    usable = native["cpu"]["loads"] is not False
     yield Finding("Python", "ok", info["python"])
     yield Finding("PyTorch", "ok", f"{info['torch']}, {info['threads']} threads")
     yield Finding("hvd_gqsgd", "ok", info["version"])
     yield check_native(native, info["parts"])
-    if usable:
+    if native["cpu"]["loads"]:
         yield check_instruction_set(info["instruction_set"], info["instruction_sets"])
     yield from check_gpus(gpus, native, info["parts"])
-    yield from check_mpi(native)
+    backends = ["torchrun"] if torch.distributed.is_available() else []
+    for finding in check_mpi(native):
+        yield finding
+        if (finding.what, finding.state) == ("MPI", "ok"):
+            backends.append("mpi4py")
     yield from check_horovod(horovod, gpus)
-    if ranks and usable and horovod is not None:
-        yield from check_ranks([backend for backend in LAUNCHERS if horovod[backend]])
+    if horovod is not None:
+        backends += [backend for backend in ("mpi", "gloo") if horovod[backend]]
+    if ranks and usable:
+        yield from check_ranks(backends)
 
 
 def check_native(native: Mapping[str, Any], parts: Sequence[str]) -> Finding:
-    """Whether the native part loads; most functions need it."""
+    """Whether the native part loads; where it was not built, NumPy takes its place."""
+    if not native["cpu"]["built"]:
+        return Finding(
+            "native part", "missing", "not built: NumPy does its work, which is slow", loader.REMEDY
+        )
     if native["cpu"]["loads"]:
         return Finding("native part", "ok", f"built for {', '.join(parts)}")
     return Finding("native part", "broken", native["cpu"]["error"], loader.REMEDY)
@@ -174,7 +183,7 @@ def check_mpi(
         )  # fmt: skip
     elif found["error"]:
         yield Finding(
-            "native part for MPI", "broken", found["error"],
+            "native part for MPI", "missing", f"allreduce() is slower without it: {found['error']}",
             "build again with MPICXX set to the mpicxx of the MPI above",
         )  # fmt: skip
     else:
@@ -198,26 +207,24 @@ def check_horovod(horovod: Mapping[str, Any] | None, gpus: Sequence[str]) -> Ite
         )  # fmt: skip
 
 
-def check_ranks(
-    backends: Sequence[str],
-    command: Sequence[str] = (*PROBES, "rank"),
-    timeout: float = TIMEOUT,
-) -> Iterator[Finding]:
+def check_ranks(backends: Sequence[str], timeout: float = TIMEOUT) -> Iterator[Finding]:
     """An exchange between 2 ranks of this machine, over each backend.
 
     Args:
-        backends: of "mpi" and "gloo".
-        command: of a rank; prints ``probes.RIGHT``, with the number of ranks.
+        backends: of "torchrun" (a process group of PyTorch), "mpi4py", and for Horovod "mpi" and
+            "gloo".
         timeout: in seconds.
     """
     hints = {
+        "torchrun": "check that the host name resolves, and that there is a network interface",
+        "mpi4py": "check that mpirun belongs to the MPI that mpi4py uses",
         "mpi": "check that mpirun belongs to the MPI that Horovod was built with",
         "gloo": "check that the host name resolves, and that there is a network interface",
     }
     for backend in backends:
         what = f"2 ranks over {backend}"
         try:
-            job = [*launch_command(backend, ranks=2), *command]
+            job = [*_launcher(backend), *PROBES, _PROBE_OF[backend]]
         except LaunchError as error:
             yield Finding(what, "missing", str(error))
             continue
@@ -229,6 +236,16 @@ def check_ranks(
             yield Finding(what, "broken", found, hints[backend])
         else:
             yield Finding(what, "broken", output.strip()[-1000:], hints[backend])
+
+
+_PROBE_OF = {"torchrun": "torch", "mpi4py": "mpi4py", "mpi": "horovod", "gloo": "horovod"}
+
+
+def _launcher(backend: str) -> list[str]:
+    if backend == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        return [*torchrun, "--nproc-per-node=2", "--no-python"]
+    return launch_command("mpi" if backend == "mpi4py" else backend, ranks=2)
 
 
 def _gpu_names() -> list[str]:

@@ -1,16 +1,22 @@
-"""Programs that ``hvd-gqsgd doctor`` runs: ``python -m hvd_gqsgd.tools.probes mpi|rank``."""
+"""Programs that ``hvd-gqsgd doctor`` runs: ``python -m hvd_gqsgd.tools.probes NAME``."""
 
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from hvd_gqsgd._native import loader
 
-__all__ = ["RIGHT", "probe_exchange", "probe_mpi"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PROBES", "RIGHT", "probe_horovod", "probe_mpi", "probe_mpi4py", "probe_torch"]
 
 RIGHT = "hvd_gqsgd: the mean of {} ranks is right"
-"""The output of ``probe_exchange``."""
+"""The output of each rank where its mean is right."""
 
 
 def probe_mpi() -> None:
@@ -31,7 +37,7 @@ def probe_mpi() -> None:
         MPI.THREAD_SINGLE: "single", MPI.THREAD_FUNNELED: "funneled",
         MPI.THREAD_SERIALIZED: "serialized", MPI.THREAD_MULTIPLE: "multiple",
     }[MPI.Query_thread()]  # fmt: skip
-    library = version.split(",")[0].strip("\0\n ")
+    library = " ".join(re.split(r"[,\n\0]", version)[0].split())
     print(json.dumps({"library": library, "threads": threads, "error": _mpi_error(version)}))
 
 
@@ -46,26 +52,63 @@ def _mpi_error(version: str) -> str | None:
     return None
 
 
-def probe_exchange() -> None:
+def probe_horovod() -> None:
     """Compares means over Horovod with those of ``simulate``, as one of the ranks of a job."""
     import horovod.torch as hvd
-    import torch
 
-    from hvd_gqsgd import GlobalQSGD, simulate
+    from hvd_gqsgd import GlobalQSGD
 
     hvd.init()
-    generator = torch.Generator().manual_seed(0)
-    everyone = torch.randn(hvd.size(), 10_000, generator=generator)
-    for exchange in ("allreduce", "two_phase"):
-        compressor = GlobalQSGD(exchange=exchange)
-        mean = hvd.allreduce(everyone[hvd.rank()], name="doctor", compression=compressor)
-        if not torch.equal(mean, simulate(everyone, exchange=exchange)):
-            sys.exit(f"hvd_gqsgd: rank {hvd.rank()} has a wrong mean by {exchange}")
-    print(
-        f"{RIGHT.format(hvd.size())}\n", end="", flush=True
-    )  # in one write, so that ranks do not mix
+    _compare(
+        hvd.rank(), hvd.size(),
+        lambda x, exchange: hvd.allreduce(x, compression=GlobalQSGD(exchange=exchange)),
+    )  # fmt: skip
     hvd.shutdown()
 
 
+def probe_torch() -> None:
+    """The same over a process group of PyTorch."""
+    import torch.distributed as dist
+
+    from hvd_gqsgd import allreduce
+
+    dist.init_process_group("gloo")
+    group = dist.group.WORLD
+    _compare(
+        dist.get_rank(), dist.get_world_size(),
+        lambda x, exchange: allreduce(x, group, exchange=exchange),
+    )  # fmt: skip
+    dist.destroy_process_group()
+
+
+def probe_mpi4py() -> None:
+    """The same over mpi4py."""
+    from mpi4py import MPI
+
+    from hvd_gqsgd import allreduce
+
+    comm = MPI.COMM_WORLD
+    _compare(comm.rank, comm.size, lambda x, exchange: allreduce(x, comm, exchange=exchange))
+
+
+def _compare(rank: int, size: int, mean_of: Callable[[Tensor, Any], Tensor]) -> None:
+    import torch
+
+    from hvd_gqsgd import simulate
+
+    everyone = torch.randn(size, 10_000, generator=torch.Generator().manual_seed(0))
+    exchanges: tuple[Any, ...] = ("allreduce", "two_phase")
+    for exchange in exchanges:
+        expected = simulate(everyone, exchange=exchange)
+        if not torch.equal(mean_of(everyone[rank], exchange), expected):
+            sys.exit(f"hvd_gqsgd: rank {rank} has a wrong mean by {exchange}")
+    # In one write, so that ranks do not mix.
+    print(f"{RIGHT.format(size)}\n", end="", flush=True)
+
+
+PROBES = {
+    "mpi": probe_mpi, "horovod": probe_horovod, "torch": probe_torch, "mpi4py": probe_mpi4py,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    {"mpi": probe_mpi, "rank": probe_exchange}[sys.argv[1]]()
+    PROBES[sys.argv[1]]()

@@ -22,7 +22,7 @@ from hvd_gqsgd.layout import words_for
 from hvd_gqsgd.options import digest
 
 sys.path.append(str(Path(__file__).parents[1]))
-from reference import linear as reference
+from hvd_gqsgd.reference import linear as reference
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("the same as under mpirun", allow_module_level=True)

@@ -7,12 +7,12 @@ import os
 import pytest
 import torch
 from helpers import assert_same_on_all_ranks, gradients
-from reference import combine as reference_combine
-from reference.kinds import EXPONENTIAL, Code, exponential, linear
 
 from hvd_gqsgd import allreduce, build_info, simulate
 from hvd_gqsgd._native import mpi as native_mpi
 from hvd_gqsgd.options import digest
+from hvd_gqsgd.reference import combine as reference_combine
+from hvd_gqsgd.reference.kinds import EXPONENTIAL, Code, exponential, linear
 
 if "OMPI_COMM_WORLD_SIZE" not in os.environ:
     pytest.skip("needs MPI", allow_module_level=True)

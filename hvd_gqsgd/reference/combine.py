@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from reference.linear import (
+from hvd_gqsgd.reference.linear import (
     Array,
     dither,
     floats,
@@ -28,7 +28,7 @@ from reference.linear import (
     shared_norms,
     tile_keys,
 )
-from reference.two_phase import exponential_codes, exponential_levels
+from hvd_gqsgd.reference.two_phase import exponential_codes, exponential_levels
 
 __all__ = ["combined_mean", "exponential_sum"]
 

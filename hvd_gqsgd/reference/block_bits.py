@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reference.linear import (
+from hvd_gqsgd.reference.linear import (
     Array,
     codes,
     dither,
@@ -31,7 +31,7 @@ from reference.linear import (
     places,
     shared_norms,
 )
-from reference.two_phase import REQUANTIZE_STREAM
+from hvd_gqsgd.reference.two_phase import REQUANTIZE_STREAM
 
 __all__ = [
     "Rule",

@@ -118,7 +118,7 @@ def l2_norms(norms: Array, squares: Array) -> Array:
     """M sqrt(sum of (x / M)^2) from both over all ranks: from M to the largest finite number."""
     maxima = floats(norms)
     real = maxima.dtype.type
-    factor = np.sqrt(squares.astype(real)) / real(2**15)
+    factor = np.sqrt(np.maximum(squares, 0).astype(real)) / real(2**15)  # none is negative
     with np.errstate(over="ignore", invalid="ignore"):
         l2 = np.minimum(maxima * np.maximum(factor, real(1)), np.finfo(real).max)
     return np.where(np.isfinite(maxima), l2.view(norms.dtype), norms)
@@ -186,7 +186,8 @@ def shares(values: Array, maxima: Array, one: int) -> Array:
     most = np.where(usable, maxima, real(1))
     guard = real(2.0**512 if real is np.float64 else 2.0**64)
     # A power of two that keeps one / M away from both ends of the floats.
-    pre = np.where(maxima < 1 / guard, guard, np.where(most > guard, 1 / guard, real(1)))
+    least = real(1) / guard  # of this type with NumPy 1 too, where 1 / guard is a float64
+    pre = np.where(maxima < least, guard, np.where(most > guard, least, real(1)))
     scale = real(one) / (most * pre)
     short = most * pre * scale < real(one)
     scale = np.where(short, np.nextafter(scale, real(np.inf)), scale)

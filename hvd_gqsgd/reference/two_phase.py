@@ -28,8 +28,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reference.kinds import LINEAR, Code, two_phase_code
-from reference.linear import (
+from hvd_gqsgd.reference.kinds import LINEAR, Code, two_phase_code
+from hvd_gqsgd.reference.linear import (
     Array,
     codes,
     dither_stream,
@@ -44,14 +44,16 @@ from reference.linear import (
     widen,
     word_type,
 )
-from reference.linear import dither as dither_of_rank
+from hvd_gqsgd.reference.linear import dither as dither_of_rank
 
 __all__ = [
     "decode_means",
+    "encode",
     "exponential_codes",
     "exponential_levels",
     "one_phase_mean",
     "requantize",
+    "summed",
     "tile_offsets",
     "two_phase_mean",
 ]
@@ -114,7 +116,8 @@ def tile_offsets(numel: int, block_size: int | None, bits: int, norm_type: Any) 
     return _means_places(numel, block_size, bits, norm_type).offsets
 
 
-def _encode(x: Array, norms: Array, block_size: int | None, code: Code, xi: Array) -> Array:
+def encode(x: Array, norms: Array, block_size: int | None, code: Code, xi: Array) -> Array:
+    """The codes of one rank, of either kind."""
     if code.kind == LINEAR:
         return codes(x, norms, block_size, code.levels, xi, code.bits)
     return exponential_codes(x, norms, block_size, code.bits, xi)
@@ -137,13 +140,27 @@ def _contents(words: Array, numel: int, block_size: int | None, code: Code, real
     return np.where(top, (c + half) % (2 * half) - half, c)
 
 
-def _share(received: Array, numel: int, block_size: int | None, code: Code, real: Any) -> Array:
-    """The mean over the rows, in the order of the rows, as a share of the norm."""
+def _share(
+    received: Array, numel: int, block_size: int | None, code: Code, real: Any, scale: float
+) -> Array:
+    """scale * the sum of the rows, in the order of the rows, as a share of the norm."""
     total = np.zeros(numel, np.int64 if code.kind == LINEAR else real)
     for words in received:
         total += _contents(words, numel, block_size, code, real)
-    share: Array = total.astype(real) * real(1 / len(received) / _one(code))
+    share: Array = total.astype(real) * real(scale / _one(code))
     return share
+
+
+def summed(
+    received: Array, norms: Array, numel: int, block_size: int | None, code: Code, scale: float,
+    dtype: Any,
+) -> Array:  # fmt: skip
+    """scale * the sum of the rows * M, in the order of the rows; NaN where M is not finite."""
+    maxima = floats(norms)[places(numel, block_size, code.bits).block]
+    real = maxima.dtype.type
+    with np.errstate(over="ignore", invalid="ignore"):
+        out = _share(received, numel, block_size, code, real, scale) * maxima
+    return narrow(np.where(np.isfinite(maxima), out, real(np.nan)), dtype)
 
 
 def requantize(
@@ -158,7 +175,9 @@ def requantize(
     at = places(numel, block_size, bits)
     finite = np.isfinite(floats(norms))[at.block]
     real = floats(norms).dtype.type
-    mean = np.where(finite, _share(received, numel, block_size, code, real), real(0))
+    mean = np.where(
+        finite, _share(received, numel, block_size, code, real, 1 / len(received)), real(0)
+    )
 
     largest = np.zeros(at.tile.max(initial=-1) + 1, real)
     np.maximum.at(largest, at.tile, abs(mean))
@@ -166,7 +185,7 @@ def requantize(
         numel, block_size, seed=seed, step=step, tensor_id=tensor_id, stream=REQUANTIZE_STREAM
     )
     of_element = largest.view(norms.dtype)[at.tile]  # so that blocks of one element have a norm
-    words = pack(_encode(mean, of_element, 1, code, xi), block_size, bits, code.bias)
+    words = pack(encode(mean, of_element, 1, code, xi), block_size, bits, code.bias)
     words[at.word[~finite]] = 0
 
     to = _means_places(numel, block_size, bits, norms.dtype)
@@ -218,11 +237,7 @@ def one_phase_mean(
     shared = shared_norms(rows, block_size, norm)
     at = {"seed": seed, "step": step, "tensor_id": tensor_id}
     sent = _send(rows, shared, block_size, code, correlated, at)
-    maxima = floats(shared)[places(numel, block_size, bits).block]
-    real = maxima.dtype.type
-    with np.errstate(over="ignore", invalid="ignore"):
-        out = _share(sent, numel, block_size, code, real) * maxima
-    return narrow(np.where(np.isfinite(maxima), out, real(np.nan)), rows.dtype)
+    return summed(sent, shared, numel, block_size, code, 1 / len(sent), rows.dtype)
 
 
 def _send(
@@ -233,6 +248,6 @@ def _send(
     sent = []
     for rank, x in enumerate(rows):
         xi = dither_of_rank(numel, block_size, rank=rank, world_size=n, correlated=correlated, **at)
-        codes_ = _encode(x, shared, block_size, code, xi)
+        codes_ = encode(x, shared, block_size, code, xi)
         sent.append(pack(codes_, block_size, code.bits, code.bias))
     return np.array(sent)

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from reference import linear
+from hvd_gqsgd.reference import linear
 
 __all__ = ["Operator", "expected_variance", "rounding_variance", "sure_bound", "variance_bound",
            "wire_bytes"]  # fmt: skip

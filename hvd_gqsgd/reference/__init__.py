@@ -1,0 +1,1 @@
+"""The arithmetic in plain NumPy: ground truth of the tests, and fallback without kernels."""

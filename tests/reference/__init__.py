@@ -1,1 +1,0 @@
-"""The ground truth in NumPy, which tests hold the native code against."""
