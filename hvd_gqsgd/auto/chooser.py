@@ -105,6 +105,11 @@ class Chooser:
         self._skip = WARM
 
     @property
+    def best(self) -> int:
+        """The arm that was measured to be the fastest."""
+        return self._best
+
+    @property
     def settled(self) -> bool:
         """Whether no arm is being tried."""
         return bool(self._base.busy) and not self._queue
