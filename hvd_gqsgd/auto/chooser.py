@@ -6,7 +6,7 @@ integers: ranks that have seen the same steps take the same setting in the same 
 - The run starts with the first arm, uncompressed, and measures a window of steps: the *base*.
 - Arms that are predicted to be faster are tried, the fastest first, for a few steps each. An arm is
   kept if its median beats the best one by more than the noise of the steps and ``MARGIN``. A trial
-  that is too close to call is prolonged once.
+  that is too close to call is prolonged, at most to the last of ``TRIALS``.
 - After that, windows of steps are compared with the base. A difference beyond the noise says that
   the link or the model's step has changed: then all arms are predicted and tried anew.
 - At growing intervals an arm that was close is tried again, or the uncompressed one, whatever was

@@ -67,6 +67,7 @@ class Conductor:
         self._arms: dict[str, Arm] = {}
         self._chooser: Chooser | None = None
         self._taken = 0  # the arm of the step before
+        self._enters = False  # the next step is the first of a session
         self.arm = Arm("", arms_of(self._options, 1)[0].setting, None)
         self._new_load()
 
@@ -88,7 +89,7 @@ class Conductor:
         if transport.session is not self._session:
             self._enter(transport)
             times = None
-        elif self._message is not None:
+        else:
             self._hear(transport)
         self._tell(transport, times)
         self._new_load()
@@ -207,6 +208,7 @@ class Conductor:
         self._chooser.begin_uncompressed()
         self._watch.forget()
         self._message = self._state_message = None
+        self._enters = True
 
     def _adopted(self, words: list[int], ranks: int) -> Chooser:
         allowed = [NAMES.index(name) for name in self._arms]
@@ -224,9 +226,9 @@ class Conductor:
             times = (times[2],) * 3
         load = (*self._numel, *self._tensors)
         words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
-        first = self._message is None
         self._message = self._send(transport, "step", words)
-        if first:
+        if self._enters:
+            self._enters = False
             words = [1, self.step, self._options.digest(), self._known_for, *self._words]
             self._state_message = self._send(transport, "state", words)
 
@@ -259,6 +261,7 @@ class Conductor:
         here = [row for row in rows if row[0]]
         _, step, digest, known_for, *words = max(here, key=lambda row: row[1])
         if any(row[2] != digest for row in here):
+            self._session = None  # compare again, if the program goes on
             raise AgreementError(
                 "ranks have different options with bits='auto': this one has "
                 f"{self._options.keywords()}"
@@ -268,13 +271,15 @@ class Conductor:
 
     def _hear(self, transport: Transport) -> None:
         """Reads the messages of the step before."""
-        assert self._message is not None
-        assert self._chooser is not None
-        rows = self._received(transport, self._message)
-        if self._state_message is not None:
-            state, self._state_message = self._state_message, None
+        message, state = self._message, self._state_message
+        self._message = self._state_message = None
+        if message is None:  # this rank is alone
+            return
+        rows = self._received(transport, message)
+        if state is not None:
             self._adopt(self._received(transport, state))
             return
+        assert self._chooser is not None
         here = [row for row in rows if row[0]]
         furthest = max(here, key=lambda row: row[1])
         ours = self.step - 1

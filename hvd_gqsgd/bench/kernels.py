@@ -11,11 +11,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import platform
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ import torch
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bench import gpu
+from hvd_gqsgd.bench.machine import processor
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs import CodeKind, levels_for
 
@@ -150,7 +149,7 @@ def measure(
     return {
         "ratio_to_memcpy": kernels[active]["ratio_to_memcpy"],
         "instruction_set": active,
-        "cpu": _cpu_model(),
+        "cpu": processor(),
         "torch": torch.__version__,
         "numel": numel,
         "bits": bits,
@@ -199,15 +198,6 @@ def _interleaved(
             if repeat >= 0:
                 least[isa, name] = min(least[isa, name], elapsed)
     return least
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _show(result: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from hvd_gqsgd.bench.figure import figure_file, new_figure, save
 from hvd_gqsgd.bench.gradients import MODELS
 from hvd_gqsgd.bench.hosts import INTERFACE, add_arguments, is_rank, relaunch
+from hvd_gqsgd.bench.machine import machine
 from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS, FLAT, FSDP_ARMS
 from hvd_gqsgd.bench.table import show_table
 
@@ -76,7 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.plot is not None:
         _plot(result, options.plot)
     if options.json:
-        print(json.dumps(result))
+        command = shlex.join(["hvd-gqsgd", "bench", "step", *given])
+        print(json.dumps(result | machine() | {"rate": options.rate or "shm", "command": command}))
     else:
         show(result)
 
