@@ -44,7 +44,9 @@ def test_rounds_beside_other_load_count_for_no_arm() -> None:
     assert result["left_out"] == 2
     assert result["arms"][FP32]["seconds"] == 50 - 4 - 1
     assert result["arms"][AUTO]["seconds"] == pytest.approx(41 - 4 - 1.2)
-    assert summary(dict.fromkeys(range(20), 1.0))["left_out"] == 0  # or none would be left
+    assert not result["all_loaded"]
+    loaded = summary(dict.fromkeys(range(20), 1.0))
+    assert (loaded["left_out"], loaded["all_loaded"]) == (0, True)  # or none would be left
 
 
 def test_a_run_that_does_not_settle(capsys: pytest.CaptureFixture[str]) -> None:

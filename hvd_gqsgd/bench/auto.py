@@ -154,12 +154,13 @@ def summary(
         those after ``bits="auto"`` had settled; ``rates``: for each, its ``rate``, the step that it
         ``begins`` at, the steps until ``bits="auto"`` had ``settled`` (None: it had not), the
         setting ``chosen`` then, the ``best`` fixed arm from then on, and ``auto_takes``, the time
-        of ``bits="auto"`` relative to that of the best fixed arm; and ``load`` and ``left_out``,
-        the number of rounds.
+        of ``bits="auto"`` relative to that of the best fixed arm; ``load``; ``left_out``, the
+        number of rounds; and ``all_loaded``, whether all rounds had more load, and count.
     """
     steps = len(chosen)
     begins = [*_begins(steps, len(rates)), steps]
-    quiet = {step for step in range(steps) if load[step] <= most_load} or set(range(steps))
+    without = {step for step in range(steps) if load[step] <= most_load}
+    quiet = without or set(range(steps))
 
     def total(arm: str, of: set[int]) -> float:
         return sum(seconds[arm][step] for step in of)
@@ -190,6 +191,7 @@ def summary(
         "rates": of_rates,
         "load": list(load),
         "left_out": steps - len(quiet),
+        "all_loaded": not without,
     }
 
 
@@ -227,7 +229,8 @@ def show(result: dict[str, Any]) -> None:
     show_table(header, rows, left=5)
     print("plan: " + ", ".join(f"{step}: {name}" for step, name in result["plan"]))
     print(
-        f"rounds left out because of other load: {result['left_out']} of {result['steps']}; "
+        f"rounds left out because of other load: {result['left_out']} of {result['steps']}"
+        f"{' (there was too much in all)' if result['all_loaded'] else ''}; "
         f"most other load in a round: {max(result['load']):.2f} cores"
     )
 
