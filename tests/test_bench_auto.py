@@ -44,9 +44,11 @@ def test_rounds_beside_other_load_count_for_no_arm() -> None:
     assert result["left_out"] == 2
     assert result["arms"][FP32]["seconds"] == 50 - 4 - 1
     assert result["arms"][AUTO]["seconds"] == pytest.approx(41 - 4 - 1.2)
-    assert not result["all_loaded"]
-    loaded = summary(dict.fromkeys(range(20), 1.0))
-    assert (loaded["left_out"], loaded["all_loaded"]) == (0, True)  # or none would be left
+    assert not result["loaded"]
+    half = summary(dict.fromkeys(range(10), 1.0))
+    assert (half["left_out"], half["loaded"]) == (10, False)
+    most = summary(dict.fromkeys(range(11), 1.0))
+    assert (most["left_out"], most["loaded"]) == (0, True)
 
 
 def test_a_run_that_does_not_settle(capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--most-load", type=float, default=0.2, metavar="CORES",
-        help="leave out of all sums the rounds in which other processes use more cores "
-        "(default: %(default)s)",
+        help="leave out of all sums the rounds in which other processes use more cores, unless "
+        "most rounds have more (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -147,7 +147,7 @@ def summary(
         settled: whether no setting was being tried, after each step.
         rates: limits of the link, each for as many steps; None: no limit.
         load: cores that other processes used in each round.
-        most_load: rounds with more are left out of all sums, unless all have more.
+        most_load: rounds with more are left out of all sums, unless most rounds have more.
 
     Returns:
         ``steps``; ``arms``: by name, the ``seconds`` of all steps and the ``settled_seconds`` of
@@ -155,12 +155,13 @@ def summary(
         ``begins`` at, the steps until ``bits="auto"`` had ``settled`` (None: it had not), the
         setting ``chosen`` then, the ``best`` fixed arm from then on, and ``auto_takes``, the time
         of ``bits="auto"`` relative to that of the best fixed arm; ``load``; ``left_out``, the
-        number of rounds; and ``all_loaded``, whether all rounds had more load, and count.
+        number of rounds; and ``loaded``, whether most rounds had more load, so that all count.
     """
     steps = len(chosen)
     begins = [*_begins(steps, len(rates)), steps]
     without = {step for step in range(steps) if load[step] <= most_load}
-    quiet = without or set(range(steps))
+    loaded = 2 * len(without) < steps
+    quiet = set(range(steps)) if loaded else without
 
     def total(arm: str, of: set[int]) -> float:
         return sum(seconds[arm][step] for step in of)
@@ -191,7 +192,7 @@ def summary(
         "rates": of_rates,
         "load": list(load),
         "left_out": steps - len(quiet),
-        "all_loaded": not without,
+        "loaded": loaded,
     }
 
 
@@ -230,7 +231,7 @@ def show(result: dict[str, Any]) -> None:
     print("plan: " + ", ".join(f"{step}: {name}" for step, name in result["plan"]))
     print(
         f"rounds left out because of other load: {result['left_out']} of {result['steps']}"
-        f"{' (there was too much in all)' if result['all_loaded'] else ''}; "
+        f"{' (most rounds had too much, so all count)' if result['loaded'] else ''}; "
         f"most other load in a round: {max(result['load']):.2f} cores"
     )
 
