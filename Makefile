@@ -65,7 +65,7 @@ help: ## this list
 	@echo 'Settings: ARGS (for demo, test and bench), PYTHON (now $(PYTHON)), MPICXX (now' \
 	    '$(or $(MPICXX),MPI from PyPI)).'
 
-demo: setup ## train a model on 2 ranks, with plain Horovod and with GlobalQSGD, and compare
+demo: setup ## train with fp32, GlobalQSGD and bits="auto", and compare; as root over links of 200 Mbit/s
 	@$(RUN) $(PY) $(DEMO) $(ARGS)
 
 test: setup ## run the tests in two processes, those that need all cores one at a time

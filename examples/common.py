@@ -28,7 +28,8 @@ def add_compression_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--bits", type=width, default=8,
-        help="lane width of gqsgd, 2 to 16, 'dynamic' (DQ-SGD) or 'block' (a width per block)",
+        help="lane width of gqsgd, 2 to 16, 'dynamic' (DQ-SGD), 'block' (a width per block), or "
+        "'auto' (measured)",
     )  # fmt: skip
     parser.add_argument(
         "--budget", type=float, default=5, help="mean bits if they are dynamic or per block"
@@ -44,7 +45,7 @@ def add_compression_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def width(text: str) -> int | str:
-    return text if text in ("dynamic", "block") else int(text)
+    return text if text in ("auto", "dynamic", "block") else int(text)
 
 
 class Counted(Compressor):

@@ -19,8 +19,12 @@ def load_data(seed: int) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(images[train], labels[train]), TensorDataset(images[test], labels[test])
 
 
-def make_model() -> nn.Module:
-    """GlobalQSGD compresses tensors of 4096 elements and more: two here, 99 % of the model."""
+def make_model(width: int = 128) -> nn.Module:
+    """GlobalQSGD compresses tensors of 4096 elements and more: two here, 99 % of the model.
+
+    Args:
+        width: of the hidden layer, which has most of the parameters.
+    """
     return nn.Sequential(
         nn.Conv2d(1, 32, kernel_size=3, padding=1),
         nn.ReLU(),
@@ -28,9 +32,9 @@ def make_model() -> nn.Module:
         nn.ReLU(),
         nn.MaxPool2d(2),
         nn.Flatten(),
-        nn.Linear(64 * 4 * 4, 128),
+        nn.Linear(64 * 4 * 4, width),
         nn.ReLU(),
-        nn.Linear(128, 10),
+        nn.Linear(width, 10),
     )
 
 

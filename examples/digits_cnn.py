@@ -49,6 +49,7 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add_compression_arguments(parser)
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=32, help="images a step, over all ranks")
+    parser.add_argument("--width", type=int, default=128, help="of the hidden layer")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate at the start")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the result to this file")
@@ -72,24 +73,29 @@ def make_loader(data: TensorDataset, args: argparse.Namespace) -> DataLoader[Any
 
 @dataclass
 class Log:
-    """What happened: seconds blocked in the optimizer's synchronize(), and two numbers a step."""
+    """What happened: seconds of training, and of these blocked in the optimizer's synchronize();
+    seconds and accuracy after each epoch; and two numbers a step."""
 
+    seconds: float = 0.0
     seconds_blocked: float = 0.0
+    curve: list[tuple[float, float]] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
 
 
 def train(
-    model: nn.Module, optimizer: Any, loader: DataLoader[Any], epochs: int, stats: Any
-) -> Log:
+    model: nn.Module, optimizer: Any, loader: DataLoader[Any], test: TensorDataset, epochs: int,
+    stats: Any,
+) -> Log:  # fmt: skip
     """Trains with a DistributedOptimizer."""
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     log = Log()
-    model.train()
     with tqdm(total=epochs * len(loader), unit="step", disable=hvd.rank() != 0) as progress:
         for epoch in range(epochs):
             progress.set_description(f"epoch {epoch + 1}/{epochs}", refresh=False)
             loader.sampler.set_epoch(epoch)
+            model.train()
+            began = time.perf_counter()
             for images, labels in loader:
                 optimizer.zero_grad()
                 F.cross_entropy(model(distorted(images)), labels).backward()
@@ -103,6 +109,8 @@ def train(
                 log.norms.append(nn.utils.get_total_norm(p.grad for p in model.parameters()).item())
                 progress.update()
             schedule.step()
+            log.seconds += time.perf_counter() - began
+            log.curve.append((log.seconds, accuracy(model, test)))
     return log
 
 
@@ -131,6 +139,8 @@ def report(result: dict[str, Any]) -> None:
         on_wire = 32 * result["compressed_bytes_on_wire"] / result["compressed_bytes_before"]
         low, high = min(result["bits_per_step"]), max(result["bits_per_step"])
         bits += f": {low} to {high} a step, {on_wire:.2f} an element on the wire with all overhead"
+    if result["setting"]:
+        bits = f", auto, at the end {result['setting']}"
     print(f"compression         {result['compression']}{bits}; {result['ranks']} rank(s)")
     print(f"test accuracy       {result['accuracy']:.2%}")
     report_bytes(result)
@@ -152,7 +162,7 @@ def make_training(args: argparse.Namespace, ranks: int) -> Training:
     train_data, test_data = load_data(args.seed)
     images, labels = train_data.tensors
     order = Order(len(images), args.batch_size, args.seed)
-    model = make_model()
+    model = make_model(args.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -178,7 +188,7 @@ def main() -> None:
     # Each rank distorts its images in its own way. The model is rank 0's, by the broadcast below.
     torch.manual_seed(args.seed + hvd.rank())
     train_data, test_data = load_data(args.seed)
-    model = make_model()
+    model = make_model(args.width)
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
@@ -189,9 +199,7 @@ def main() -> None:
         optimizer, named_parameters=model.named_parameters(), compression=compression
     )
 
-    start = time.perf_counter()
-    log = train(model, optimizer, loader, args.epochs, compression.stats)
-    seconds = time.perf_counter() - start
+    log = train(model, optimizer, loader, test_data, args.epochs, compression.stats)
 
     stats = compression.stats()
     difference = replica_difference(model)
@@ -203,13 +211,16 @@ def main() -> None:
             "dither": args.dither if args.compression == "gqsgd" else "",
             "ranks": hvd.size(),
             "seed": args.seed,
-            "accuracy": accuracy(model, test_data),
+            "setting": stats.setting,
+            "steps": len(log.bits),
+            "accuracy": log.curve[-1][1],
+            "curve": log.curve,
             "bytes_before": stats.bytes_before,
             "bytes_on_wire": stats.bytes_on_wire,
             "compressed_bytes_before": stats.compressed_bytes_before,
             "compressed_bytes_on_wire": stats.compressed_bytes_on_wire,
             "seconds_blocked": log.seconds_blocked,
-            "seconds": seconds,
+            "seconds": log.seconds,
             "replica_difference": difference,
         }
         report(result)

@@ -187,8 +187,8 @@ class Run:
         print(f"replica difference  {result['replica_difference']:g}")
 
     def _exchange(self) -> str:
-        """The one that was taken, if the compression has several."""
-        if isinstance(self.compression, GlobalQSGD):
+        """The one that was taken, if the compression has several, and not one a step."""
+        if isinstance(self.compression, GlobalQSGD) and self.compression.options.bits != "auto":
             return self.compression.options.exchange_for(hvd.size())
         return ""
 

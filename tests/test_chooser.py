@@ -125,6 +125,33 @@ def test_follows_a_link_that_changes(slow: float, seed: int) -> None:
         assert sum(taken) < 1.15 * sum(best)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("gradients", [RESNET, TINY])
+def test_returns_to_no_compression(gradients: Gradients, seed: int) -> None:
+    """When a slow link is as fast again as at the start, whatever is predicted for fp32, and though
+    the change may have come in the middle of a trial."""
+    fast, slow = (100 * GBIT, GBIT / 10) if gradients is RESNET else (GBIT, GBIT / 50)
+    run = simulated(
+        lambda step: slow if 50 <= step < 100 else fast, gradients=gradients, compute=0.08,
+        seed=seed,
+    )  # fmt: skip
+    assert set(run.arms[70:100]) == {3}
+    assert excess(run, 130, 300) < 0.03
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_follows_a_slow_change(seed: int) -> None:
+    """A link that becomes faster from step to step, by a factor of 50 in 200 steps: no two windows
+    that follow each other differ by more than the noise."""
+
+    def link(step: int) -> float:
+        return GBIT / 50 * 50 ** (min(max(step - 60, 0), 200) / 200)
+
+    run = simulated(link, steps=600, gradients=TINY, compute=0.02, noise=0.1, seed=seed)
+    assert 3 in run.arms[20:60]
+    assert run.arms[-1] == 0
+
+
 @pytest.mark.parametrize("noise", [0.02, 0.1, 0.2])
 def test_noise_alone_costs_little(noise: float) -> None:
     """All arms take as long: of 20 runs, few change at all, and none often."""

@@ -258,7 +258,7 @@ def test_launching_where_that_is_not_possible(
 
 @pytest.mark.parametrize("ranks", ["0", "-1", "two"])
 def test_no_ranks(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for benchmark in ("step", "allreduce", "memory", "calibrate"):
+    for benchmark in ("step", "auto", "allreduce", "memory", "calibrate"):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["bench", benchmark, "--ranks", ranks])
         said = capsys.readouterr().err

@@ -117,3 +117,16 @@ def test_a_new_codec() -> None:
     job = run([*mpirun(2), sys.executable, str(script), "--ranks"], limit=200)
     assert job.returncode == 0, job.stdout[-5000:]
     assert "the same on 2 ranks" in job.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_demo(tmp_path: Path) -> None:
+    """In shared memory; it checks accuracies, bytes and replicas itself."""
+    plot = tmp_path / "demo.png"
+    small = ["--rate", "memory", "--width", "128", "--epochs", "8", "--plot", str(plot)]
+    job = run([sys.executable, str(EXAMPLES / "demo.py"), *small], limit=500)
+    assert job.returncode == 0, job.stdout[-5000:]
+    for said in ('bits="auto"', "share one machine's memory", "ms of computing", "OK: accuracy"):
+        assert said in job.stdout
+    assert plot.read_bytes().startswith(b"\x89PNG")

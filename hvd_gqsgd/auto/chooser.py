@@ -7,8 +7,9 @@ integers: ranks that have seen the same steps take the same setting in the same 
 - Arms that are predicted to be faster are tried, the fastest first, for a few steps each. An arm is
   kept if its median beats the best one by more than the noise of the steps and ``MARGIN``. A trial
   that is too close to call is prolonged, at most to the last of ``TRIALS``.
-- After that, windows of steps are compared with the base. A difference beyond the noise says that
-  the link or the model's step has changed: then all arms are predicted and tried anew.
+- After that, windows of steps are compared with the base, and the base with its first value. A
+  difference beyond the noise says that the link or the model's step has changed: then all arms are
+  predicted and tried anew.
 - At growing intervals an arm that was close is tried again, or the uncompressed one, whatever was
   measured before, if the budget lasts: the time that trials lose is limited to a hundredth of the
   run's, with an advance of ``ADVANCE`` steps.
@@ -45,6 +46,9 @@ MARGIN = 32
 CHANGE = 7
 """A window that differs from the base by one part in so many shows a change, unless the noise is
 larger."""
+DRIFT = 2
+"""A base that differs from its first value by one part in ``CHANGE``, and by more than this many
+times the noise of a step, shows a slow change."""
 ADVANCE = 2
 """Steps that trials may lose before a hundredth of the run is as long."""
 RETRY = 25
@@ -103,6 +107,11 @@ class Chooser:
         self._wait = self._retry_at = 0
         self._window: list[Seen] = []
         self._skip = WARM
+
+    @property
+    def best(self) -> int:
+        """The arm that was measured to be the fastest."""
+        return self._best
 
     @property
     def settled(self) -> bool:
@@ -184,6 +193,7 @@ class Chooser:
         """Compares a window of the best arm with the base."""
         now, spread = _median(self._window), _spread(self._window)
         self._window.clear()
+        then = self._known[self._best].busy
         first = not self._base.busy
         off = abs(now.busy - self._base.busy)
         changed = not first and off > max(self._base.busy // CHANGE, SURE * self._noise)
@@ -193,25 +203,35 @@ class Chooser:
                 self._noise = min(max(spread, now.busy // 32), now.busy // 4)
             else:
                 self._noise = self._noise * now.busy // self._base.busy
-            self.forget()
-            self._base, self._wait = now, RETRY * now.period
+            self._base = now
         else:
             self._base = Seen(
                 *((3 * old + new) // 4 for old, new in zip(self._base, now, strict=True))
             )
             self._noise = (3 * self._noise + min(spread, 2 * self._noise)) // 4 + 1
-        self._known[self._best] = self._base
+            changed = abs(self._base.busy - then) > max(then // CHANGE, DRIFT * self._noise)
+        if first or changed:
+            self._known = [UNKNOWN] * self._arms
+            self._known[self._best] = self._base
+            self._wait = RETRY * now.period
         if not (first or changed) and self._elapsed < self._retry_at:
             return
         self._retry_at = self._elapsed + self._wait
         self._wait += self._wait // 2
         left = self._elapsed // 100 + ADVANCE * now.period - self._spent
+        if changed:
+            # A change in the middle of a trial is no loss by the trial. Where a link has become
+            # faster, trials may lose the difference of one step.
+            left = max(left, ADVANCE * now.period) + max(then - self._base.busy, 0)
+            self._spent = min(self._spent, self._elapsed // 100)
         times = self._times()
         others = sorted(self._allowed - {self._best}, key=times.__getitem__)
+        loss = max(left, 0) // (WARM + TRIALS[0] + LAG)
         if first or changed:
             self._queue = [arm for arm in others if times[arm] < self._base.busy]
+            if not self._queue and self._best and times[0] < self._base.busy + loss:
+                self._queue = [0]
         else:
-            loss = max(left, 0) // (WARM + TRIALS[0] + LAG)
             close = min(loss, self._base.busy // CLOSE)
             again = [
                 arm for arm in others if times[arm] < self._base.busy + (close if arm else loss)

@@ -114,6 +114,22 @@ class Conductor:
         return self.arm
 
     @property
+    def chosen(self) -> str:
+        """The setting that was measured to be the fastest; another one may be tried."""
+        return self.arm.name if self._chooser is None else NAMES[self._chooser.best]
+
+    @property
+    def settled(self) -> bool:
+        """Whether no setting is being tried, or measured for the first time."""
+        if self._chooser is None:
+            return False
+        return self._ranks == 1 or self._pinned is not None or self._chooser.settled
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves a pause since the last mean out of the time from step to step."""
+        self._watch.leave_out(seconds)
+
+    @property
     def coming(self) -> int:
         """The number of the next step."""
         return self.step

@@ -25,7 +25,7 @@ class Stopwatch:
 
     def _reset(self, now: float) -> None:
         self._last_in = self._last_out = self._entered = now
-        self._inside = 0.0
+        self._inside = self._left_out = 0.0
 
     def forget(self) -> None:
         """Makes the next step the first one."""
@@ -47,7 +47,7 @@ class Stopwatch:
             seconds = (
                 max(self._last_out, self._last_in) - began,
                 self._inside + after,
-                now - began,
+                now - began - self._left_out,
             )
             times = (_micros(seconds[0]), _micros(seconds[1]), _micros(seconds[2]))
         self._reset(now)
@@ -61,6 +61,10 @@ class Stopwatch:
         """The front end gives control back to the backward pass."""
         self._last_in = self._clock()
         self._inside += self._last_in - self._entered
+
+    def leave_out(self, seconds: float) -> None:
+        """Leaves a pause since the last mean out of the time from step to step."""
+        self._left_out += seconds
 
     def result(self) -> None:
         """A mean is ready."""

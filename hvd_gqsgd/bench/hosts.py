@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -19,7 +20,15 @@ from hvd_gqsgd.tools.launch import (
     run_job,
 )
 
-__all__ = ["HOSTS", "INTERFACE", "add_arguments", "is_rank", "launch", "relaunch"]
+__all__ = [
+    "HOSTS",
+    "INTERFACE",
+    "add_arguments",
+    "emulated_hosts",
+    "is_rank",
+    "launch",
+    "relaunch",
+]
 
 HOSTS = Path(__file__).with_name("hosts.sh")
 """The script that emulates hosts."""
@@ -92,10 +101,11 @@ def launch(
               file=sys.stderr)  # fmt: skip
         rate = None
     command = [sys.executable, "-m", module, *arguments]
-    if rate is not None:
-        return _launch_on_hosts(command, hosts or ranks, ranks, rate, output)
     bound = fits(ranks)
     try:
+        if rate is not None:
+            with emulated_hosts(hosts or ranks, rate, ranks) as run:
+                return _status(run(command, output=output))
         job = [*launch_command("mpi", ranks, bound=bound), *command]
     except LaunchError as error:
         print(f"hvd-gqsgd: {error}", file=sys.stderr)
@@ -108,18 +118,38 @@ def relaunch(module: str, arguments: Sequence[str], options: argparse.Namespace)
     return launch(module, arguments, options.ranks, options.rate, hosts=options.hosts)
 
 
-def _launch_on_hosts(
-    command: Sequence[str], hosts: int, ranks: int, rate: str, output: IO[bytes] | None
-) -> int:
+@contextlib.contextmanager
+def emulated_hosts(
+    hosts: int, rate: str, ranks: int, launcher: str = "mpi"
+) -> Iterator[Callable[..., int | None]]:
+    """Emulates hosts while a block runs; needs root.
+
+    Args:
+        hosts: number of hosts.
+        rate: limit of their links, as of ``hosts.sh``.
+        ranks: number of ranks, which ``hosts`` divides.
+        launcher: "mpi" or "gloo".
+
+    Returns:
+        A function that runs the command of a rank on all ranks to the end. It takes the command and
+        the keywords ``timeout`` and ``output`` of ``run_job``, and has its result.
+
+    Raises:
+        LaunchError: the hosts could not be made.
+    """
     env = launch_environment() | {INTERFACE: "eth0", SLOTS: str(ranks // hosts)}
-    up = subprocess.run([HOSTS, "up", str(hosts), rate], env=env, check=False)
+    up = subprocess.run(
+        [HOSTS, "up", str(hosts), rate], env=env, check=False, stderr=subprocess.PIPE, text=True
+    )
     if up.returncode != 0:
-        return up.returncode
-    passed = ["HOROVOD_HIERARCHICAL_ALLREDUCE"] if "HOROVOD_HIERARCHICAL_ALLREDUCE" in env else []
-    exports = [f for name in (INTERFACE, "OMP_NUM_THREADS", *passed) for f in ("-x", name)]
-    job = [str(HOSTS), "mpirun", *exports, *command]
+        raise LaunchError(f"no hosts could be emulated: {up.stderr.strip()}")
+    job = [str(HOSTS), "gloo"]
+    if launcher == "mpi":
+        passed = [n for n in ("HOROVOD_HIERARCHICAL_ALLREDUCE",) if n in env]
+        exports = [f for name in (INTERFACE, "OMP_NUM_THREADS", *passed) for f in ("-x", name)]
+        job = [str(HOSTS), "mpirun", *exports]
     try:
-        return _status(run_job(job, env, output=output))
+        yield lambda command, **given: run_job([*job, *command], env, **given)
     finally:
         subprocess.run([HOSTS, "down"], env=env, check=False)
 

@@ -8,6 +8,8 @@ from hvd_gqsgd.codecs.block_bits import BlockBits
 
 __all__ = [
     "ARMS",
+    "AUTO",
+    "AUTO_DDP",
     "DDP_ARMS",
     "FLAT",
     "FP16",
@@ -16,6 +18,7 @@ __all__ = [
     "FSDP_BF16",
     "FSDP_FP32",
     "FSDP_OURS",
+    "OF_AUTO",
     "OPERATORS",
     "OURS",
 ]
@@ -41,8 +44,11 @@ FLAT = {
     "GlobalQSGD 4 bits flat": {"bits": 4, "hierarchy": "flat"},
 }
 """Options of arms that are flat on nodes of several ranks, where those above go by node."""
-OURS |= FLAT
-DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits")
+AUTO, AUTO_DDP = "GlobalQSGD auto", "DDP GlobalQSGD auto"
+OURS |= FLAT | {"GlobalQSGD 16 bits": {"bits": 16}, AUTO: {"bits": "auto"}}
+OF_AUTO = (FP32, "GlobalQSGD 16 bits", "GlobalQSGD 8 bits", "GlobalQSGD 4 bits per block")
+"""The arms that ``bits="auto"`` chooses among."""
+DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits", AUTO_DDP)
 
 FSDP_FP32, FSDP_BF16 = "FSDP2 fp32", "FSDP2 bf16 gradients"
 FSDP_OURS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from hvd_gqsgd import GlobalQSGD, ddp_hook
+from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.bench.gradients import shapes_of
-from hvd_gqsgd.bench.operators import DDP_ARMS, FP16, FSDP_ARMS, OURS
+from hvd_gqsgd.bench.operators import AUTO_DDP, DDP_ARMS, FP16, FSDP_ARMS, OURS
 from hvd_gqsgd.bench.rounds import MOST_LOAD, interleaved, progress_bar
 
 if TYPE_CHECKING:
@@ -36,6 +37,9 @@ _T = TypeVar("_T")
 
 COMPUTE = "compute"
 """A step without any exchange."""
+
+MOST_STEPS = 100
+"""Steps that ``bits="auto"`` may take to choose a setting before it is timed."""
 
 
 def run(
@@ -109,6 +113,8 @@ def measure(
         try:
             arm = _together(partial(make_arm, name, model))
             _together(arm.step)
+            if isinstance(arm, Arm):
+                _together(partial(arm.settle, exchange_alone))
             made[name] = arm
         except Exception as error:  # reported as the result of this arm
             errors[name] = f"{type(error).__name__}: {error}"
@@ -257,6 +263,23 @@ class Arm:
         for parameter, handle, context in handles:
             parameter.grad = self.compression.decompress(hvd.synchronize(handle), context)
 
+    @property
+    def conductor(self) -> Conductor | None:
+        """Chooses the setting of an arm with ``bits="auto"``."""
+        steps = getattr(self.compression, "_steps", None)
+        return steps if isinstance(steps, Conductor) else None
+
+    def settle(self, exchange_alone: bool) -> None:
+        """Trains until ``bits="auto"`` has chosen a setting."""
+        for _ in range(MOST_STEPS):
+            if self.conductor is None or self.conductor.settled:
+                return
+            self.get_ready(exchange_alone)
+            if exchange_alone:
+                self.exchange()
+            else:
+                self.step()
+
     def get_ready(self, exchange_alone: bool) -> None:
         """Prepares the next call: sets the gradients, if the exchange alone is timed."""
         if exchange_alone:
@@ -325,8 +348,8 @@ def _make_ddp(name: str, network: nn.Module, optimizer: torch.optim.Optimizer) -
         )  # fmt: skip
         ddp.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
         size = math.nan
-    elif name == "DDP GlobalQSGD 8 bits":
-        compressor = GlobalQSGD(bits=8)
+    elif name in ("DDP GlobalQSGD 8 bits", AUTO_DDP):
+        compressor = GlobalQSGD(bits="auto" if name == AUTO_DDP else 8)
         ddp.register_comm_hook(compressor.ddp_state(), ddp_hook)
     return Arm(name, ddp, [], optimizer, compressor, size)
 

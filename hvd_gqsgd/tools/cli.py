@@ -18,6 +18,7 @@ COMMANDS = {
     "doctor": ("hvd_gqsgd.tools.doctor", "check what is built and in use, and test 2 ranks"),
     "model": ("hvd_gqsgd.bench.predict", "predict a training step, and the setting that pays"),
     "bench step": ("hvd_gqsgd.bench.step", "time training steps, with Horovod and with DDP"),
+    "bench auto": ("hvd_gqsgd.bench.auto", 'train with bits="auto" beside its settings, fixed'),
     "bench allreduce": ("hvd_gqsgd.bench.allreduce", "time allreduces of all sizes"),
     "bench memory": ("hvd_gqsgd.bench.memory", "measure the peak memory of training steps"),
     "bench mpi": ("hvd_gqsgd.bench.mpi", "time the allreduce over MPI alone; under mpirun"),

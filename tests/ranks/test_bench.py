@@ -8,10 +8,22 @@ import os
 
 import horovod.torch as hvd
 import pytest
+import torch
 from conftest import process_group
 
-from hvd_gqsgd.bench import allreduce, gradients, step, training
-from hvd_gqsgd.bench.operators import ARMS, FLAT, FP16, FP32, FSDP_ARMS, OURS
+from hvd_gqsgd.bench import allreduce, auto, gradients, step, training
+from hvd_gqsgd.bench.operators import (
+    ARMS,
+    AUTO,
+    AUTO_DDP,
+    FLAT,
+    FP16,
+    FP32,
+    FSDP_ARMS,
+    OF_AUTO,
+    OURS,
+)
+from hvd_gqsgd.plan import SETTING_NAMES
 
 pytestmark = pytest.mark.few
 
@@ -86,6 +98,41 @@ def test_the_exchange_alone(rank, capsys):
     assert not result["compute_ms"]
     assert set(result["arms"]) == {FP32, FP16, *OURS} - set(FLAT)
     assert not any("error" in arm for arm in result["arms"].values())
+
+
+def test_auto_beside_its_settings(rank, capsys):
+    """As its command prints it."""
+    for form in ([], ["--json"]):
+        auto.main(["--model", "tiny", "--steps", "12", *form])
+        printed = capsys.readouterr().out
+        if rank:
+            assert not printed
+        elif form:
+            result = json.loads(printed)
+            assert (result["steps"], result["parameters"]) == (12, 9010)
+            assert [*result["arms"]] == [*OF_AUTO, AUTO]
+            assert all(len(arm["rounds_ms"]) == 12 for arm in result["arms"].values())
+            assert result["plan"][0] == [0, "fp32"]
+            assert len(result["rates"]) == 1
+        else:
+            assert "12 steps of each arm" in printed
+            assert "plan: 0: fp32" in printed
+
+
+def test_auto_settles_before_it_is_timed(rank, several, monkeypatch):
+    """In as many steps on all ranks."""
+    process_group()
+    for name in (AUTO, AUTO_DDP):
+        arm = training.make_arm(name, "tiny")
+        assert not arm.conductor.settled
+        arm.settle(exchange_alone=False)
+        taken = arm.conductor.step
+        assert arm.conductor.settled or taken == training.MOST_STEPS
+        assert arm.conductor.chosen in SETTING_NAMES
+        assert len(set(hvd.allgather(torch.tensor([taken])).tolist())) == 1
+        arm.settle(exchange_alone=False)
+        assert arm.conductor.step == taken
+    assert training.make_arm(FP32, "tiny").conductor is None
 
 
 def test_allreduces(rank, several, capsys, tmp_path):
