@@ -127,7 +127,8 @@ class Run:
             counts = self._counts()
             self._writer.add_scalar("loss", loss.item(), step)
             self._writer.add_scalar("learning rate", self._schedule.get_last_lr()[0], step)
-            self._writer.add_scalar("bits", self.compression.stats().bits, step)
+            stats = self.compression.stats()
+            self._writer.add_scalar("bits", 32 if stats.setting == "fp32" else stats.bits, step)
             self._writer.add_scalar("bytes on the wire", counts["bytes_on_wire"], step)
 
     def count_sparse(self, parameters: Sequence[Tensor]) -> None:

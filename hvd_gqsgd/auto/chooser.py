@@ -224,21 +224,30 @@ class Chooser:
             # faster, trials may lose the difference of one step.
             left = max(left, ADVANCE * now.period) + max(then - self._base.busy, 0)
             self._spent = min(self._spent, self._elapsed // 100)
-        times = self._times()
-        others = sorted(self._allowed - {self._best}, key=times.__getitem__)
         loss = max(left, 0) // (WARM + TRIALS[0] + LAG)
-        if first or changed:
-            self._queue = [arm for arm in others if times[arm] < self._base.busy]
-            if not self._queue and self._best and times[0] < self._base.busy + loss:
-                self._queue = [0]
-        else:
-            close = min(loss, self._base.busy // CLOSE)
-            again = [
-                arm for arm in others if times[arm] < self._base.busy + (close if arm else loss)
-            ]
-            self._queue = sorted(again, key=self._tried.__getitem__)[:1]
+        self._queue = self._unknown(loss) if first or changed else self._again(loss)
         if self._queue:
             self._take(self._queue[0])
+
+    def _unknown(self, loss: int) -> list[int]:
+        """The arms to try after a change: those that are predicted to be faster, or else the
+        uncompressed one, if a step with it loses no more than ``loss``."""
+        times = self._times()
+        others = sorted(self._allowed - {self._best}, key=times.__getitem__)
+        faster = [arm for arm in others if times[arm] < self._base.busy]
+        affordable = self._best != 0 and times[0] < self._base.busy + loss
+        return faster or [0] * affordable
+
+    def _again(self, loss: int) -> list[int]:
+        """The arm to try again: of those that are close, and the uncompressed one, the one that was
+        tried longest ago, if a step with it loses no more than ``loss``."""
+        times, close = self._times(), min(loss, self._base.busy // CLOSE)
+        again = [
+            arm
+            for arm in self._allowed - {self._best}
+            if times[arm] < self._base.busy + (close if arm else loss)
+        ]
+        return sorted(again, key=lambda arm: (self._tried[arm], times[arm], arm))[:1]
 
     def _times(self) -> list[int]:
         """``busy`` of all arms: measured since the last change, or else the least that a measured
