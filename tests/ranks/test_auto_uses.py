@@ -62,7 +62,7 @@ def test_fsdp_models_of_one_compressor(rank, several, take):  # noqa: F811
 
 
 @pytest.mark.parametrize("resumed", [False, True])
-def test_a_rank_without_batches_in_the_first_epoch(rank, size, several, take, resumed):  # noqa: F811
+def test_join_before_the_first_batch(rank, size, several, take, resumed):  # noqa: F811
     """All steps are uncompressed until this rank has taken part in one."""
     if size > 6:
         pytest.skip("Horovod 0.28.1 aborts: new messages after lower ranks have left")
