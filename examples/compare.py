@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.tools.cost_model import FP16, FP32, PRESETS, Gradients, Setting, exchange_seconds
+from hvd_gqsgd.tools.cost_model import PRESETS, Gradients, exchange_seconds
 from hvd_gqsgd.tools.launch import LAUNCHERS, LaunchError, run_ranks
+from hvd_gqsgd.tools.settings import FP16, FP32, Setting
 
 HERE = Path(__file__).parent
 TIMEOUT = 600  # seconds a run; on an idle machine it takes less than one minute

@@ -30,7 +30,7 @@ from rich.table import Table
 from hvd_gqsgd.bench.figure import STYLES, draw, figure_file, new_figure, save
 from hvd_gqsgd.bench.hosts import emulated_hosts
 from hvd_gqsgd.bench.prediction import predict
-from hvd_gqsgd.tools.cost_model import BLOCKS_4, FP32, LINEAR_8, PRESETS, Gradients
+from hvd_gqsgd.tools.cost_model import PRESETS, Gradients
 from hvd_gqsgd.tools.launch import (
     LAUNCHERS,
     LaunchError,
@@ -39,6 +39,7 @@ from hvd_gqsgd.tools.launch import (
     launch_environment,
     run_job,
 )
+from hvd_gqsgd.tools.settings import BLOCKS_4, FP32, LINEAR_8
 
 SCRIPT = Path(__file__).with_name("digits_cnn.py")
 TIMEOUT = 600  # seconds a run; on an idle machine it takes some ten to fifty

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hvd_gqsgd import BlockBits, simulate
 from hvd_gqsgd.tools.accuracy import relative_error, relative_variance, squared_error
-from hvd_gqsgd.tools.cost_model import (
+from hvd_gqsgd.tools.settings import (
     BLOCKS_4,
     EXPONENTIAL_8,
     FP16,

@@ -13,15 +13,8 @@ import pytest
 
 from hvd_gqsgd.auto.chooser import ADVANCE, Chooser, Seen
 from hvd_gqsgd.auto.prediction import predict
-from hvd_gqsgd.tools.cost_model import (
-    BLOCKS_4,
-    FP32,
-    LINEAR_8,
-    PRESETS,
-    Gradients,
-    Setting,
-    step_seconds,
-)
+from hvd_gqsgd.tools.cost_model import PRESETS, Gradients, step_seconds
+from hvd_gqsgd.tools.settings import BLOCKS_4, FP32, LINEAR_8, Setting
 
 SETTINGS = (FP32, Setting("16 bits", 16), LINEAR_8, BLOCKS_4)
 RESNET = Gradients(25_557_032, 161, 60_000, 100)

@@ -22,8 +22,10 @@ from hvd_gqsgd.options import Options
 from hvd_gqsgd.tools import advice, node_model
 from hvd_gqsgd.tools import cost_model as model
 from hvd_gqsgd.tools import sharded_model as sharded
-from hvd_gqsgd.tools.cost_model import FP32, PRESETS, SETTINGS, Machine
+from hvd_gqsgd.tools.accuracy import squared_error
+from hvd_gqsgd.tools.cost_model import PRESETS, Machine
 from hvd_gqsgd.tools.node_model import Cluster
+from hvd_gqsgd.tools.settings import FP32, LINEAR_8, SETTINGS, Setting, possible
 
 LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9)
 
@@ -58,8 +60,8 @@ def test_shapes(name: str, tensors: int, parameters: int) -> None:
     assert 0 < gradients.small_elements < parameters / (10 if name == "resnet20" else 100)
 
 
-@pytest.mark.parametrize("setting", [FP32, model.LINEAR_8])
-def test_computing_that_holds_up_what_travels(setting: model.Setting) -> None:
+@pytest.mark.parametrize("setting", [FP32, LINEAR_8])
+def test_computing_that_holds_up_what_travels(setting: Setting) -> None:
     """With no core to spare a step takes longer, by at most all that is computed."""
     gradients, compute = Network.of_model("resnet50").gradients, (0.02, 0.04)
     spare, none = (
@@ -159,7 +161,7 @@ def test_break_even() -> None:
     """Below it quantization is recommended, and above it is not."""
     gradients = Network.of_model("resnet50").gradients
 
-    def steps_on(machine: Machine) -> dict[model.Setting, float]:
+    def steps_on(machine: Machine) -> dict[Setting, float]:
         return model.steps_of(gradients, 8, machine, 0.03, 0.07)
 
     machine = PRESETS["10gbe"]
@@ -182,7 +184,7 @@ def test_recommends_no_less_accurate_setting_that_is_as_fast(preset: str, ranks:
     ms = {name: step["ms"] for name, step in result["steps"].items()}
     for setting in SETTINGS[1:]:
         if ms.get(setting.name, math.inf) <= ms[chosen.name]:
-            errors = [model.squared_error(each, ranks) for each in (chosen, setting)]
+            errors = [squared_error(each, ranks) for each in (chosen, setting)]
             assert errors[0] <= errors[1]
 
 
@@ -200,7 +202,7 @@ def test_an_arm_that_took_two_phases() -> None:
 def test_narrow_lanes() -> None:
     """8 bits in an Allreduce are for as many ranks as exchange='auto' gives them."""
     eight = next(setting for setting in SETTINGS if setting.name == "8 bits")
-    assert model.possible(eight, 4) and not model.possible(eight, 5)
+    assert possible(eight, 4) and not possible(eight, 5)
     assert Options().exchange_for(4) == "allreduce" and Options().exchange_for(5) == "two_phase"
     with pytest.raises(ValueError, match="8 bits is too narrow for 200 ranks"):
         model.exchange_seconds(eight, Network.of_model("dlrm").gradients, 200, LINK)

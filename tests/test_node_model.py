@@ -14,18 +14,17 @@ from hvd_gqsgd.bench.networks import Network
 from hvd_gqsgd.bench.prediction import predict_sharded
 from hvd_gqsgd.nodes import nodes_of_sizes
 from hvd_gqsgd.tools import advice, cost_model, node_model
-from hvd_gqsgd.tools.cost_model import (
+from hvd_gqsgd.tools.cost_model import PRESETS, Gradients, Machine
+from hvd_gqsgd.tools.node_model import Cluster
+from hvd_gqsgd.tools.settings import (
     FP32,
     LINEAR_4,
     LINEAR_8,
-    PRESETS,
     SETTINGS,
     TWO_PHASE_8,
-    Gradients,
-    Machine,
     Setting,
+    possible,
 )
-from hvd_gqsgd.tools.node_model import Cluster
 
 RESNET = Network.of_model("resnet50").gradients
 LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9, inside=1e9)
@@ -40,7 +39,7 @@ def test_one_rank_a_node(ranks: int, preset: str, by_node: bool) -> None:
     """It is the model of ranks, whichever way the options say."""
     machine, cluster = PRESETS[preset], Cluster(ranks, 1)
     for setting in SETTINGS:
-        if not cost_model.possible(setting, ranks):
+        if not possible(setting, ranks):
             continue
         found = node_model.exchange_seconds(setting, RESNET, cluster, machine, by_node)
         expected = cost_model.exchange_seconds(setting, RESNET, ranks, machine)

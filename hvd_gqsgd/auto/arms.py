@@ -9,16 +9,13 @@ from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.schedules import budget_of
 from hvd_gqsgd.options import BLOCK_SIZE, Options
 from hvd_gqsgd.plan import SETTING_NAMES
-from hvd_gqsgd.tools.cost_model import FP32, Setting, relative_variance
+from hvd_gqsgd.tools.accuracy import relative_variance
+from hvd_gqsgd.tools.settings import BLOCKS_4, FP32, Setting
 
 __all__ = ["Arm", "arms_of", "widest"]
 
 # float16 is none of them: it rounds to nearest, and overflows. 16 bits have its bytes, and neither.
 BITS: dict[str, int | BlockBits] = dict(zip(SETTING_NAMES[1:], (16, 8, BlockBits(4)), strict=True))
-
-GAIN = 15
-"""Squared error of 4 bits in all blocks of 1024 to that of ``BlockBits(4)``; see ``BLOCKS_4`` of
-the cost model."""
 
 
 class Arm(NamedTuple):
@@ -89,6 +86,6 @@ def _setting(name: str, options: Options, ranks: int) -> Setting:
         budget_of(options.bits),
         two_phase=options.exchange_for(ranks) == "two_phase",
         block_size=options.block_size or BLOCK_SIZE,
-        gain=GAIN if isinstance(options.bits, BlockBits) else 1,
+        gain=BLOCKS_4.gain if isinstance(options.bits, BlockBits) else 1,
         dither=options.dither,
     )

@@ -6,13 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hvd_gqsgd.tools.cost_model import (
-    PRESETS,
-    Gradients,
-    Machine,
-    Setting,
-    step_seconds,
-)
+from hvd_gqsgd.tools.cost_model import PRESETS, Gradients, Machine, step_seconds
+from hvd_gqsgd.tools.settings import Setting
 
 __all__ = ["predict"]
 

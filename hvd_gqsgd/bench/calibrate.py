@@ -13,8 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from hvd_gqsgd.bench.hosts import add_arguments, is_rank, relaunch
-from hvd_gqsgd.tools.cost_model import FP32, TWO_PHASE_8, Machine
+from hvd_gqsgd.tools.cost_model import Machine
 from hvd_gqsgd.tools.node_model import Cluster, link_bytes
+from hvd_gqsgd.tools.settings import FP32, TWO_PHASE_8
 
 __all__ = ["main", "measure"]
 

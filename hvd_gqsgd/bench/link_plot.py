@@ -11,19 +11,8 @@ from typing import TYPE_CHECKING
 from hvd_gqsgd.bench.figure import STYLES, draw, log_ticks, new_figure, save
 from hvd_gqsgd.bench.networks import Network
 from hvd_gqsgd.tools.advice import break_even, recommended
-from hvd_gqsgd.tools.cost_model import (
-    BLOCKS_4,
-    FP16,
-    FP32,
-    LINEAR_8,
-    PRESETS,
-    TWO_PHASE_8,
-    Machine,
-    Setting,
-    allreduce_seconds,
-    possible,
-    steps_of,
-)
+from hvd_gqsgd.tools.cost_model import PRESETS, Machine, allreduce_seconds, steps_of
+from hvd_gqsgd.tools.settings import BLOCKS_4, FP16, FP32, LINEAR_8, TWO_PHASE_8, Setting, possible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,9 @@ from hvd_gqsgd.bench.networks import Network
 from hvd_gqsgd.bench.prediction import passes, predict_sharded
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools import node_model
-from hvd_gqsgd.tools.cost_model import (
+from hvd_gqsgd.tools.cost_model import Machine
+from hvd_gqsgd.tools.node_model import Cluster
+from hvd_gqsgd.tools.settings import (
     BLOCKS_4,
     EXPONENTIAL_8,
     FP16,
@@ -20,10 +22,8 @@ from hvd_gqsgd.tools.cost_model import (
     LINEAR_4,
     LINEAR_8,
     TWO_PHASE_8,
-    Machine,
     possible,
 )
-from hvd_gqsgd.tools.node_model import Cluster
 
 __all__ = ["against", "read_machine", "read_measured", "show_against"]
 

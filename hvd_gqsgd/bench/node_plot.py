@@ -7,8 +7,9 @@ from pathlib import Path
 
 from hvd_gqsgd.bench.figure import STYLES, draw, log_ticks, new_figure, save
 from hvd_gqsgd.bench.networks import Network
-from hvd_gqsgd.tools.cost_model import FP32, TWO_PHASE_8, Machine
+from hvd_gqsgd.tools.cost_model import Machine
 from hvd_gqsgd.tools.node_model import Cluster, step_seconds
+from hvd_gqsgd.tools.settings import FP32, TWO_PHASE_8
 
 __all__ = ["PER_NODE", "plot_nodes"]
 

@@ -21,46 +21,23 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from hvd_gqsgd.tools.accuracy import relative_error, relative_variance, squared_error
 from hvd_gqsgd.tools.settings import (
-    BLOCKS_4,
-    EXPONENTIAL_8,
-    FP16,
-    FP32,
-    LINEAR_4,
-    LINEAR_8,
     SETTINGS,
-    TWO_PHASE_8,
     Setting,
-    levels,
     possible,
 )
 
 __all__ = [
-    "BLOCKS_4",
-    "EXPONENTIAL_8",
-    "FP16",
-    "FP32",
-    "LINEAR_4",
-    "LINEAR_8",
     "PRESETS",
-    "SETTINGS",
-    "TWO_PHASE_8",
     "Gradients",
     "Machine",
     "Parts",
-    "Setting",
     "Stages",
     "allreduce_seconds",
     "buckets_of",
     "exchange_seconds",
     "flat_parts",
-    "levels",
     "parts_of_stages",
-    "possible",
-    "relative_error",
-    "relative_variance",
-    "squared_error",
     "step_of",
     "step_seconds",
     "steps_of",

@@ -32,7 +32,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from hvd_gqsgd.tools import cost_model
-from hvd_gqsgd.tools.cost_model import SETTINGS, Gradients, Machine, Parts, Setting, Stages
+from hvd_gqsgd.tools.cost_model import Gradients, Machine, Parts, Stages
+from hvd_gqsgd.tools.settings import SETTINGS, Setting, possible
 
 __all__ = [
     "Cluster",
@@ -146,7 +147,7 @@ def steps_of(
     return {
         way: step_seconds(way, gradients, cluster, machine, way.by_node, forward, backward)
         for setting in SETTINGS
-        if cost_model.possible(setting, cluster.ranks)
+        if possible(setting, cluster.ranks)
         for way in _ways(setting, cluster)
     }
 
