@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
     from mpi4py import MPI
 
 __all__ = ["horovod_states", "of_horovod", "of_mpi", "of_process_group"]
@@ -34,8 +33,8 @@ def horovod_states(kind: type[T]) -> list[T]:
     return [state for state in _horovod.values() if isinstance(state, kind)]
 
 
-def of_process_group(group: dist.ProcessGroup, key: Hashable, make: Callable[[], T]) -> T:
-    """The state of this key for a process group, made when it is first asked for."""
+def of_process_group(group: object, key: Hashable, make: Callable[[], T]) -> T:
+    """The state of this key for a process group or a channel, made when it is first asked for."""
     return _of(_process_groups.setdefault(group, {}), key, make)
 
 

@@ -55,8 +55,8 @@ class Conductor:
         self._options = options
         self._stats = stats
         self._patience = patience
-        self.step = 0
-        """Number of the coming step."""
+        self.coming = 0
+        """The number of the next step."""
         self._pinned = None if options.plan is None else Plan(options.plan)
         self._check_plan(arms_of(dataclasses.replace(options, error=None), 1), "")
         self._plan = Plan()
@@ -104,13 +104,13 @@ class Conductor:
         assert self._chooser is not None
         name = NAMES[self._chooser.arm]
         if self._pinned is not None:
-            name = self._pinned.at(self.step)
-        self._plan.add(self.step, name)
+            name = self._pinned.at(self.coming)
+        self._plan.add(self.coming, name)
         self.arm = self._arms[name]
         self._taken = NAMES.index(name)
         self._stats.setting = name
         self._stats.steps += self.arm.options is None  # else its exchange counts
-        self.step += 1
+        self.coming += 1
         return self.arm
 
     @property
@@ -130,9 +130,9 @@ class Conductor:
         self._watch.leave_out(seconds)
 
     @property
-    def coming(self) -> int:
-        """The number of the next step."""
-        return self.step
+    def current(self) -> int:
+        """The number of the step that was begun last."""
+        return self.coming - 1
 
     def in_session(self, transport: Transport) -> bool:
         """Whether the latest step was begun in the same session of a transport."""
@@ -164,7 +164,7 @@ class Conductor:
     def state_dict(self) -> dict[str, Any]:
         """The number of the coming step, the measured times, and the plan so far."""
         return {
-            "step": self.step,
+            "step": self.coming,
             "schedule": {"ranks": self._ranks, "words": self._state(), "plan": self._plan.pairs()},
         }
 
@@ -191,13 +191,13 @@ class Conductor:
         Chooser(len(NAMES), _unused).adopt(schedule["words"])
         plan = schedule["plan"]
         self._plan = Plan(check_plan(plan) if plan != [] else ())  # empty before the first step
-        self.step, self._ranks = state["step"], schedule["ranks"]
+        self.coming, self._ranks = state["step"], schedule["ranks"]
         self._words = list(schedule["words"])
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the state, and none of what is in flight."""
-        kept = ("_options", "_stats", "_patience", "step", "_pinned", "_plan", "_ranks", "label")
+        kept = ("_options", "_stats", "_patience", "coming", "_pinned", "_plan", "_ranks", "label")
         return {name: getattr(self, name) for name in kept} | {"_words": self._state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -252,10 +252,10 @@ class Conductor:
         if times is not None and self._on_gpu:  # the host only enqueues the work
             times = (times[2],) * 3
         load = (*self._numel, *self._tensors)
-        words = [1, self.step, self._taken, *(times or (0, 0, 0)), *load]
+        words = [1, self.coming, self._taken, *(times or (0, 0, 0)), *load]
         self._message = self._send(transport, "step", words)
         if not self._met:
-            words = [1, self.step, self._options.digest(), self._known_for, *self._words]
+            words = [1, self.coming, self._options.digest(), self._known_for, *self._words]
             self._state_message = self._send(transport, "state", words)
 
     def _send(self, transport: Transport, name: str, words: list[int]) -> Handle:
@@ -270,7 +270,7 @@ class Conductor:
             waited = time.monotonic() - began
             if waited > self._patience:
                 raise AgreementError(
-                    f"other ranks have not begun step {self.step - 1} of bits='auto' after "
+                    f"other ranks have not begun step {self.current} of bits='auto' after "
                     f"{self._patience:g} s: all ranks must exchange as many gradients, and load "
                     "the same state"
                 )
@@ -293,7 +293,7 @@ class Conductor:
                 f"{self._options.keywords()}"
             )
         self._chooser = self._adopted(words, known_for)
-        self.step = step + 1
+        self.coming = step + 1
 
     def _hear(self, transport: Transport) -> None:
         """Reads the messages of the step before."""
@@ -311,10 +311,10 @@ class Conductor:
                 self._adopt(states)
             return
         furthest = max(here, key=lambda row: row[1])
-        ours = self.step - 1
+        ours = self.current
         if len(here) < len(rows):
             return  # ranks have left: the others keep the arm that these come back with
-        self.step += furthest[1] - ours
+        self.coming += furthest[1] - ours
         if any(row[1:3] != furthest[1:3] for row in here):
             self._chooser.restart()  # ranks have come back
             return
@@ -340,7 +340,7 @@ class Conductor:
             before, after = decision.before, decision.after
             _log.info(
                 "step %d: %s: exchange %s -> %s of a step of %s",
-                self.step, NAMES[decision.arm], _ms(before.held), _ms(after.held),
+                self.coming, NAMES[decision.arm], _ms(before.held), _ms(after.held),
                 _ms(before.period),
             )  # fmt: skip
 

@@ -13,34 +13,24 @@ from torch.futures import Future
 
 from hvd_gqsgd.auto.arms import Arm
 from hvd_gqsgd.auto.conductor import Conductor
-from hvd_gqsgd.engine.agreement import check, find_nodes, refuse
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
-from hvd_gqsgd.frontends.ddp_exchange import BucketExchange, average_plainly
+from hvd_gqsgd.frontends.ddp_exchange import BucketExchange, GroupExchange, average_plainly
 from hvd_gqsgd.options import OF_AUTO, FrontEnd
-from hvd_gqsgd.registry import of_process_group
 from hvd_gqsgd.stats import Stats
-from hvd_gqsgd.transports.process_groups import check_group, host_group
-from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
 __all__ = ["AutoBucketExchange"]
 
 
-class AutoBucketExchange:
-    """The exchanges of all settings, of which each step takes one. All ranks of the process group
-    must make it together.
+class AutoBucketExchange(GroupExchange):
+    """The exchanges of all settings, of which each step takes one.
 
     The connections of a setting are opened when a step first takes it, and left to the next one.
 
     Args:
-        group: the ranks; None for the default group.
-        front_end: checks ``given``.
-        given: the keywords of the user.
+        group, front_end, given: as for ``GroupExchange``.
         stats: counts messages, tensors and steps.
         conductor: chooses the setting; None: a new one.
-
-    Raises:
-        Exception: see ``DDPState``.
     """
 
     def __init__(
@@ -51,31 +41,15 @@ class AutoBucketExchange:
         stats: Stats,
         conductor: Conductor | None,
     ) -> None:
+        super().__init__(group, front_end, given)
         self._given = dict(given)
         self._front_end = front_end
         self._stats = stats
-        self._group = check_group(group)
-        self._host = TorchDistributedTransport(host_group(self._group))
-        # Several models of a compressor, as those of a GAN, begin steps of one session.
-        self._host.session = of_process_group(self._group, "session", object)
-        self._host.nodes = find_nodes(self._host, "hosts")  # as where another rank has a width
-        try:
-            self.options = front_end.options(given)
-        except (TypeError, ValueError):
-            refuse(self._host, "options")
-            raise
-        check(self._host, self.options, "options")
-        self.rank, self.size = self._host.rank, self._host.size
         self.steps = conductor or Conductor(self.options, stats, math.inf)
         self._exchange: BucketExchange | None = None
         self._with = ""  # its setting
         # Of this step; another model may begin the next one before this step ends.
         self._arm, self._step = self.steps.arm, 0
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks."""
-        return self._group
 
     @property
     def described(self) -> str:
@@ -91,7 +65,7 @@ class AutoBucketExchange:
         conductor = self.steps
         if begin:
             self._arm = conductor.begin(self._host)
-            self._step = conductor.step - 1
+            self._step = conductor.current
         why = why_bypassed(buffer, self.options.min_numel)
         if why is None:
             conductor.enter(buffer.numel(), on_gpu=buffer.is_cuda)
@@ -99,7 +73,7 @@ class AutoBucketExchange:
             conductor.count_small(buffer.numel())
         if self._arm.options is None:
             self._stats.bypass(why or "auto", nbytes_of(buffer), lambda: self.rank)
-            future = average_plainly(buffer, self._group)
+            future = average_plainly(buffer, self.group)
         else:
             future = self._of(self._arm).average(buffer, begin)
         if why is None:
@@ -121,7 +95,7 @@ class AutoBucketExchange:
             self.close()
             given = {name: value for name, value in self._given.items() if name not in OF_AUTO}
             self._exchange = BucketExchange(
-                self._group, self._front_end, given | {"bits": options.bits}, self._stats,
+                self.group, self._front_end, given | {"bits": options.bits}, self._stats,
                 Steps(options.width),
             )  # fmt: skip
             self._with = arm.name

@@ -16,7 +16,6 @@ from hvd_gqsgd.frontends.bypass import why_bypassed
 from hvd_gqsgd.frontends.fsdp_groups import Group
 from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.registry import of_process_group
 from hvd_gqsgd.stats import Stats
 
 __all__ = ["AutoGroup"]
@@ -34,9 +33,7 @@ class AutoGroup(Group):
         self, group: dist.ProcessGroup, options: ShardedOptions, stats: Stats,
         conductor: Conductor, plan: BucketPlan | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(group, options, stats, None, plan)
-        # Several models of a compressor begin steps of one session.
-        self.on_host.session = of_process_group(group, "session", object)
+        super().__init__(group, options, stats, Steps(8), plan)  # each setting has steps of its own
         self._conductor = conductor
         # Of this step; another model may begin the next one before this step ends.
         self._arm, self._step = conductor.arm, 0
@@ -50,7 +47,7 @@ class AutoGroup(Group):
         if not self._of_step or of in self._of_step:
             self._of_step.clear()
             self._arm = conductor.begin(self.on_host)
-            self._step = conductor.step - 1
+            self._step = conductor.current
         self._of_step.add(of)
         if why_bypassed(x, self.options.min_numel) is not None:
             conductor.count_small(x.numel())

@@ -60,7 +60,7 @@ class AutoCompressor:
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
-            return widest.compress(tensor)
+            return widest.bypass(tensor), None
         transport = widest.transport
         new_session = not conductor.in_session(transport)
         if new_session:
@@ -72,13 +72,11 @@ class AutoCompressor:
         arm = conductor.arm
         result: tuple[Tensor, Any]
         if arm.options is None and transport.takes(tensor):
-            self._stats.tensors += 1
-            self._stats.bypass("auto", tensor.nbytes, lambda: transport.rank)
-            result = tensor, _Context(None, None)
+            result = widest.bypass(tensor, "auto"), _Context(None, None)
         else:  # Horovod takes no bfloat16, for one
             exchange = widest if arm.options is None else self._of(arm)
-            exchange.steps.resume_at(conductor.step - 1)
-            probe, inner = exchange.compress(tensor)
+            exchange.steps.resume_at(conductor.current)
+            probe, inner = exchange.start(tensor)
             result = probe, _Context(exchange, inner)
         conductor.leave()
         return result

@@ -52,7 +52,7 @@ from hvd_gqsgd.transports.process_groups import (
 )
 from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
-__all__ = ["BucketExchange", "average_plainly"]
+__all__ = ["BucketExchange", "GroupExchange", "average_plainly"]
 
 JOINED_BYTES = 2**22
 """The most that go together: then the bytes take as long as the messages."""
@@ -80,19 +80,50 @@ class _Waiting:
         return self.buffer
 
 
-class BucketExchange:
-    """The connections of a process group, and the buckets in flight. All of its ranks must make it
-    together.
+class GroupExchange:
+    """The ranks of a process group, which have the same options. All of them must make it together.
 
     Args:
         group: the ranks; None for the default group.
         front_end: checks ``given``.
         given: the keywords of the user.
-        stats: counts messages, tensors and steps.
-        steps: the state of the training; None: a new one.
 
     Raises:
         Exception: see ``DDPState``.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, front_end: FrontEnd, given: Mapping[str, Any]
+    ) -> None:
+        checked = check_group(group)
+        self._group = weakref.ref(checked)
+        self._host = TorchDistributedTransport(host_group(checked))
+        self._host.nodes = find_nodes(self._host, "hosts")
+        try:
+            self.options = front_end.options(given)
+            self._try_options(checked)
+        except (TypeError, ValueError):
+            refuse(self._host, "options")
+            raise
+        check(self._host, self.options, "options")  # that all ranks compress the same buckets
+        self.rank, self.size = self._host.rank, self._host.size
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The ranks; None once the process group was destroyed."""
+        return self._group()
+
+    def _try_options(self, group: dist.ProcessGroup) -> None:
+        """Raises a ValueError if the options are not possible here, before ranks compare them."""
+
+
+class BucketExchange(GroupExchange):
+    """The connections of a process group, and the buckets in flight.
+
+    Args:
+        group, front_end, given: as for ``GroupExchange``.
+        stats: counts messages, tensors and steps.
+        steps: the state of the training; None: a new one.
     """
 
     def __init__(
@@ -104,23 +135,11 @@ class BucketExchange:
         steps: Steps | None,
     ) -> None:
         _let_threads_leave()
-        checked = check_group(group)
-        self._group = weakref.ref(checked)
-        host = TorchDistributedTransport(host_group(checked))
-        # Over NCCL just the agreements go over the host, and all else is enqueued in one order.
-        nccl = has_nccl(checked) and native_nccl.built()
-        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
-        host.nodes = find_nodes(host, "hosts")
-        try:
-            self.options = front_end.options(given)
-            messages = Pipeline(self.options, self._on(host), protocol=Ahead).messages
-        except (TypeError, ValueError):
-            refuse(host, "options")
-            raise
-        check(host, self.options, "options")  # that all ranks compress the same buckets
-        self.rank, self.size = host.rank, host.size
-        self._share = 1 / host.size
-        self._channels = take_channels(checked, messages[:1] if nccl else messages)
+        super().__init__(group, front_end, given)
+        self._share = 1 / self.size
+        messages = self._messages[:1] if self._device is not None else self._messages
+        self._channels = take_channels(self.group, messages)
+        host = self._host
         self._transport = self._on(
             TorchDistributedTransport(host.group, self._channels, self._progress, host.nodes)
         )
@@ -141,11 +160,6 @@ class BucketExchange:
         self.described = self._pipeline.describe()
         if self._transport.nccl is not None:
             self._transport.nccl.connect()  # here, where all ranks are
-
-    @property
-    def group(self) -> dist.ProcessGroup | None:
-        """The ranks; None once the process group was destroyed."""
-        return self._group()
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
@@ -203,6 +217,12 @@ class BucketExchange:
         if self.group is not None:
             give_back_channels(self.group, self._channels)
         self._channels = {}
+
+    def _try_options(self, group: dist.ProcessGroup) -> None:
+        # Over NCCL just the agreements go over the host, and all else is enqueued in one order.
+        nccl = has_nccl(group) and native_nccl.built()
+        self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+        self._messages = Pipeline(self.options, self._on(self._host), protocol=Ahead).messages
 
     def _on(self, host: Transport) -> Transport:
         """The transport of the buckets, given that of the agreements."""

@@ -57,7 +57,7 @@ class Group:
         group: the ranks.
         options: of gradients and of weights.
         stats: counts what is exchanged.
-        steps: the state of the training; None: gradients are exchanged elsewhere.
+        steps: the state of the training.
         plan: the buckets of weights: one for each module.
 
     Raises:
@@ -65,8 +65,8 @@ class Group:
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, options: ShardedOptions, stats: Stats,
-        steps: Steps | None, plan: BucketPlan | None = None,
+        self, group: dist.ProcessGroup, options: ShardedOptions, stats: Stats, steps: Steps,
+        plan: BucketPlan | None = None,
     ) -> None:  # fmt: skip
         self._group = weakref.ref(group)
         self.on_host = TorchDistributedTransport(host_group(group))
@@ -75,7 +75,7 @@ class Group:
         self.size = self.on_host.size
         self.options = options
         self.stats = stats
-        self.steps = steps or Steps(8)
+        self.steps = steps
         self._plan = plan
         self._transports: dict[torch.device, Transport] = {}
         self._pipelines: dict[torch.device, Pipeline] = {}

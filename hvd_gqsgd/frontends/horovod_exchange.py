@@ -33,7 +33,7 @@ from hvd_gqsgd.frontends.horovod_probe import (
 from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.registry import of_horovod
-from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.stats import Reason, Stats
 from hvd_gqsgd.transports.host_staging import StagedTransport
 
 try:
@@ -129,11 +129,18 @@ class HorovodExchange:
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, _Context | None]:
         """See ``GlobalQSGD.compress``."""
+        return self.start(tensor) if self.compresses(tensor) else (self.bypass(tensor), None)
+
+    def bypass(self, tensor: Tensor, why: Reason | None = None) -> Tensor:
+        """Counts a gradient that goes uncompressed, and returns it; None: finds out the reason."""
         self._stats.tensors += 1
-        if not self.compresses(tensor):
-            why = why_bypassed(tensor, self.options.min_numel) or "other"
-            self._stats.bypass(why, nbytes_of(tensor), self._known_rank)
-            return tensor, None
+        why = why or why_bypassed(tensor, self.options.min_numel) or "other"
+        self._stats.bypass(why, nbytes_of(tensor), self._known_rank)
+        return tensor
+
+    def start(self, tensor: Tensor) -> tuple[Tensor, _Context]:
+        """Starts the exchange of a gradient that is compressed; see ``GlobalQSGD.compress``."""
+        self._stats.tensors += 1
         check_plain("a gradient for GlobalQSGD", tensor)
         check_device("GlobalQSGD got a tensor", tensor)
         if self._pipeline is None:

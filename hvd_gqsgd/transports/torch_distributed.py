@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hvd_gqsgd.nodes import Nodes, one_node
+from hvd_gqsgd.registry import of_process_group
 from hvd_gqsgd.transports.base import nap, received_from
 from hvd_gqsgd.transports.process_groups import Channel
 
@@ -71,7 +72,7 @@ class TorchDistributedTransport:
         self._group = weakref.ref(group)
         self.rank: int = group.rank()
         self.size: int = group.size()
-        self.session: object = object()
+        self.session = of_process_group(group, "session", object)
         self.nodes = nodes or one_node(self.size)
         self._channels = channels or {}
         self._notify = notify

@@ -21,8 +21,6 @@ from hooked import Given, wrap
 from hvd_gqsgd import AgreementError, GlobalQSGD, simulate
 from hvd_gqsgd.auto.stopwatch import Stopwatch
 
-pytestmark = pytest.mark.flat
-
 TIMES = {"fp32": 100_000, "16 bits": 70_000, "8 bits": 40_000, "4 bits per block": 60_000}
 under_mpi = pytest.mark.skipif(
     "OMPI_COMM_WORLD_SIZE" not in os.environ, reason="the same as under mpirun"

@@ -61,9 +61,6 @@ def test_fsdp_models_of_one_compressor(rank, several, take):  # noqa: F811
     assert compressor.stats().setting == "8 bits"
 
 
-pytestmark = pytest.mark.flat
-
-
 @pytest.mark.parametrize("resumed", [False, True])
 def test_join_before_the_first_batch(rank, size, several, take, resumed):  # noqa: F811
     """All steps are uncompressed until this rank has taken part in one."""
