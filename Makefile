@@ -76,8 +76,8 @@ quick: setup ## run the tests that start no ranks, in less than two minutes
 
 check: lint audit ## lint, and ask PyPI for known vulnerabilities of the pinned versions
 
-# .pre-commit-config.yaml has the same commands.
-lint: $(STAMPS)/requirements $(if $(NVCC),$(STAMPS)/cuda) ## check style, spelling, types, and (with nvcc) that GPU kernels compile
+# .pre-commit-config.yaml has the same commands. mpi4py: without its types, mypy finds other errors.
+lint: $(STAMPS)/requirements $(STAMPS)/mpi $(if $(NVCC),$(STAMPS)/cuda) ## check style, spelling, types, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
