@@ -8,10 +8,13 @@ from typing import Any
 
 from hvd_gqsgd.checks import check_choice, check_int
 
-__all__ = ["SETTING_NAMES", "Plan", "check_plan"]
+__all__ = ["FLAT", "SETTING_NAMES", "WIDTHS", "Plan", "check_plan"]
 
-SETTING_NAMES = ("fp32", "16 bits", "8 bits", "4 bits per block")
-"""The settings that ``bits="auto"`` chooses among, uncompressed first."""
+FLAT = " flat"
+WIDTHS = ("16 bits", "8 bits", "4 bits per block")
+SETTING_NAMES = ("fp32", *WIDTHS, *(width + FLAT for width in WIDTHS))
+"""The settings that ``bits="auto"`` chooses among, uncompressed first. The ``FLAT`` ones take
+``hierarchy="flat"`` where ``"auto"`` would exchange by node."""
 
 
 def check_plan(plan: object) -> tuple[tuple[int, str], ...]:

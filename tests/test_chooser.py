@@ -11,12 +11,17 @@ from typing import NamedTuple
 
 import pytest
 
+from hvd_gqsgd.auto.arms import arms_of, different
 from hvd_gqsgd.auto.chooser import ADVANCE, Chooser, Seen
 from hvd_gqsgd.auto.prediction import predict
-from hvd_gqsgd.tools.cost_model import PRESETS, Gradients, step_seconds
+from hvd_gqsgd.nodes import nodes_of_sizes
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.tools.cost_model import PRESETS, Gradients
+from hvd_gqsgd.tools.node_model import Cluster, step_seconds
 from hvd_gqsgd.tools.settings import BLOCKS_4, FP32, LINEAR_8, Setting
 
 SETTINGS = (FP32, Setting("16 bits", 16), LINEAR_8, BLOCKS_4)
+PAIR = Cluster(2, 1)
 RESNET = Gradients(25_557_032, 161, 60_000, 100)
 TINY = Gradients(120_000, 8, 3000, 5)
 GBIT = 1e9 / 8
@@ -47,14 +52,16 @@ def simulated(
     gradients: Gradients = RESNET,
     compute: float = 0.08,
     allowed: Sequence[int] | None = None,
+    settings: Sequence[Setting] = SETTINGS,
+    cluster: Cluster = PAIR,
 ) -> Run:
-    """Two ranks whose kernels are twice as slow as the rule assumes."""
+    """Ranks whose kernels are twice as slow as the rule assumes."""
     chance = random.Random(seed)
 
     def guess(arm: int, seen: Seen) -> list[int]:
-        return predict(SETTINGS, SETTINGS[arm], seen.busy, seen.held, gradients, 2)
+        return predict(settings, settings[arm], seen.busy, seen.held, gradients, cluster)
 
-    chooser = Chooser(len(SETTINGS), guess, allowed)
+    chooser = Chooser(len(settings), guess, allowed)
     forward, backward = compute / 3, compute * 2 / 3
     arms, seconds, fixed = [], [], []
     travelling: deque[tuple[int, Seen]] = deque()
@@ -66,7 +73,10 @@ def simulated(
         machine = replace(
             PRESETS["10gbe"], beta=link(step), quantize=4e-10, dequantize=4e-10, exposed=0.3
         )
-        times = [step_seconds(each, gradients, 2, machine, forward, backward) for each in SETTINGS]
+        times = [
+            step_seconds(each, gradients, cluster, machine, each.by_node, forward, backward)
+            for each in settings
+        ]
         arm = chooser.arm
         whole = times[arm] * chance.lognormvariate(0, noise)
         busy = max(whole - forward, 1e-6)
@@ -80,7 +90,7 @@ def simulated(
 
 def excess(run: Run, first: int, last: int) -> float:
     """The time beyond that of the best fixed arm, relative."""
-    best = min(sum(times[arm] for times in run.fixed[first:last]) for arm in range(len(SETTINGS)))
+    best = min(map(sum, zip(*run.fixed[first:last], strict=True)))
     return sum(run.seconds[first:last]) / best - 1
 
 
@@ -91,6 +101,21 @@ def test_settles_on_the_fastest(mbit: int, seed: int) -> None:
     assert excess(run, 60, 300) < 0.03
     # Arms differ from the fixed best by less than what the rule can see, or not at all.
     assert run.fixed[-1][run.arms[-1]] < 1.04 * min(run.fixed[-1])
+
+
+@pytest.mark.parametrize(("per_node", "mbit", "by_node"), [(8, 1000, True), (2, 50_000, False)])
+@pytest.mark.parametrize("seed", range(3))
+def test_nodes(per_node: int, mbit: int, by_node: bool, seed: int) -> None:
+    """Two nodes exchange by node over slow links, and flat over fast ones."""
+    nodes = nodes_of_sizes((per_node, per_node), 2 * per_node)
+    arms = different(arms_of(Options(bits="auto"), 2 * per_node, nodes))
+    settings = [arm.setting for arm in arms]
+    run = simulated(
+        lambda _: mbit / 1000 * GBIT, noise=0.02, seed=seed, settings=settings, compute=0.01,
+        cluster=Cluster(2, per_node),
+    )  # fmt: skip
+    assert run.fixed[-1][run.arms[-1]] < 1.04 * min(run.fixed[-1])
+    assert settings[run.arms[-1]].by_node == by_node
 
 
 def test_starts_uncompressed() -> None:
@@ -196,7 +221,7 @@ def test_equal_states_choose_alike() -> None:
     assert all(isinstance(word, int) and 0 <= word < 2**63 for word in words)
 
     def guess(arm: int, seen: Seen) -> list[int]:
-        return predict(SETTINGS, SETTINGS[arm], seen.busy, seen.held, RESNET, 2)
+        return predict(SETTINGS, SETTINGS[arm], seen.busy, seen.held, RESNET, PAIR)
 
     choosers = [Chooser(4, guess) for _ in range(2)]
     chance = random.Random(1)
@@ -209,6 +234,23 @@ def test_equal_states_choose_alike() -> None:
         assert len(arms) == 1
         for chooser in choosers:
             chooser.learn(Seen(time, time // 2, time))
+
+
+def test_an_adopted_state_has_no_times_of_arms_that_are_not_allowed() -> None:
+    """As of a run without ``error=``: their times predict nothing."""
+    words = simulated(lambda _: GBIT / 10).chooser.state()
+    predicted_by = []
+
+    def guess(arm: int, seen: Seen) -> list[int]:
+        predicted_by.append(arm)
+        return [seen.busy] * 4
+
+    chooser = Chooser(4, guess, [0, 2])
+    chooser.adopt(words)
+    for time in 50 * [300_000] + 50 * [900_000]:
+        chooser.learn(Seen(time, time // 2, time))
+    assert 0 in predicted_by
+    assert set(predicted_by) <= {0, 2}
 
 
 def test_states_are_checked() -> None:
@@ -226,8 +268,8 @@ def test_states_are_checked() -> None:
 def test_prediction_finds_the_link(current: int, mbit: int) -> None:
     """Where the exchange is not hidden, times of one arm tell those of all others, to a third."""
     machine = replace(PRESETS["10gbe"], beta=mbit / 1000 * GBIT, operation=5e-4)
-    true = [step_seconds(each, RESNET, 2, machine, 0.0, 0.02) for each in SETTINGS]
+    true = [step_seconds(each, RESNET, PAIR, machine, False, 0.0, 0.02) for each in SETTINGS]
     busy = round(true[current] * 1e6)
-    guessed = predict(SETTINGS, SETTINGS[current], busy, busy - 20_000, RESNET, 2)
+    guessed = predict(SETTINGS, SETTINGS[current], busy, busy - 20_000, RESNET, PAIR)
     for time, guess in zip(true, guessed, strict=True):
         assert guess == pytest.approx(time * 1e6, rel=0.33)

@@ -40,7 +40,7 @@ def test_error_bounds_the_error_of_the_dither() -> None:
         ({"plan": [1]}, TypeError, "plan must be pairs"),
         ({"plan": ""}, TypeError, "plan must be pairs"),
         ({"words": None}, TypeError, "a state must be a list of ints, got None"),
-        ({"words": [9] + 24 * [0]}, ValueError, "the arm of the state must be from 0 to 3, got 9"),
+        ({"words": [9] + 36 * [0]}, ValueError, "the arm of the state must be from 0 to 6, got 9"),
         ({"ranks": -1}, ValueError, "ranks must be from 0"),
         ({"more": 1}, ValueError, "must have the keys step and schedule"),
     ],

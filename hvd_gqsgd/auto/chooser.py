@@ -167,7 +167,10 @@ class Chooser:
         self._base = Seen(busy, held, period)
         self._elapsed, self._spent, self._wait, self._retry_at, *rest = words[5:]
         self._tried, known = rest[: self._arms], rest[self._arms :]
-        self._known = [Seen(*known[at : at + 3]) for at in range(0, len(known), 3)]
+        self._known = [
+            Seen(*known[3 * arm : 3 * arm + 3]) if arm in self._allowed else UNKNOWN
+            for arm in range(self._arms)
+        ]
         if self._best not in self._allowed:
             self._best = 0
             self.forget()

@@ -21,17 +21,19 @@ from typing import Any
 
 import torch
 
-from hvd_gqsgd.auto.arms import Arm, arms_of
+from hvd_gqsgd.auto.arms import Arm, arms_of, different
 from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
 from hvd_gqsgd.auto.prediction import predict
 from hvd_gqsgd.auto.stopwatch import Stopwatch
 from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.plan import SETTING_NAMES as NAMES
 from hvd_gqsgd.plan import Plan, check_plan
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.tools.cost_model import Gradients
+from hvd_gqsgd.tools.node_model import Cluster
 from hvd_gqsgd.transports.base import Handle, Transport
 
 __all__ = ["Conductor"]
@@ -73,6 +75,7 @@ class Conductor:
         self._state_message: Handle | None = None
         self._met = False  # whether all ranks have taken part in a step of the session
         self._arms: dict[str, Arm] = {}
+        self._cluster = Cluster(1, 1)
         self._chooser: Chooser | None = None
         self._taken = 0  # the arm of the step before
         self.arm = Arm("", arms_of(self._options, 1)[0].setting, None)
@@ -213,14 +216,20 @@ class Conductor:
         """Begins a session: other ranks may have a state, and this one may have none."""
         self._words, self._known_for = self._state(), self._ranks
         self._session, self._ranks = transport.session, transport.size
-        arms = arms_of(self._options, self._ranks)
-        self._check_plan(arms, f" on {self._ranks} ranks")
-        self._arms = {arm.name: arm for arm in arms}
+        self._find_arms(transport.nodes)
         self._chooser = self._adopted(self._words, self._known_for)
         self._chooser.begin_uncompressed()
         self._watch.forget()
         self._message = self._state_message = None
         self._met = False
+
+    def _find_arms(self, nodes: Nodes | None) -> None:
+        """The arms among the ranks of the session; None: their nodes are not known yet."""
+        arms = arms_of(self._options, self._ranks, nodes)
+        self._check_plan(arms, f" on {self._ranks} ranks")
+        self._arms = {arm.name: arm for arm in arms}
+        of_node = nodes.shards if nodes is not None and nodes.pays else 1
+        self._cluster = Cluster(self._ranks // of_node, of_node)
 
     def _check_plan(self, arms: Sequence[Arm], where: str) -> None:
         """Checks that a pinned plan has no other settings than those of ``arms``.
@@ -238,7 +247,7 @@ class Conductor:
                 )
 
     def _adopted(self, words: list[int], ranks: int) -> Chooser:
-        allowed = [NAMES.index(name) for name in self._arms]
+        allowed = [NAMES.index(arm.name) for arm in different([*self._arms.values()])]
         chooser = Chooser(len(NAMES), self._predict, allowed)
         chooser.adopt(words)
         if ranks != self._ranks:
@@ -255,7 +264,9 @@ class Conductor:
         words = [1, self.coming, self._taken, *(times or (0, 0, 0)), *load]
         self._message = self._send(transport, "step", words)
         if not self._met:
-            words = [1, self.coming, self._options.digest(), self._known_for, *self._words]
+            words = [
+                1, self.coming, self._options.digest(), host_number(), self._known_for, *self._words
+            ]  # fmt: skip
             self._state_message = self._send(transport, "state", words)
 
     def _send(self, transport: Transport, name: str, words: list[int]) -> Handle:
@@ -278,20 +289,20 @@ class Conductor:
         rows: list[list[int]] = message.wait().view(transport.size, -1).tolist()
         return rows
 
-    def _adopt(self, rows: list[list[int]]) -> None:
-        """Takes over the state of the rank that is furthest.
+    def _adopt(self, rows: list[list[int]], transport: Transport) -> None:
+        """Takes over the state of the rank that is furthest, one row for each rank.
 
         Raises:
             AgreementError: ranks have different options.
         """
-        here = [row for row in rows if row[0]]
-        _, step, digest, known_for, *words = max(here, key=lambda row: row[1])
-        if any(row[2] != digest for row in here):
+        _, step, digest, _, known_for, *words = max(rows, key=lambda row: row[1])
+        if any(row[2] != digest for row in rows):
             self._session = None  # compare again, if the program goes on
             raise AgreementError(
                 "ranks have different options with bits='auto': this one has "
                 f"{self._options.keywords()}"
             )
+        self._find_arms(transport.nodes or nodes_of_hosts(tuple(row[3] for row in rows)))
         self._chooser = self._adopted(words, known_for)
         self.coming = step + 1
 
@@ -308,7 +319,7 @@ class Conductor:
             states = self._received(transport, state)
             self._met = len(here) == len(rows)
             if self._met:
-                self._adopt(states)
+                self._adopt(states, transport)
             return
         furthest = max(here, key=lambda row: row[1])
         ours = self.current
@@ -328,9 +339,9 @@ class Conductor:
     def _predict(self, arm: int, seen: Seen) -> list[int]:
         numel, small_numel, tensors, small = self._load
         gradients = Gradients(numel + small_numel, tensors + small, small_numel, small)
-        settings = [self._arms[name].setting for name in NAMES if name in self._arms]
+        settings = [arm.setting for arm in self._arms.values()]
         current = self._arms[NAMES[arm]].setting
-        times = predict(settings, current, seen.busy, seen.held, gradients, self._ranks)
+        times = predict(settings, current, seen.busy, seen.held, gradients, self._cluster)
         of_name = dict(zip(self._arms, times, strict=True))
         return [of_name.get(name, seen.busy * 1000) for name in NAMES]
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from hvd_gqsgd.tools.cost_model import PRESETS, Gradients, Machine, step_seconds
+from hvd_gqsgd.tools.cost_model import PRESETS, Gradients, Machine
+from hvd_gqsgd.tools.node_model import Cluster, step_seconds
 from hvd_gqsgd.tools.settings import Setting
 
 __all__ = ["predict"]
@@ -22,7 +23,7 @@ def predict(
     busy: int,
     held: int,
     gradients: Gradients,
-    ranks: int,
+    cluster: Cluster,
 ) -> list[int]:
     """Returns the predicted time from the first gradient to the last mean with each setting.
 
@@ -35,13 +36,13 @@ def predict(
         busy: microseconds from the first gradient to the last mean, measured.
         held: microseconds of these that the exchange holds the training up for.
         gradients: the gradients of a step.
-        ranks: number of ranks.
+        cluster: the ranks, each of which has a link of its own where there is one on a node.
     """
     backward = max(busy - held, 0) / 1e6
 
     def at(beta: float, setting: Setting) -> float:
         machine: Machine = replace(MACHINE, beta=beta)
-        return step_seconds(setting, gradients, ranks, machine, 0.0, backward)
+        return step_seconds(setting, gradients, cluster, machine, setting.by_node, 0.0, backward)
 
     low, high = SLOWEST, FASTEST
     while high / low > 1.01:

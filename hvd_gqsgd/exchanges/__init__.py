@@ -17,8 +17,9 @@ from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.one_phase import OnePhaseExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
 from hvd_gqsgd.nodes import Nodes, nodes_of_sizes
+from hvd_gqsgd.options import Options
 
-__all__ = ["EXCHANGES", "Exchange", "Setup", "Terms", "make_exchange"]
+__all__ = ["EXCHANGES", "Exchange", "Setup", "Terms", "by_node_rule", "make_exchange"]
 
 _log = logging.getLogger("hvd_gqsgd")
 
@@ -56,20 +57,24 @@ def _by_node(setup: Setup) -> NodeExchange | None:
     """The exchange by nodes, unless the flat one is asked for, or the better one."""
     options, size = setup.options, setup.transport.size
     hierarchy, nodes = options.hierarchy, setup.transport.nodes
-    kind = options.exchange_for(size)
-    if hierarchy == "flat" or kind not in ("allreduce", "two_phase"):
-        return None
-    if hierarchy == "auto" and not by_node_pays(kind):
+    takes = by_node_rule(options, size)
+    if takes is None:
         return None
     if isinstance(hierarchy, tuple):
         nodes = nodes_of_sizes(hierarchy, size)
-
-    def takes(nodes: Nodes) -> bool:
-        return nodes.pays if hierarchy == "auto" else not nodes.flat
-
     if nodes is not None and not takes(nodes):
         return None
     return NodeExchange(setup, lambda: _flat(setup), nodes, takes)
+
+
+def by_node_rule(options: Options, size: int) -> Callable[[Nodes], bool] | None:
+    """Whether given nodes of ``size`` ranks are exchanged between; None: no nodes are."""
+    kind, hierarchy = options.exchange_for(size), options.hierarchy
+    if hierarchy == "flat" or kind not in ("allreduce", "two_phase"):
+        return None
+    if hierarchy == "auto":
+        return (lambda nodes: nodes.pays) if by_node_pays(kind) else None
+    return lambda nodes: not nodes.flat
 
 
 def by_node_pays(kind: str) -> bool:

@@ -18,8 +18,11 @@ from conftest import process_group
 from helpers import assert_same_on_all_ranks, backward, gradients, mlp
 from hooked import Given, wrap
 
-from hvd_gqsgd import AgreementError, GlobalQSGD, simulate
+from hvd_gqsgd import AgreementError, BlockBits, GlobalQSGD, simulate
+from hvd_gqsgd.auto import conductor
 from hvd_gqsgd.auto.stopwatch import Stopwatch
+from hvd_gqsgd.exchanges import by_node
+from hvd_gqsgd.transports.horovod import HorovodTransport
 
 TIMES = {"fp32": 100_000, "16 bits": 70_000, "8 bits": 40_000, "4 bits per block": 60_000}
 under_mpi = pytest.mark.skipif(
@@ -142,6 +145,27 @@ def test_compressed_steps_are_those_of_the_setting(rank, size, several, take):
         if compressor.stats().setting == "8 bits":
             assert torch.equal(mean, simulate(everyone, step=number))
     assert compressor.stats().setting == "8 bits"
+
+
+@pytest.mark.core
+def test_nodes(rank, size, monkeypatch):
+    """The flat settings of a plan have the bits of a flat exchange."""
+    if size < 4:
+        pytest.skip("needs two nodes of two ranks")
+    monkeypatch.setattr(HorovodTransport, "nodes", None)
+    for module in (conductor, by_node):
+        monkeypatch.setattr(module, "host_number", lambda: 1 + (rank >= size // 2))
+    plan = [[0, "fp32"], [2, "4 bits per block flat"], [4, "4 bits per block"]]
+    compressor = GlobalQSGD(bits="auto", min_numel=0, plan=plan)
+    half = size // 2
+    ways = {"4 bits per block": (half, size - half), "4 bits per block flat": "flat"}
+    for number in range(6):
+        everyone = gradients(size, 5000, seed=number)
+        mean = hvd.allreduce(everyone[rank].clone(), compression=compressor, name="x")
+        if (way := ways.get(compressor.stats().setting)) is not None:
+            bits = BlockBits(4)
+            assert torch.equal(mean, simulate(everyone, step=number, bits=bits, hierarchy=way))
+    assert plan_of(compressor) == plan
 
 
 @pytest.mark.core
