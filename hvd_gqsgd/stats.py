@@ -72,8 +72,8 @@ class Stats:
     bits: int = 0
     """Lane width of the last compressed step; with ``BlockBits``, the budget rounded up."""
     setting: str = ""
-    """The setting of the last step with ``bits="auto"``: "fp32", "16 bits", "8 bits" or "4 bits per
-    block"."""
+    """The setting of the last step with ``bits="auto"``: "fp32", "16 bits", "8 bits", "4 bits per
+    block", or one of these widths with " flat"."""
     decisions: int = 0
     """How often ``bits="auto"`` found another setting to be the fastest."""
 

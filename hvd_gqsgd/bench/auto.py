@@ -19,7 +19,7 @@ from typing import Any
 
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.hosts import HOSTS, INTERFACE, add_arguments, is_rank, relaunch
-from hvd_gqsgd.bench.operators import AUTO, FP32, OF_AUTO
+from hvd_gqsgd.bench.operators import AUTO, FLAT_OF_AUTO, FP32, OF_AUTO
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["main", "show", "summary"]
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.rate = rates[0] if rates else options.rate
         sys.exit(relaunch("hvd_gqsgd.bench.auto", given, options))
     limits: list[str | None] = [*rates] if rates and INTERFACE in os.environ else [options.rate]
-    result = _train(options.model, options.steps, limits, options.most_load)
+    several = options.hosts not in (None, options.ranks)  # on a host
+    result = _train(options.model, options.steps, limits, options.most_load, several)
     if result is None:
         return
     if options.json:
@@ -67,9 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(
-    model: str, steps: int, rates: Sequence[str | None], most_load: float
+    model: str, steps: int, rates: Sequence[str | None], most_load: float, several: bool
 ) -> dict[str, Any] | None:
-    """Trains all arms in turn, and returns ``summary``'s result on rank 0."""
+    """Trains all arms in turn, and returns ``summary``'s result on rank 0.
+
+    Args:
+        model, steps, rates, most_load: as given.
+        several: whether hosts have several ranks.
+    """
     import horovod.torch as hvd
     import torch
 
@@ -79,7 +85,8 @@ def _train(
     hvd.init()
     torch.set_num_threads(1)
     make_arm(FP32, model).step()  # opens Horovod's connections
-    arms = {name: make_arm(name, model) for name in (*OF_AUTO, AUTO)}
+    names = (*OF_AUTO, *(FLAT_OF_AUTO if several else ()), AUTO)
+    arms = {name: make_arm(name, model) for name in names}
     auto = arms[AUTO]
     assert isinstance(auto, Arm)
     assert auto.conductor is not None
@@ -175,7 +182,7 @@ def summary(
             "chosen": chosen[end - 1], "best": None, "auto_takes": None,
         }  # fmt: skip
         if window:
-            row["best"] = min(OF_AUTO, key=lambda arm: total(arm, window))
+            row["best"] = min(seconds.keys() - {AUTO}, key=lambda arm: total(arm, window))
             row["auto_takes"] = total(AUTO, window) / total(row["best"], window)
         of_rates.append(row)
         after |= window

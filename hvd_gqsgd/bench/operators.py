@@ -12,6 +12,7 @@ __all__ = [
     "AUTO_DDP",
     "DDP_ARMS",
     "FLAT",
+    "FLAT_OF_AUTO",
     "FP16",
     "FP32",
     "FSDP_ARMS",
@@ -42,12 +43,16 @@ FLAT = {
         "hierarchy": "flat",
     },
     "GlobalQSGD 4 bits flat": {"bits": 4, "hierarchy": "flat"},
+    "GlobalQSGD 4 bits per block flat": {"bits": BlockBits(4), "hierarchy": "flat"},
+    "GlobalQSGD 16 bits flat": {"bits": 16, "hierarchy": "flat"},
 }
 """Options of arms that are flat on nodes of several ranks, where those above go by node."""
 AUTO, AUTO_DDP = "GlobalQSGD auto", "DDP GlobalQSGD auto"
 OURS |= FLAT | {"GlobalQSGD 16 bits": {"bits": 16}, AUTO: {"bits": "auto"}}
 OF_AUTO = (FP32, "GlobalQSGD 16 bits", "GlobalQSGD 8 bits", "GlobalQSGD 4 bits per block")
-"""The arms that ``bits="auto"`` chooses among."""
+"""The arms that ``bits="auto"`` chooses among, on nodes of one rank."""
+FLAT_OF_AUTO = tuple(f"{name} flat" for name in OF_AUTO[1:])
+"""Those that it has in addition on nodes of several ranks, where those above go by node."""
 DDP_ARMS = ("DDP fp32", "DDP fp16", "DDP PowerSGD rank 4", "DDP GlobalQSGD 8 bits", AUTO_DDP)
 
 FSDP_FP32, FSDP_BF16 = "FSDP2 fp32", "FSDP2 bf16 gradients"
