@@ -11,13 +11,14 @@ import argparse
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import horovod.torch as hvd
 import torch
 from torch import Tensor, nn
 
 from hvd_gqsgd import DynamicBits, GlobalQSGD, simulate
+from hvd_gqsgd.auto.arms import options_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -29,7 +30,7 @@ PAUSE = 0.25  # seconds, a step of two ranks: the third one must find them still
 class Checked(GlobalQSGD):
     """Knows the gradients of all ranks, and so what their mean must be."""
 
-    def __init__(self, bits: DynamicBits) -> None:
+    def __init__(self, bits: DynamicBits | Literal["auto"]) -> None:
         super().__init__(bits)
         # Of the step's first tensor, which `simulate` knows: its context and itself.
         self._first: Any = None
@@ -46,16 +47,27 @@ class Checked(GlobalQSGD):
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         mean = super().decompress(tensor, ctx)
         if ctx is not None and ctx is self._first:
-            bits, step = self.stats().bits, self.state_dict()["step"] - 1
+            step = self.state_dict()["step"] - 1
             gradients = hvd.allgather(self._gradient.view(1, -1), name="gradients")
-            exchange = self.options.exchange_for(hvd.size())  # it follows the budget, not the width
-            expected = simulate(gradients, bits=bits, exchange=exchange, step=step)
-            verdict = "right" if torch.equal(mean.view(-1), expected) else "wrong"
+            name, right = self._judge(mean.view(-1), gradients, step)
             place = f"rank {hvd.rank()} of {hvd.size()}"
-            print(f"{place}: number {step}, {bits} bits, {verdict}", flush=True)
+            verdict = "right" if right else "wrong"
+            print(f"{place}: number {step}, {name}, {verdict}", flush=True)
             if hvd.size() == 2:
                 time.sleep(PAUSE)
         return mean
+
+    def _judge(self, mean: Tensor, gradients: Tensor, step: int) -> tuple[str, bool]:
+        """The setting of a step, and whether the mean is right."""
+        stats, options = self.stats(), self.options
+        if options.bits != "auto":
+            exchange = options.exchange_for(hvd.size())  # it follows the budget, not the width
+            expected = simulate(gradients, bits=stats.bits, exchange=exchange, step=step)
+            return f"{stats.bits} bits", torch.equal(mean, expected)
+        if stats.setting == "fp32":  # in an order of Horovod's own
+            return stats.setting, torch.allclose(mean, gradients.mean(0), atol=1e-7)
+        bits = options_of(options, stats.setting).bits
+        return stats.setting, torch.equal(mean, simulate(gradients, bits=bits, step=step))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
@@ -63,7 +75,7 @@ class Checked(GlobalQSGD):
 
 
 def make_compression(args: argparse.Namespace, model: nn.Module, steps: int) -> Checked:
-    return Checked(DynamicBits(args.budget, total_steps=steps))
+    return Checked("auto" if args.bits == "auto" else DynamicBits(args.budget, total_steps=steps))
 
 
 language_elastic.make_compression = make_compression

@@ -23,7 +23,7 @@ SURVIVES, FAILS = "localhost", "127.0.0.1"
 STEPS = 50
 STARTED = re.compile(r"rank (\d) of (\d), ([\w.]+), (\d+): from step (\d+) on")
 STEP = re.compile(r"step (\d+), (\d) ranks: ")
-EXCHANGED = re.compile(r"rank \d of (\d): number (\d+), (\d+) bits, (\w+)")
+EXCHANGED = re.compile(r"rank \d of (\d): number (\d+), ([\w ]+), (\w+)")
 ENDED = re.compile(r"rank (\d) of (\d): perplexity ([\d.]+), replica difference (\S+), (.*)")
 
 
@@ -37,14 +37,15 @@ def end_workers(job: Job) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(LIMIT + 40)
-def test_a_worker_is_lost_and_one_is_gained(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", ["dynamic", pytest.param("auto", marks=pytest.mark.long)])
+def test_a_worker_is_lost_and_one_is_gained(tmp_path: Path, bits: str) -> None:
     hosts = tmp_path / "hosts.sh"
     hosts.write_text(f"#!/bin/sh\necho {SURVIVES}:2\necho {FAILS}:1\n")
     hosts.chmod(0o755)
     command = [
         *gloo(3), "--min-np", "2", "--max-np", "3", "--host-discovery-script", str(hosts),
         "--network-interfaces", "lo", "--blacklist-cooldown-range", "1", "1",
-        sys.executable, str(SCRIPT), "--bits", "dynamic", "--budget", "6", "--steps", f"{STEPS}",
+        sys.executable, str(SCRIPT), "--bits", bits, "--budget", "6", "--steps", f"{STEPS}",
         "--width", "64", "--layers", "1", "--context", "32", "--validate", "24",
         "--batch-size", "24",
     ]  # fmt: skip

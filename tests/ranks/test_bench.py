@@ -126,12 +126,12 @@ def test_auto_settles_before_it_is_timed(rank, several, monkeypatch):
         arm = training.make_arm(name, "tiny")
         assert not arm.conductor.settled
         arm.settle(exchange_alone=False)
-        taken = arm.conductor.step
+        taken = arm.conductor.coming
         assert arm.conductor.settled or taken == training.MOST_STEPS
         assert arm.conductor.chosen in SETTING_NAMES
         assert len(set(hvd.allgather(torch.tensor([taken])).tolist())) == 1
         arm.settle(exchange_alone=False)
-        assert arm.conductor.step == taken
+        assert arm.conductor.coming == taken
     assert training.make_arm(FP32, "tiny").conductor is None
 
 
