@@ -5,11 +5,12 @@ integers: ranks that have seen the same steps take the same setting in the same 
 
 - The run starts with the first arm, uncompressed, and measures a window of steps: the *base*.
 - Arms that are predicted to be faster are tried, the fastest first, for a few steps each. An arm is
-  kept if its median beats the best one by more than the noise of the steps and ``MARGIN``. A trial
-  that is too close to call is prolonged, at most to the last of ``TRIALS``.
+  kept if its median beats the best one by more than the noise of the steps and ``MARGIN``, and
+  still does when the best one has been measured once more: other load comes in bursts. A trial that
+  is too close to call is prolonged, at most to the last of ``TRIALS``.
 - After that, windows of steps are compared with the base, and the base with its first value. A
-  difference beyond the noise says that the link or the model's step has changed: then all arms are
-  predicted and tried anew.
+  difference beyond the noise says that the link or the model's step has changed, if it is large, or
+  the next window has it too: then all arms are predicted and tried anew.
 - At growing intervals an arm that was close is tried again, or the uncompressed one, whatever was
   measured before, if the budget lasts: the time that trials lose is limited to a hundredth of the
   run's, with an advance of ``ADVANCE`` steps.
@@ -46,6 +47,8 @@ MARGIN = 32
 CHANGE = 7
 """A window that differs from the base by one part in so many shows a change, unless the noise is
 larger."""
+LARGE = 3
+"""A window that takes so many times the base, or one part in so many, shows a change by itself."""
 DRIFT = 2
 """A base that differs from its first value by one part in ``CHANGE``, and by more than this many
 times the noise of a step, shows a slow change."""
@@ -53,6 +56,8 @@ ADVANCE = 2
 """Steps that trials may lose before a hundredth of the run is as long."""
 RETRY = 25
 """Steps until arms are tried again, after a change."""
+CLEAR = 4
+"""An arm that is so many times faster is taken after one more step with the best one."""
 CLOSE = 8
 """An arm is close if it is slower by less than one part in so many."""
 
@@ -103,6 +108,8 @@ class Chooser:
         self._known = [UNKNOWN] * arms  # as measured since the last change
         self._tried = [0] * arms  # when, as ``_elapsed``
         self._queue: list[int] = []  # arms to try, this one included
+        self._claim = UNKNOWN  # of an arm that is tried, if it seems to be the fastest
+        self._deviates = 0  # whether the last window was above or below the base
         self._elapsed = self._spent = 0
         self._wait = self._retry_at = 0
         self._window: list[Seen] = []
@@ -129,8 +136,11 @@ class Chooser:
             self._skip -= 1
             return None
         self._window.append(seen)
+        if self._claim.busy:
+            return self._confirm()
         if self._queue:
-            return self._try()
+            self._try()
+            return None
         if len(self._window) == (WINDOW if self._base.busy else START):
             self._watch()
         return None
@@ -139,6 +149,7 @@ class Chooser:
         """Discards unfinished windows and trials, as ranks have come or gone."""
         if self._queue:
             self._queue.clear()
+            self._claim = UNKNOWN
             self._retry_at = self._elapsed
         self._take(self._best)
 
@@ -191,6 +202,7 @@ class Chooser:
             self._skip = WARM
         self.arm = arm
         self._window.clear()
+        self._deviates = 0
 
     def _watch(self) -> None:
         """Compares a window of the best arm with the base."""
@@ -198,8 +210,16 @@ class Chooser:
         self._window.clear()
         then = self._known[self._best].busy
         first = not self._base.busy
-        off = abs(now.busy - self._base.busy)
-        changed = not first and off > max(self._base.busy // CHANGE, SURE * self._noise)
+        changed = False
+        if not first:
+            deviates = self._deviation(now)
+            changed = deviates != 0 and (
+                deviates == self._deviates
+                or not self._base.busy < LARGE * now.busy < LARGE**2 * self._base.busy
+            )
+            self._deviates = 0 if changed else deviates
+            if self._deviates:
+                return
         if first or changed:
             # A window with a change in its middle has a large spread, which is no noise.
             if first:
@@ -224,8 +244,8 @@ class Chooser:
         left = self._elapsed // 100 + ADVANCE * now.period - self._spent
         if changed:
             # A change in the middle of a trial is no loss by the trial. Where a link has become
-            # faster, trials may lose the difference of one step.
-            left = max(left, ADVANCE * now.period) + max(then - self._base.busy, 0)
+            # faster, trials may lose the difference of as many steps.
+            left = max(left, ADVANCE * now.period) + ADVANCE * max(then - self._base.busy, 0)
             self._spent = min(self._spent, self._elapsed // 100)
         loss = max(left, 0) // (WARM + TRIALS[0] + LAG)
         self._queue = self._unknown(loss) if first or changed else self._again(loss)
@@ -259,29 +279,53 @@ class Chooser:
         guesses = zip(*predicted, strict=True)
         return [seen.busy or min(of) for seen, of in zip(self._known, guesses, strict=True)]
 
-    def _try(self) -> Decision | None:
+    def _try(self) -> None:
         """Judges the arm that is being tried, once that can be done."""
         steps = len(self._window)
         if steps not in TRIALS:
-            return None
+            return
         now = _median(self._window)
         gain = self._base.busy - now.busy
         squared = (SURE * self._noise) ** 2 * (steps + BASE) // (steps * BASE)
         least = max(self._base.busy // MARGIN, math.isqrt(squared))
         if abs(gain) <= least and steps < TRIALS[-1]:
-            return None
+            return
         self._spent += max(-gain, 0) * (WARM + steps + LAG)
         self._known[self.arm] = now
         self._tried[self.arm] = self._elapsed
-        decision = None
         if gain > least:
-            decision = Decision(self.arm, self._base, now)
-            self._best, self._base = self.arm, now
-        self._queue.pop(0)
-        times = self._times()
-        self._queue = [arm for arm in self._queue if times[arm] < self._base.busy]
-        self._take(self._queue[0] if self._queue else self._best)
+            self._claim = now
+            self._take(self._best)
+        else:
+            self._next()
+
+    def _confirm(self) -> Decision | None:
+        """Takes an arm that seems to be the fastest, if at least half of its gain is found again."""
+        steps, claim = len(self._window), self._claim
+        now = _median(self._window)
+        if steps < TRIALS[0] and now.busy < CLEAR * claim.busy:
+            return None
+        gain, before, decision = now.busy - claim.busy, self._base.busy - claim.busy, None
+        self._claim = UNKNOWN
+        self._spent += max(gain, 0) * (WARM + steps + LAG)
+        self._known[self._best] = self._base = now
+        if gain > max(before // 2, now.busy // MARGIN):
+            arm = self._queue[0]
+            decision = Decision(arm, now, claim)
+            self._best, self._base = arm, claim
+        self._next()
         return decision
+
+    def _next(self) -> None:
+        """Ends a trial, and begins the next one."""
+        times = self._times()
+        self._queue = [arm for arm in self._queue[1:] if times[arm] < self._base.busy]
+        self._take(self._queue[0] if self._queue else self._best)
+
+    def _deviation(self, now: Seen) -> int:
+        """1 if a window takes longer than the base, -1 if less, 0 if that may be noise."""
+        off, base = now.busy - self._base.busy, self._base.busy
+        return 0 if abs(off) <= max(base // CHANGE, SURE * self._noise) else 1 if off > 0 else -1
 
 
 def _median(window: Sequence[Seen]) -> Seen:
