@@ -9,8 +9,8 @@ integers: ranks that have seen the same steps take the same setting in the same 
   still does when the best one has been measured once more: other load comes in bursts. A trial that
   is too close to call is prolonged, at most to the last of ``TRIALS``.
 - After that, windows of steps are compared with the base, and the base with its first value. A
-  difference beyond the noise says that the link or the model's step has changed, if it is large, or
-  the next window has it too: then all arms are predicted and tried anew.
+  difference beyond the noise that lasts says that the link or the model's step has changed: then
+  all arms are predicted and tried anew, unless the base is as it was before the last change.
 - At growing intervals an arm that was close is tried again, or the uncompressed one, whatever was
   measured before, if the budget lasts: the time that trials lose is limited to a hundredth of the
   run's, with an advance of ``ADVANCE`` steps.
@@ -47,8 +47,10 @@ MARGIN = 32
 CHANGE = 7
 """A window that differs from the base by one part in so many shows a change, unless the noise is
 larger."""
+LASTS, MOST_LASTS = 2, 6
+"""Windows until a difference is a change: one more after each change that led to no decision."""
 LARGE = 3
-"""A window that takes so many times the base, or one part in so many, shows a change by itself."""
+"""One window less, if it takes so many times the base, or one part in so many."""
 DRIFT = 2
 """A base that differs from its first value by one part in ``CHANGE``, and by more than this many
 times the noise of a step, shows a slow change."""
@@ -108,8 +110,13 @@ class Chooser:
         self._known = [UNKNOWN] * arms  # as measured since the last change
         self._tried = [0] * arms  # when, as ``_elapsed``
         self._queue: list[int] = []  # arms to try, this one included
+        # By how much the last trial of a compressed arm took longer than predicted, and the latter.
+        self._missed = [(0, 1)] * arms
+        self._unsure: set[int] = set()  # arms that were tried since the last window like the base
         self._claim = UNKNOWN  # of an arm that is tried, if it seems to be the fastest
-        self._deviates = 0  # whether the last window was above or below the base
+        self._deviates = 0  # windows above the base, one after the other; below it: negative
+        self._lasts = LASTS  # windows until that is a change
+        self._former = self._known  # before the last change
         self._elapsed = self._spent = 0
         self._wait = self._retry_at = 0
         self._window: list[Seen] = []
@@ -208,36 +215,22 @@ class Chooser:
         """Compares a window of the best arm with the base."""
         now, spread = _median(self._window), _spread(self._window)
         self._window.clear()
-        then = self._known[self._best].busy
-        first = not self._base.busy
-        changed = False
-        if not first:
-            deviates = self._deviation(now)
-            changed = deviates != 0 and (
-                deviates == self._deviates
-                or not self._base.busy < LARGE * now.busy < LARGE**2 * self._base.busy
-            )
-            self._deviates = 0 if changed else deviates
-            if self._deviates:
-                return
-        if first or changed:
+        then, first = self._known[self._best].busy, not self._base.busy
+        if first:
             # A window with a change in its middle has a large spread, which is no noise.
-            if first:
-                self._noise = min(max(spread, now.busy // 32), now.busy // 4)
-            else:
-                self._noise = self._noise * now.busy // self._base.busy
-            self._base = now
+            self._noise = min(max(spread, now.busy // 32), now.busy // 4)
+            changed, self._base = False, now
         else:
-            self._base = Seen(
-                *((3 * old + new) // 4 for old, new in zip(self._base, now, strict=True))
-            )
-            self._noise = (3 * self._noise + min(spread, 2 * self._noise)) // 4 + 1
-            changed = abs(self._base.busy - then) > max(then // CHANGE, DRIFT * self._noise)
+            changed = self._shows_change(now)
+            if self._deviates and not changed:
+                return
+            if not changed:
+                self._learn_noise(now, spread)
+                changed = abs(self._base.busy - then) > max(then // CHANGE, DRIFT * self._noise)
         if first or changed:
-            self._known = [UNKNOWN] * self._arms
-            self._known[self._best] = self._base
+            self._forget_times()
             self._wait = RETRY * now.period
-        if not (first or changed) and self._elapsed < self._retry_at:
+        elif self._elapsed < self._retry_at:
             return
         self._retry_at = self._elapsed + self._wait
         self._wait += self._wait // 2
@@ -252,6 +245,37 @@ class Chooser:
         if self._queue:
             self._take(self._queue[0])
 
+    def _shows_change(self, now: Seen) -> bool:
+        """Whether a window, after those before, shows a change; then it is the base."""
+        off, base = now.busy - self._base.busy, self._base.busy
+        sign = 0 if abs(off) <= max(base // CHANGE, SURE * self._noise) else 1 if off > 0 else -1
+        self._deviates = self._deviates + sign if sign * self._deviates > 0 else sign
+        large = now.busy > LARGE * base or base > LARGE * now.busy
+        if not sign or abs(self._deviates) < self._lasts - large:
+            return False
+        self._noise = self._noise * now.busy // base
+        self._base = now
+        self._lasts = min(self._lasts + 1, MOST_LASTS)
+        self._deviates = 0
+        return True
+
+    def _learn_noise(self, now: Seen, spread: int) -> None:
+        """Takes a window without a change into the base."""
+        self._unsure.clear()
+        self._base = Seen(*((3 * old + new) // 4 for old, new in zip(self._base, now, strict=True)))
+        self._noise = (3 * self._noise + min(spread, 2 * self._noise)) // 4 + 1
+
+    def _forget_times(self) -> None:
+        """Takes back the times from before the last change, if the base is as it was then."""
+        for arm in self._unsure:  # the change may have come in the middle of the trial
+            self._known[arm], self._missed[arm] = UNKNOWN, (0, 1)
+        self._unsure.clear()
+        former, self._former = self._former, self._known
+        was = former[self._best].busy
+        same = abs(self._base.busy - was) <= was // CHANGE
+        self._known = [*former] if same else [UNKNOWN] * self._arms
+        self._known[self._best] = self._base
+
     def _unknown(self, loss: int) -> list[int]:
         """The arms to try after a change: those that are predicted to be faster, or else the
         uncompressed one, if a step with it loses no more than ``loss``."""
@@ -264,6 +288,7 @@ class Chooser:
     def _again(self, loss: int) -> list[int]:
         """The arm to try again: of those that are close, and the uncompressed one, the one that was
         tried longest ago, if a step with it loses no more than ``loss``."""
+        self._missed = [(3 * missed // 4, of) for missed, of in self._missed]  # beside other load
         times, close = self._times(), min(loss, self._base.busy // CLOSE)
         again = [
             arm
@@ -274,10 +299,15 @@ class Chooser:
 
     def _times(self) -> list[int]:
         """``busy`` of all arms: measured since the last change, or else the least that a measured
-        arm predicts."""
+        arm predicts, corrected by the last trial."""
         predicted = [self._predict(arm, seen) for arm, seen in enumerate(self._known) if seen.busy]
-        guesses = zip(*predicted, strict=True)
-        return [seen.busy or min(of) for seen, of in zip(self._known, guesses, strict=True)]
+        guesses = map(min, zip(*predicted, strict=True))
+        each = zip(self._known, guesses, self._missed, strict=True)
+        # A cost of computing stays the same on another link, and one of bytes stays proportional.
+        return [
+            seen.busy or guess + min(missed, guess * missed // of)
+            for seen, guess, (missed, of) in each
+        ]
 
     def _try(self) -> None:
         """Judges the arm that is being tried, once that can be done."""
@@ -293,6 +323,10 @@ class Chooser:
         self._spent += max(-gain, 0) * (WARM + steps + LAG)
         self._known[self.arm] = now
         self._tried[self.arm] = self._elapsed
+        if self.arm:
+            guess = self._predict(self._best, self._base)[self.arm]
+            self._missed[self.arm] = (max(now.busy - guess, 0), guess)
+        self._unsure.add(self.arm)
         if gain > least:
             self._claim = now
             self._take(self._best)
@@ -300,19 +334,21 @@ class Chooser:
             self._next()
 
     def _confirm(self) -> Decision | None:
-        """Takes an arm that seems to be the fastest, if at least half of its gain is found again."""
+        """Takes an arm that seems to be the fastest, if half of its gain is found again."""
         steps, claim = len(self._window), self._claim
         now = _median(self._window)
         if steps < TRIALS[0] and now.busy < CLEAR * claim.busy:
             return None
-        gain, before, decision = now.busy - claim.busy, self._base.busy - claim.busy, None
+        gain, before, decision = now.busy - claim.busy, self._base.busy, None
         self._claim = UNKNOWN
         self._spent += max(gain, 0) * (WARM + steps + LAG)
         self._known[self._best] = self._base = now
-        if gain > max(before // 2, now.busy // MARGIN):
+        if gain > max((before - claim.busy) // 2, now.busy // MARGIN):
             arm = self._queue[0]
             decision = Decision(arm, now, claim)
-            self._best, self._base = arm, claim
+            self._best, self._base, self._lasts = arm, claim, LASTS
+        elif before - now.busy > before // CHANGE:  # the other load is gone
+            self._forget_times()
         self._next()
         return decision
 
@@ -321,11 +357,6 @@ class Chooser:
         times = self._times()
         self._queue = [arm for arm in self._queue[1:] if times[arm] < self._base.busy]
         self._take(self._queue[0] if self._queue else self._best)
-
-    def _deviation(self, now: Seen) -> int:
-        """1 if a window takes longer than the base, -1 if less, 0 if that may be noise."""
-        off, base = now.busy - self._base.busy, self._base.busy
-        return 0 if abs(off) <= max(base // CHANGE, SURE * self._noise) else 1 if off > 0 else -1
 
 
 def _median(window: Sequence[Seen]) -> Seen:
