@@ -318,7 +318,7 @@ class Chooser:
         gain = self._base.busy - now.busy
         squared = (SURE * self._noise) ** 2 * (steps + BASE) // (steps * BASE)
         least = max(self._base.busy // MARGIN, math.isqrt(squared))
-        if abs(gain) <= least and steps < TRIALS[-1]:
+        if -least * (steps < TRIALS[1]) <= gain <= least and steps < TRIALS[-1]:
             return
         self._spent += max(-gain, 0) * (WARM + steps + LAG)
         self._known[self.arm] = now
