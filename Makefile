@@ -68,7 +68,7 @@ help: ## this list
 demo: setup ## train with fp32, GlobalQSGD and bits="auto", and compare; as root over links of 200 Mbit/s
 	@$(RUN) $(PY) $(DEMO) $(ARGS)
 
-test: setup ## run the tests in two processes, those that need all cores one at a time
+test: setup ## run the tests in two processes, those that launch something one at a time
 	@$(RUN) $(PY) -m pytest $(or $(ARGS),$(PARALLEL) --dist loadgroup tests)
 
 quick: setup ## run the tests that start no ranks, in less than two minutes

@@ -37,7 +37,6 @@ settings.register_profile(
 settings.load_profile("repeatable")
 
 HERE = Path(__file__).parent
-ALL_CORES = {"test_elastic.py", "test_faults.py", "test_ranks.py", "test_soak.py"}
 LAUNCHED = bool({"OMPI_COMM_WORLD_SIZE", "HOROVOD_SIZE", "PMI_SIZE"} & os.environ.keys())
 
 collect_ignore = [] if LAUNCHED else ["ranks"]
@@ -64,8 +63,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
-    """For ``--dist loadgroup``: tests that need all cores go one after the other, and so do others
-    that launch something. (Groups of pytest-xdist 3.8 itself have no effect with pytest 9.2.)"""
+    """For ``--dist loadgroup``: tests that launch something go one after the other, as ranks that
+    wait for a core of their own take several times as long beside others. (Groups of pytest-xdist
+    3.8 itself have no effect with pytest 9.2.)"""
     if config.getoption("dist") != "loadgroup":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -76,7 +76,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | Non
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0].rpartition("/")[2]
-            return "all cores" if file in ALL_CORES else "launches" if file in launching else nodeid
+            return "launches" if file in launching else nodeid
 
     return Scheduling(config, log)
 

@@ -154,6 +154,13 @@ class Conductor:
         if self._pinned is None:
             self._watch.enter()
 
+    def go_on(self, numel: int) -> None:
+        """One more gradient of a step without compression is handed in, on the host."""
+        self._numel[0] += numel
+        self._tensors[0] += 1
+        if self._pinned is None:
+            self._watch.go_on()
+
     def leave(self) -> None:
         """The front end gives control back to the backward pass."""
         if self._pinned is None:

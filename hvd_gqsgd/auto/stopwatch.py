@@ -57,6 +57,10 @@ class Stopwatch:
         """The front end begins to work on a gradient."""
         self._entered = self._clock()
 
+    def go_on(self) -> None:
+        """The front end had no work with a gradient."""
+        self._last_in = self._clock()
+
     def leave(self) -> None:
         """The front end gives control back to the backward pass."""
         self._last_in = self._clock()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd.auto.arms import Arm, widest
@@ -22,6 +23,9 @@ class _Context(NamedTuple):
 
     exchange: HorovodExchange | None
     inner: Any
+
+
+_PASSED = _Context(None, None)
 
 
 class AutoCompressor:
@@ -47,8 +51,11 @@ class AutoCompressor:
         self._stats = stats
         self._make = make
         self._widest = widest(options)
+        self._min_numel = options.min_numel
         self._exchanges: dict[str, HorovodExchange] = {}
         self._handed_out = True
+        # Of gradients that go uncompressed in this step; None: there are none.
+        self._taken: torch.dtype | None = None
 
     @property
     def described(self) -> str:
@@ -57,6 +64,8 @@ class AutoCompressor:
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
+        if self._passes(tensor):
+            return tensor, _PASSED if tensor.numel() >= self._min_numel else None
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
@@ -67,12 +76,13 @@ class AutoCompressor:
             conductor.label = widest.label("gqsgd-auto", transport.session)
         if self._handed_out or new_session:
             conductor.begin(transport)
-            self._handed_out = False
+            self._handed_out, self._taken = False, None
         conductor.enter(tensor.numel(), on_gpu=tensor.is_cuda)
         arm = conductor.arm
         result: tuple[Tensor, Any]
         if arm.options is None and transport.takes(tensor):
-            result = widest.bypass(tensor, "auto"), _Context(None, None)
+            result = widest.bypass(tensor, "auto"), _PASSED
+            self._taken, self._transport = tensor.dtype, transport
         else:  # Horovod takes no bfloat16, for one
             exchange = widest if arm.options is None else self._of(arm)
             exchange.steps.resume_at(conductor.current)
@@ -80,6 +90,28 @@ class AutoCompressor:
             result = probe, _Context(exchange, inner)
         conductor.leave()
         return result
+
+    def _passes(self, tensor: Tensor) -> bool:
+        """Whether a step goes on with a gradient as uncompressed as those before, and counts it: a
+        step may have hundreds, beside which a microsecond more for each is seen."""
+        if (
+            self._handed_out
+            or tensor.dtype is not self._taken
+            or tensor.is_cuda
+            or tensor.layout is not torch.strided
+            or tensor.requires_grad
+            or not tensor.is_contiguous()
+            or not self._conductor.in_session(self._transport)
+        ):
+            return False
+        numel = tensor.numel()
+        small = numel < self._min_numel
+        if small:
+            self._conductor.count_small(numel)
+        else:
+            self._conductor.go_on(numel)
+        self._stats.bypass_one_of_many(small, tensor.nbytes)
+        return True
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """See ``GlobalQSGD.decompress``."""
