@@ -158,16 +158,6 @@ class Stats:
             self._warned = True
             _log.warning("%s", self.why_nothing)
 
-    def bypass_one_of_many(self, small: bool, nbytes: int) -> None:
-        """Counts a tensor of a step that ``bits="auto"`` leaves uncompressed, quickly."""
-        self.tensors += 1
-        self.tensors_bypassed += 1
-        if small:
-            self.tensors_small += 1
-        else:
-            self.tensors_auto += 1
-        self.bypassed_bytes += nbytes
-
     def reset(self) -> None:
         """Sets all counts of this object to zero.
 

@@ -104,13 +104,16 @@ class AutoCompressor:
             or not self._conductor.in_session(self._transport)
         ):
             return False
-        numel = tensor.numel()
-        small = numel < self._min_numel
-        if small:
+        stats, numel = self._stats, tensor.numel()
+        stats.tensors += 1
+        stats.tensors_bypassed += 1
+        stats.bypassed_bytes += tensor.nbytes
+        if numel < self._min_numel:
+            stats.tensors_small += 1
             self._conductor.count_small(numel)
         else:
+            stats.tensors_auto += 1
             self._conductor.go_on(numel)
-        self._stats.bypass_one_of_many(small, tensor.nbytes)
         return True
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:

@@ -305,21 +305,6 @@ def test_small_tensors_and_nan(rank, size, several, take):
     assert compressor.state_dict()["step"] == 30
 
 
-def test_two_compressors_in_turn(rank, size, several, take):
-    """As those of a generator and its critic, which decide apart."""
-    both = [GlobalQSGD(bits="auto", min_numel=0) for _ in range(2)]
-    steps = [trainer(mlp(seed), compressor) for seed, compressor in enumerate(both)]
-    take(both[0])
-    for number in range(40):
-        steps[0](number)
-        steps[1](number)
-        if number % 3 == 0:
-            steps[1](number)
-    for compressor in both:
-        assert_same_plan(compressor)
-    assert both[0].stats().setting == "8 bits"
-
-
 def test_process_sets(rank, size, process_set, take):
     """Each decides for itself."""
     compressor = GlobalQSGD(bits="auto", min_numel=0, process_set=process_set)
@@ -398,18 +383,6 @@ def test_fsdp(rank, size, several, take, weight_bits):
     assert compressor.stats().setting == "8 bits"
     plan = plan_of(compressor)
     assert torch.equal(train(GlobalQSGD(bits="auto", min_numel=0, plan=plan)), trained)
-
-
-def test_alone(size, take):
-    """One rank exchanges nothing, and decides nothing."""
-    if size > 1:
-        pytest.skip("needs one rank")
-    compressor = GlobalQSGD(bits="auto", min_numel=0)
-    take(compressor)
-    x = gradients(1, 5000)[0]
-    for _ in range(10):
-        assert torch.equal(hvd.allreduce(x.clone(), compression=compressor, name="x"), x)
-    assert plan_of(compressor) == [[0, "fp32"]]
 
 
 def test_given_directly(rank, size, several, take):

@@ -10,13 +10,28 @@ import torch
 from conftest import process_group
 from helpers import assert_same_on_all_ranks, backward, gradients, mlp
 from hooked import Given, wrap
-from test_auto import assert_same_plan, take  # noqa: F401
+from test_auto import assert_same_plan, plan_of, take, trainer  # noqa: F401
 
 from hvd_gqsgd import GlobalQSGD
 
 under_mpi = pytest.mark.skipif(
     "OMPI_COMM_WORLD_SIZE" not in os.environ, reason="the same as under mpirun"
 )
+
+
+def test_two_compressors_in_turn(rank, size, several, take):  # noqa: F811
+    """As those of a generator and its critic, which decide apart."""
+    both = [GlobalQSGD(bits="auto", min_numel=0) for _ in range(2)]
+    steps = [trainer(mlp(seed), compressor) for seed, compressor in enumerate(both)]
+    take(both[0])
+    for number in range(40):
+        steps[0](number)
+        steps[1](number)
+        if number % 3 == 0:
+            steps[1](number)
+    for compressor in both:
+        assert_same_plan(compressor)
+    assert both[0].stats().setting == "8 bits"
 
 
 @under_mpi
@@ -87,3 +102,15 @@ def test_join_before_the_first_batch(rank, size, several, take, resumed):  # noq
     assert compressor.stats().setting == "8 bits"
     hvd.join()
     assert_same_on_all_ranks(torch.tensor([compressor.state_dict()["step"]]))
+
+
+def test_alone(size, take):  # noqa: F811
+    """One rank exchanges nothing, and decides nothing."""
+    if size > 1:
+        pytest.skip("needs one rank")
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor)
+    x = gradients(1, 5000)[0]
+    for _ in range(10):
+        assert torch.equal(hvd.allreduce(x.clone(), compression=compressor, name="x"), x)
+    assert plan_of(compressor) == [[0, "fp32"]]
