@@ -107,18 +107,6 @@ def test_new_codec() -> None:
     assert re.search(r"test loss 0\.\d+, the same on 2 ranks", job.stdout)
 
 
-@pytest.mark.timeout(300)
-def test_a_new_codec() -> None:
-    """All ranks in one process, and then real ones."""
-    script = EXAMPLES / "new_codec.py"
-    job = run([sys.executable, str(script)], limit=200)
-    assert job.returncode == 0, job.stdout[-5000:]
-    assert "quadratic, 4 bits" in job.stdout
-    job = run([*mpirun(2), sys.executable, str(script), "--ranks"], limit=200)
-    assert job.returncode == 0, job.stdout[-5000:]
-    assert "the same on 2 ranks" in job.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_demo(tmp_path: Path) -> None:
