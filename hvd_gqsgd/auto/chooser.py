@@ -50,7 +50,7 @@ larger."""
 LASTS, MOST_LASTS = 2, 6
 """Windows until a difference is a change: one more after each change that led to no decision."""
 LARGE = 3
-"""One window less, if it takes so many times the base, or one part in so many."""
+"""Windows that take so many times the base, or one part in so many of it, need one less."""
 DRIFT = 2
 """A base that differs from its first value by one part in ``CHANGE``, and by more than this many
 times the noise of a step, shows a slow change."""
@@ -222,13 +222,13 @@ class Chooser:
             changed, self._base = False, now
         else:
             changed = self._shows_change(now)
-            if self._deviates and not changed:
-                return
             if not changed:
-                self._learn_noise(now, spread)
+                if self._deviates:
+                    return
+                self._merge(now, spread)
                 changed = abs(self._base.busy - then) > max(then // CHANGE, DRIFT * self._noise)
         if first or changed:
-            self._forget_times()
+            self._start_anew()
             self._wait = RETRY * now.period
         elif self._elapsed < self._retry_at:
             return
@@ -259,14 +259,15 @@ class Chooser:
         self._deviates = 0
         return True
 
-    def _learn_noise(self, now: Seen, spread: int) -> None:
+    def _merge(self, now: Seen, spread: int) -> None:
         """Takes a window without a change into the base."""
         self._unsure.clear()
         self._base = Seen(*((3 * old + new) // 4 for old, new in zip(self._base, now, strict=True)))
         self._noise = (3 * self._noise + min(spread, 2 * self._noise)) // 4 + 1
 
-    def _forget_times(self) -> None:
-        """Takes back the times from before the last change, if the base is as it was then."""
+    def _start_anew(self) -> None:
+        """Discards the times of all other arms. If the base is as it was before the last change,
+        those from then replace them."""
         for arm in self._unsure:  # the change may have come in the middle of the trial
             self._known[arm], self._missed[arm] = UNKNOWN, (0, 1)
         self._unsure.clear()
@@ -348,7 +349,7 @@ class Chooser:
             decision = Decision(arm, now, claim)
             self._best, self._base, self._lasts = arm, claim, LASTS
         elif before - now.busy > before // CHANGE:  # the other load is gone
-            self._forget_times()
+            self._start_anew()
         self._next()
         return decision
 

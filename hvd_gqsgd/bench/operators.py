@@ -36,15 +36,9 @@ OPERATORS: dict[str, dict[str, Any]] = {
 FP32, FP16 = "Horovod fp32", "Horovod fp16"
 OURS = {f"GlobalQSGD {name}": options for name, options in OPERATORS.items()}
 FLAT = {
-    "GlobalQSGD 8 bits flat": {"bits": 8, "hierarchy": "flat"},
-    "GlobalQSGD 8 bits two-phase flat": {
-        "bits": 8,
-        "exchange": "two_phase",
-        "hierarchy": "flat",
-    },
-    "GlobalQSGD 4 bits flat": {"bits": 4, "hierarchy": "flat"},
-    "GlobalQSGD 4 bits per block flat": {"bits": BlockBits(4), "hierarchy": "flat"},
-    "GlobalQSGD 16 bits flat": {"bits": 16, "hierarchy": "flat"},
+    f"GlobalQSGD {name} flat": options | {"hierarchy": "flat"}
+    for name, options in (OPERATORS | {"16 bits": {"bits": 16}}).items()
+    if name != "exponential"
 }
 """Options of arms that are flat on nodes of several ranks, where those above go by node."""
 AUTO, AUTO_DDP = "GlobalQSGD auto", "DDP GlobalQSGD auto"
