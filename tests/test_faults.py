@@ -59,6 +59,14 @@ def test_a_rank_raises_in_backward(launcher: Callable[[int], list[str]], compres
     assert survivors(job.stdout) == {"0"}, job.stdout[-5000:]
 
 
+def test_a_rank_shuts_down_while_another_one_starts_operations() -> None:
+    """Horovod's thread and the one that starts operations must not wait for each other."""
+    job = run([*mpirun(2), sys.executable, str(HERE / "shutdowns.py")], LIMIT)
+    assert job.returncode == 0, job.stdout[-5000:]
+    told = re.search(r"rank 0 was told (\d+) times", job.stdout)
+    assert told and int(told[1]) >= 10, job.stdout[-5000:]
+
+
 def survivors(output: str) -> set[str]:
     """The ranks that were told by Horovod that another one is gone."""
     return set(re.findall(r"rank (\d): HorovodInternalError\(", output))

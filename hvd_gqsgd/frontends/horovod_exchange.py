@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_gqsgd._native.ops import held
 from hvd_gqsgd.codecs import check_device, check_plain, is_compressible
 from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.flight import Ticket
@@ -58,6 +59,8 @@ class _Context(NamedTuple):
     like: Tensor | None
     """The gradient, if its layout is not that of the result."""
     world_size: int
+    probe: object
+    """A reference to the probe; see ``transports.horovod``."""
 
 
 class _Numbers:
@@ -153,7 +156,7 @@ class HorovodExchange:
         probe = make_probe(self._pipeline.rank, identity)
         if not self._pipeline.alone:
             self._stats.compressed_bytes_on_wire += PROBE_BYTES
-        return probe, _Context(ticket, like, self._pipeline.size)
+        return probe, _Context(ticket, like, self._pipeline.size, held([probe]))
 
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
         """See ``GlobalQSGD.decompress``."""

@@ -12,8 +12,10 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from torch import Tensor
 
+from hvd_gqsgd._native.ops import held
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.nodes import Nodes, one_node
+from hvd_gqsgd.registry import of_horovod
 from hvd_gqsgd.transports.base import nap
 
 __all__ = ["SLOT_BYTES", "HorovodTransport"]
@@ -22,10 +24,35 @@ SLOT_BYTES = 4
 """Bytes of an operation that fills a slot."""
 
 
+class _Ended:
+    """References to the tensors of operations that a shutdown of Horovod ended; see
+    ``_HorovodHandle``."""
+
+    def __init__(self) -> None:
+        self._session: object = None
+        self._held: list[object] = []
+
+    def keep(self, session: object, held: object) -> None:
+        """Keeps them until an operation of a later session ends so."""
+        if session is not self._session:
+            self._session, self._held = session, []
+        self._held.append(held)
+
+
 @dataclass
 class _HorovodHandle:
+    """An operation of Horovod.
+
+    When one rank shuts Horovod down, Horovod's threads on all ranks drop the tensors in flight, and
+    meanwhile hold a mutex that starting an operation takes too, with the GIL. If a tensor needs the
+    GIL to be dropped, both threads wait for ever. So tensors are held from before they are handed
+    to Horovod until the operation is done, or Horovod is started anew.
+    """
+
     handle: int
     name: str
+    tensors: object
+    """Holds them."""
 
     def done(self) -> bool:
         return bool(hvd.poll(self.handle))
@@ -34,6 +61,7 @@ class _HorovodHandle:
         try:
             result = hvd.synchronize(self.handle)
         except HorovodInternalError as error:
+            of_horovod("ended", _Ended).keep(mpi_ops._handle_map, self.tensors)
             # Horovod's controller compares shapes and types before it moves any data, and tells
             # every rank. What else it raises is left alone: elastic training acts on it.
             if "Mismatched" not in str(error):
@@ -112,13 +140,17 @@ class HorovodTransport:
     ) -> _HorovodHandle:  # fmt: skip
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         counts = torch.tensor(splits, dtype=torch.int32, device="cpu")
-        handle = hvd.alltoall_async(tensor, counts, name=name, process_set=self.process_set)
-        return _HorovodHandle(handle, name)
+        result, lengths = tensor.new_empty(0), counts.new_empty(0)
+        tensors = held([tensor, result, lengths])
+        handle = mpi_ops._alltoall_async(tensor, counts, result, lengths, name, self.process_set)
+        return _HorovodHandle(handle, name, tensors)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        handle = hvd.allgather_async(tensor, name=name, process_set=self.process_set)
-        return _HorovodHandle(handle, name)
+        result = tensor.new_empty(0)
+        tensors = held([tensor, result])
+        handle = mpi_ops._allgather_async(tensor, result, name, self.process_set)
+        return _HorovodHandle(handle, name, tensors)
 
     def fill_slot(self, name: str) -> _HorovodHandle:
         """Starts an operation of ``SLOT_BYTES`` with an unused result: Horovod counts it like the
@@ -130,5 +162,6 @@ class HorovodTransport:
         nap(waited, 1e-4)
 
     def _allreduce(self, tensor: Tensor, name: str, op: int) -> _HorovodHandle:
+        tensors = held([tensor])
         handle = hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set)
-        return _HorovodHandle(handle, name)
+        return _HorovodHandle(handle, name, tensors)
