@@ -302,8 +302,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             error = 0 if math.isnan(row.deviation) else row.deviation
             for axes, x in ((left, row.step_bytes / 1e3), (right, row.seconds * 1e3)):
                 handles[row.setting] = axes.errorbar(
-                    x, row.mean, error, fmt="osD^v<>ph"[number], color=f"C{number}", capsize=3
-                )
+                    x, row.mean, error, fmt="osD^v<>ph"[number], color="0.0", capsize=3,
+                    markerfacecolor=("0.0", "white", "0.6")[number % 3],
+                )  # fmt: skip
         better = "lower" if domain.metric == "perplexity" else "higher"
         left.set(xscale="log", xlabel="kB on the wire a step",
                  ylabel=f"{domain.name}: {domain.metric}\n({better} is better)")  # fmt: skip

@@ -123,11 +123,11 @@ def plot(log: Log, path: Path) -> None:
     # Lanes of 5 bits take 64/12 bits of an int64, and so on.
     on_wire = [wire_bits(width) for width in log.bits]
     means = [total / step for step, total in enumerate(accumulate(on_wire), 1)]
-    above.step(range(len(on_wire)), on_wire, lw=0.7, label="this step")
-    above.plot(means, label="mean so far")
+    above.step(range(len(on_wire)), on_wire, lw=0.7, color="0.6", label="this step")
+    above.plot(means, color="0.0", label="mean so far")
     above.set_ylabel("bits an element on the wire")
     above.legend()
-    below.semilogy(log.norms, lw=0.7)
+    below.semilogy(log.norms, lw=0.7, color="0.0")
     below.set(xlabel="step", ylabel="gradient norm")
     figure.savefig(path)
     print(f"plot                {path}")

@@ -75,3 +75,9 @@ def test_wrong_arguments(wrong: list[str], capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit, match="2"):
         auto.main(wrong)
     assert "--steps must be at least 1" in capsys.readouterr().err
+
+
+def test_arms_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        auto.main(["--arms", "2 bits"])
+    assert "--arms must select one setting or more, got --arms '2 bits'" in capsys.readouterr().err

@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "each other while the arms train, for as many steps each",
     )  # fmt: skip
     parser.add_argument(
+        "--arms", default="", help="only settings with one of these words in their name, separated "
+        f"by commas: {', '.join([*OF_AUTO, *FLAT_OF_AUTO])}",
+    )  # fmt: skip
+    parser.add_argument(
         "--most-load", type=float, default=0.2, metavar="CORES",
         help="leave out of all sums the rounds in which other processes use more cores, unless "
         "most rounds have more (default: %(default)s)",
@@ -53,12 +57,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"and --rate must not go with --rates, got --steps {options.steps}, --rates "
             f"{options.rates!r} and --rate {options.rate}"
         )
+    several = options.hosts not in (None, options.ranks)  # on a host
+    words = [word.strip() for word in options.arms.split(",")]
+    arms = [
+        name
+        for name in (*OF_AUTO, *(FLAT_OF_AUTO if several else ()))
+        if any(word in name for word in words)
+    ]
+    if not arms:
+        parser.error(f"--arms must select one setting or more, got --arms {options.arms!r}")
     if not is_rank():
         options.rate = rates[0] if rates else options.rate
         sys.exit(relaunch("hvd_gqsgd.bench.auto", given, options))
     limits: list[str | None] = [*rates] if rates and INTERFACE in os.environ else [options.rate]
-    several = options.hosts not in (None, options.ranks)  # on a host
-    result = _train(options.model, options.steps, limits, options.most_load, several)
+    result = _train(options.model, arms, options.steps, limits, options.most_load)
     if result is None:
         return
     if options.json:
@@ -68,13 +80,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _train(
-    model: str, steps: int, rates: Sequence[str | None], most_load: float, several: bool
+    model: str, fixed: Sequence[str], steps: int, rates: Sequence[str | None], most_load: float
 ) -> dict[str, Any] | None:
     """Trains all arms in turn, and returns ``summary``'s result on rank 0.
 
     Args:
+        fixed: names of the arms beside ``bits="auto"``.
         model, steps, rates, most_load: as given.
-        several: whether hosts have several ranks.
     """
     import horovod.torch as hvd
     import torch
@@ -85,8 +97,7 @@ def _train(
     hvd.init()
     torch.set_num_threads(1)
     make_arm(FP32, model).step()  # opens Horovod's connections
-    names = (*OF_AUTO, *(FLAT_OF_AUTO if several else ()), AUTO)
-    arms = {name: make_arm(name, model) for name in names}
+    arms = {name: make_arm(name, model) for name in (*fixed, AUTO)}
     auto = arms[AUTO]
     assert isinstance(auto, Arm)
     assert auto.conductor is not None
