@@ -34,9 +34,8 @@ BRIEFLY = ["-k", "not training and not abandoned and not uneven"]
 JOBS = [
     *((mpirun, n, "not few", TESTS) for n in (1, 2)),
     (mpirun, 3, "", TESTS),
-    *((mpirun, n, "core", ARITHMETIC) for n in (4, 5)),
+    *((mpirun, n, "core", ARITHMETIC) for n in (4, 5, 7)),
     (mpirun, 4, "not flat", NODES),
-    (mpirun, 7, "core", BUT_FSDP),
     (mpirun, 8, "core", CORE),
     (gloo, 2, "", TESTS),
     (gloo, 3, "core and not unanswered", [*BUT_FSDP, *BRIEFLY]),
