@@ -20,7 +20,7 @@ from hvd_gqsgd.reference.combine import exponential_sum
 from hvd_gqsgd.reference.kinds import Code
 from hvd_gqsgd.reference.linear import Array
 
-__all__ = ["NAME", "OPERATORS", "held", "register"]
+__all__ = ["NAME", "OPERATORS", "register"]
 
 NAME = "python"
 """The name of the only instruction set."""
@@ -228,11 +228,6 @@ def _storage_use_counts(tensors: Sequence[Tensor]) -> list[int]:
     # Of the counted uses one is the storage's own Python object.
     count = torch._C._storage_Use_Count
     return [count(tensor.untyped_storage()._cdata) - 1 for tensor in tensors]
-
-
-def held(tensors: list[Tensor]) -> object:
-    made: object = torch._C.ScriptList(tensors)
-    return made
 
 
 # --- memory and offsets --------------------------------------------------------------------------

@@ -31,7 +31,6 @@ __all__ = [
     "dequantize_means",
     "dequantize_means_each",
     "devices",
-    "held",
     "instruction_set",
     "instruction_sets",
     "l2_norms",
@@ -294,17 +293,6 @@ scale)``: ``dequantize_means_each``, from the means of all segments.
 storage_use_counts = _ops.storage_use_counts.default
 """``storage_use_counts(tensors) -> list[int]``: how many tensors share the memory of each, with the
 tensor itself."""
-
-
-def held(tensors: list[Tensor]) -> object:
-    """References to tensors that Python does not count.
-
-    As long as there is one, another thread drops its own references without the GIL. PyTorch takes
-    the GIL to drop the last reference beside those of Python.
-    """
-    made: object = torch.classes.hvd_gqsgd.Held(tensors) if COMPILED else fallback.held(tensors)
-    return made
-
 
 instruction_sets = _ops.instruction_sets.default
 """``instruction_sets() -> list[str]``: those this build has kernels for and this processor runs."""

@@ -111,7 +111,7 @@ class Chooser:
         self._tried = [0] * arms  # when, as ``_elapsed``
         self._queue: list[int] = []  # arms to try, this one included
         # By how much the last trial of a compressed arm took longer than predicted, and the latter.
-        self._missed = [(0, 1)] * arms
+        self._missed: list[tuple[int, int] | None] = [None] * arms
         self._unsure: set[int] = set()  # arms that were tried since the last window like the base
         self._claim = UNKNOWN  # of an arm that is tried, if it seems to be the fastest
         self._deviates = 0  # windows above the base, one after the other; below it: negative
@@ -269,7 +269,7 @@ class Chooser:
         """Discards the times of all other arms. If the base is as it was before the last change,
         those from then replace them."""
         for arm in self._unsure:  # the change may have come in the middle of the trial
-            self._known[arm], self._missed[arm] = UNKNOWN, (0, 1)
+            self._known[arm], self._missed[arm] = UNKNOWN, None
         self._unsure.clear()
         former, self._former = self._former, self._known
         was = former[self._best].busy
@@ -289,7 +289,8 @@ class Chooser:
     def _again(self, loss: int) -> list[int]:
         """The arm to try again: of those that are close, and the uncompressed one, the one that was
         tried longest ago, if a step with it loses no more than ``loss``."""
-        self._missed = [(3 * missed // 4, of) for missed, of in self._missed]  # beside other load
+        # Other load may have been beside the trials.
+        self._missed = [each and (3 * each[0] // 4, each[1]) for each in self._missed]
         times, close = self._times(), min(loss, self._base.busy // CLOSE)
         again = [
             arm
@@ -300,15 +301,19 @@ class Chooser:
 
     def _times(self) -> list[int]:
         """``busy`` of all arms: measured since the last change, or else the least that a measured
-        arm predicts, corrected by the last trial."""
+        arm predicts, corrected by the arm's last trial. While no compressed arm is the best one,
+        what all their trials missed by is expected of the others too."""
         predicted = [self._predict(arm, seen) for arm, seen in enumerate(self._known) if seen.busy]
-        guesses = map(min, zip(*predicted, strict=True))
-        each = zip(self._known, guesses, self._missed, strict=True)
-        # A cost of computing stays the same on another link, and one of bytes stays proportional.
-        return [
-            seen.busy or guess + min(missed, guess * missed // of)
-            for seen, guess, (missed, of) in each
-        ]
+        guesses = [min(times) for times in zip(*predicted, strict=True)]
+        tried = [missed for missed in self._missed if missed is not None]
+        times = []
+        for arm, (seen, guess) in enumerate(zip(self._known, guesses, strict=True)):
+            own = self._missed[arm]
+            expected = [own] if own is not None else tried if arm and not self._best else []
+            # A cost of computing stays the same on another link, one of bytes stays proportional.
+            off = min((min(missed, guess * missed // of) for missed, of in expected), default=0)
+            times.append(seen.busy or guess + off)
+        return times
 
     def _try(self) -> None:
         """Judges the arm that is being tried, once that can be done."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
@@ -71,6 +72,10 @@ class Conductor:
     def _start(self) -> None:
         self._session: object = None
         self._watch = Stopwatch()
+        self.go_on = self._watch.go_on if self._pinned is None else _nothing
+        """One more gradient of a step without compression is handed in, on the host."""
+        self.result = self._watch.result if self._pinned is None else _nothing
+        """A mean is ready."""
         self._message: Handle | None = None
         self._state_message: Handle | None = None
         self._met = False  # whether all ranks have taken part in a step of the session
@@ -141,35 +146,27 @@ class Conductor:
         """Whether the latest step was begun in the same session of a transport."""
         return transport.session is self._session
 
-    def count_small(self, numel: int) -> None:
-        """A gradient is handed in that no arm compresses, in this step or before the next one."""
+    def count(self, numel: int, tensors: int = 1) -> None:
+        """Gradients of this step that an arm may compress, beside those of ``enter``."""
+        self._numel[0] += numel
+        self._tensors[0] += tensors
+
+    def count_small(self, numel: int, tensors: int = 1) -> None:
+        """Gradients that no arm compresses, in this step or before the next one."""
         self._numel[1] += numel
-        self._tensors[1] += 1
+        self._tensors[1] += tensors
 
     def enter(self, numel: int, on_gpu: bool = False) -> None:
         """A gradient is handed in."""
-        self._numel[0] += numel
-        self._tensors[0] += 1
+        self.count(numel)
         self._on_gpu |= on_gpu
         if self._pinned is None:
             self._watch.enter()
-
-    def go_on(self, numel: int) -> None:
-        """One more gradient of a step without compression is handed in, on the host."""
-        self._numel[0] += numel
-        self._tensors[0] += 1
-        if self._pinned is None:
-            self._watch.go_on()
 
     def leave(self) -> None:
         """The front end gives control back to the backward pass."""
         if self._pinned is None:
             self._watch.leave()
-
-    def result(self) -> None:
-        """A mean is ready."""
-        if self._pinned is None:
-            self._watch.result()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the coming step, the measured times, and the plan so far."""
@@ -277,9 +274,9 @@ class Conductor:
             self._state_message = self._send(transport, "state", words)
 
     def _send(self, transport: Transport, name: str, words: list[int]) -> Handle:
-        table = torch.zeros(transport.size, len(words), dtype=torch.int64, device="cpu")
-        table[transport.rank] = torch.tensor(words, dtype=torch.int64, device="cpu")
-        return transport.sum_async(table.view(-1), f"{self.label}.{name}")
+        table = np.zeros((transport.size, len(words)), np.int64)
+        table[transport.rank] = words
+        return transport.sum_async(torch.from_numpy(table.ravel()), f"{self.label}.{name}")
 
     def _received(self, transport: Transport, message: Handle) -> list[list[int]]:
         """The places of all ranks in a message of the step before."""
@@ -365,6 +362,10 @@ class Conductor:
 
 def _ms(micros: int) -> str:
     return f"{micros / 1e3:.{0 if micros >= 10_000 else 1}f} ms"
+
+
+def _nothing() -> None:
+    """A pinned plan reads no clock."""
 
 
 def _unused(arm: int, seen: Seen) -> list[int]:

@@ -9,6 +9,12 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+_callback: Callable[[], object]
+try:
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback as _callback
+except ImportError:
+    _callback = functools.partial(sys.modules.get, "torch._dynamo")
+
 __all__ = ["opaque"]
 
 P = ParamSpec("P")
@@ -18,18 +24,20 @@ R = TypeVar("R")
 def opaque(function: Callable[P, R]) -> Callable[P, R]:
     """Excludes a function from tracing by Dynamo, as ``torch.compiler.disable`` does.
 
-    ``torch.compiler.disable`` imports Dynamo, which takes a second: this function defers the import
-    until other code has imported Dynamo.
+    ``torch.compiler.disable`` imports Dynamo, which takes a second, and takes microseconds in each
+    call: this function calls it while Dynamo is active.
     """
-    disabled: list[Callable[P, R]] = []
+
+    @functools.cache
+    def disabled() -> Callable[P, R]:
+        made: Callable[P, R] = torch.compiler.disable(function)
+        return made
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not disabled:
-            if "torch._dynamo" not in sys.modules:
-                return function(*args, **kwargs)
-            disabled.append(torch.compiler.disable(function))
-        return disabled[0](*args, **kwargs)
+        if _callback() is None:
+            return function(*args, **kwargs)
+        return disabled()(*args, **kwargs)
 
     call._torchdynamo_disable = True  # type: ignore[attr-defined]  # read while tracing a caller
     return call

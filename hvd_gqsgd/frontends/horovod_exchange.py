@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_gqsgd._native.ops import held
 from hvd_gqsgd.codecs import check_device, check_plain, is_compressible
 from hvd_gqsgd.engine.failures import Ending
 from hvd_gqsgd.engine.flight import Ticket
@@ -41,7 +40,7 @@ try:
     from horovod.torch import ProcessSet
     from horovod.torch.compression import Compressor
 
-    from hvd_gqsgd.transports.horovod import SLOT_BYTES, HorovodTransport
+    from hvd_gqsgd.transports.horovod import SLOT_BYTES, HorovodTransport, held
 except ImportError as error:
     # DistributedDataParallel does not need it.
     Compressor = object
@@ -59,8 +58,8 @@ class _Context(NamedTuple):
     like: Tensor | None
     """The gradient, if its layout is not that of the result."""
     world_size: int
-    probe: object
-    """A reference to the probe; see ``transports.horovod``."""
+    held: Tensor
+    """Refers to the probe; see ``transports.horovod``."""
 
 
 class _Numbers:
@@ -156,7 +155,7 @@ class HorovodExchange:
         probe = make_probe(self._pipeline.rank, identity)
         if not self._pipeline.alone:
             self._stats.compressed_bytes_on_wire += PROBE_BYTES
-        return probe, _Context(ticket, like, self._pipeline.size, held([probe]))
+        return probe, _Context(ticket, like, self._pipeline.size, held(probe))
 
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
         """See ``GlobalQSGD.decompress``."""

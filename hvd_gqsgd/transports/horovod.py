@@ -12,16 +12,26 @@ from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from torch import Tensor
 
-from hvd_gqsgd._native.ops import held
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.nodes import Nodes, one_node
 from hvd_gqsgd.registry import of_horovod
 from hvd_gqsgd.transports.base import nap
 
-__all__ = ["SLOT_BYTES", "HorovodTransport"]
+__all__ = ["SLOT_BYTES", "HorovodTransport", "held"]
 
 SLOT_BYTES = 4
 """Bytes of an operation that fills a slot."""
+
+
+def held(tensor: Tensor) -> Tensor:
+    """A tensor that refers to another one from C++, by ``grad``.
+
+    As long as there is one, another thread drops its own references without the GIL. PyTorch takes
+    the GIL to drop the last reference beside that of Python.
+    """
+    holder = tensor.data
+    holder.grad = tensor
+    return holder
 
 
 class _Ended:
@@ -30,9 +40,9 @@ class _Ended:
 
     def __init__(self) -> None:
         self._session: object = None
-        self._held: list[object] = []
+        self._held: list[list[Tensor]] = []
 
-    def keep(self, session: object, held: object) -> None:
+    def keep(self, session: object, held: list[Tensor]) -> None:
         """Keeps them until an operation of a later session ends so."""
         if session is not self._session:
             self._session, self._held = session, []
@@ -51,8 +61,8 @@ class _HorovodHandle:
 
     handle: int
     name: str
-    tensors: object
-    """Holds them."""
+    held: list[Tensor]
+    """Refer to its tensors."""
 
     def done(self) -> bool:
         return bool(hvd.poll(self.handle))
@@ -61,7 +71,7 @@ class _HorovodHandle:
         try:
             result = hvd.synchronize(self.handle)
         except HorovodInternalError as error:
-            of_horovod("ended", _Ended).keep(mpi_ops._handle_map, self.tensors)
+            of_horovod("ended", _Ended).keep(mpi_ops._handle_map, self.held)
             # Horovod's controller compares shapes and types before it moves any data, and tells
             # every rank. What else it raises is left alone: elastic training acts on it.
             if "Mismatched" not in str(error):
@@ -141,14 +151,14 @@ class HorovodTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         counts = torch.tensor(splits, dtype=torch.int32, device="cpu")
         result, lengths = tensor.new_empty(0), counts.new_empty(0)
-        tensors = held([tensor, result, lengths])
+        tensors = [held(each) for each in (tensor, result, lengths)]
         handle = mpi_ops._alltoall_async(tensor, counts, result, lengths, name, self.process_set)
         return _HorovodHandle(handle, name, tensors)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         result = tensor.new_empty(0)
-        tensors = held([tensor, result])
+        tensors = [held(tensor), held(result)]
         handle = mpi_ops._allgather_async(tensor, result, name, self.process_set)
         return _HorovodHandle(handle, name, tensors)
 
@@ -162,6 +172,6 @@ class HorovodTransport:
         nap(waited, 1e-4)
 
     def _allreduce(self, tensor: Tensor, name: str, op: int) -> _HorovodHandle:
-        tensors = held([tensor])
+        tensors = [held(tensor)]
         handle = hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set)
         return _HorovodHandle(handle, name, tensors)

@@ -1,13 +1,11 @@
 // The kernels on the CPU as torch ops.
 #include <ATen/Parallel.h>
-#include <torch/custom_class.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <atomic>
 #include <numeric>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -72,13 +70,6 @@ std::vector<int64_t> storage_use_counts(at::TensorList tensors) {
   return counts;
 }
 
-// References to tensors that are not Python's. With one, another thread may drop its own reference
-// without the GIL, which PyTorch takes where all others are Python's.
-struct Held : torch::CustomClassHolder {
-  explicit Held(std::vector<Tensor> tensors) : tensors(std::move(tensors)) {}
-  std::vector<Tensor> tensors;
-};
-
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Kernels* table : kernel_tables()) names.emplace_back(table->name);
@@ -102,10 +93,6 @@ void use_instruction_set(std::string name) {
 }
 
 }  // namespace
-
-TORCH_LIBRARY_FRAGMENT(hvd_gqsgd, m) {
-  m.class_<Held>("Held").def(torch::init<std::vector<Tensor>>());
-}
 
 TORCH_LIBRARY_IMPL(hvd_gqsgd, CPU, m) {
   gqsgd::CheckedOps<Cpu>::register_all(m);
