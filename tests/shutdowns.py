@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import horovod.torch as hvd
 import torch
@@ -16,6 +17,7 @@ from hvd_gqsgd import GlobalQSGD
 
 TIMES = 60
 TENSORS = 40
+OPTIONS: list[dict[str, Any]] = [{}, {}, {"exchange": "two_phase"}, {"bits": "auto"}]
 
 
 def exchange(number: int) -> None:
@@ -26,6 +28,7 @@ def exchange(number: int) -> None:
     names = [f"{number}.{place}" for place in range(TENSORS)]
     compressor = GlobalQSGD(
         bucket_mb=0.01,
+        **OPTIONS[number % len(OPTIONS)],
         named_parameters=[(n, torch.nn.Parameter(t)) for n, t in zip(names, tensors, strict=True)],
     )
     sent = []

@@ -25,12 +25,11 @@ ARITHMETIC += ["-k", "not training"]
 NODES = ["--ranks-per-node", "2"]
 NODES += [
     RANKS / f"test_{name}.py"
-    for name in ("allreduce", "collective", "ddp", "ddp_small_buckets", "disagreement", "join",
-                 "lifecycle", "optimizer", "statistics", "told")
-]  # fmt: skip
+    for name in ("allreduce", "collective", "ddp", "disagreement", "join", "lifecycle", "optimizer")
+]
 
 # Over Gloo an operation takes some ten times as long when there are more ranks than cores.
-BRIEFLY = ["-k", "not training and not abandoned and not uneven"]
+BRIEFLY = ["-k", "not test_operators and not uneven"]
 JOBS = [
     *((mpirun, n, "not few", TESTS) for n in (1, 2)),
     (mpirun, 3, "", TESTS),

@@ -110,7 +110,8 @@ class Chooser:
         self._known = [UNKNOWN] * arms  # as measured since the last change
         self._tried = [0] * arms  # when, as ``_elapsed``
         self._queue: list[int] = []  # arms to try, this one included
-        # By how much the last trial of a compressed arm took longer than predicted, and the latter.
+        # By how much the last trial of a compressed arm took longer than predicted, and the time
+        # that was predicted; None: there was no trial.
         self._missed: list[tuple[int, int] | None] = [None] * arms
         self._unsure: set[int] = set()  # arms that were tried since the last window like the base
         self._claim = UNKNOWN  # of an arm that is tried, if it seems to be the fastest
@@ -302,14 +303,15 @@ class Chooser:
     def _times(self) -> list[int]:
         """``busy`` of all arms: measured since the last change, or else the least that a measured
         arm predicts, corrected by the arm's last trial. While no compressed arm is the best one,
-        what all their trials missed by is expected of the others too."""
+        what two and more of them missed by is expected of the others too."""
         predicted = [self._predict(arm, seen) for arm, seen in enumerate(self._known) if seen.busy]
         guesses = [min(times) for times in zip(*predicted, strict=True)]
         tried = [missed for missed in self._missed if missed is not None]
+        others = tried if len(tried) > 1 and self._best == 0 else []
         times = []
         for arm, (seen, guess) in enumerate(zip(self._known, guesses, strict=True)):
             own = self._missed[arm]
-            expected = [own] if own is not None else tried if arm and not self._best else []
+            expected = [own] if own is not None else others if arm else []
             # A cost of computing stays the same on another link, one of bytes stays proportional.
             off = min((min(missed, guess * missed // of) for missed, of in expected), default=0)
             times.append(seen.busy or guess + off)

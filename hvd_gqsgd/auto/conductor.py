@@ -146,15 +146,15 @@ class Conductor:
         """Whether the latest step was begun in the same session of a transport."""
         return transport.session is self._session
 
-    def count(self, numel: int, tensors: int = 1) -> None:
-        """Gradients of this step that an arm may compress, beside those of ``enter``."""
+    def count(self, numel: int) -> None:
+        """A gradient of this step that an arm may compress, beside those of ``enter``."""
         self._numel[0] += numel
-        self._tensors[0] += tensors
+        self._tensors[0] += 1
 
-    def count_small(self, numel: int, tensors: int = 1) -> None:
-        """Gradients that no arm compresses, in this step or before the next one."""
+    def count_small(self, numel: int) -> None:
+        """A gradient is handed in that no arm compresses, in this step or before the next one."""
         self._numel[1] += numel
-        self._tensors[1] += tensors
+        self._tensors[1] += 1
 
     def enter(self, numel: int, on_gpu: bool = False) -> None:
         """A gradient is handed in."""

@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "each other while the arms train, for as many steps each",
     )  # fmt: skip
     parser.add_argument(
-        "--arms", default="", help="only settings with one of these words in their name, separated "
-        f"by commas: {', '.join([*OF_AUTO, *FLAT_OF_AUTO])}",
+        "--arms", default="", help="only settings whose names contain one of these texts, "
+        f"separated by commas: {', '.join(OF_AUTO)}, and on hosts of several ranks "
+        f"{', '.join(FLAT_OF_AUTO)}",
     )  # fmt: skip
     parser.add_argument(
         "--most-load", type=float, default=0.2, metavar="CORES",
@@ -58,14 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{options.rates!r} and --rate {options.rate}"
         )
     several = options.hosts not in (None, options.ranks)  # on a host
-    words = [word.strip() for word in options.arms.split(",")]
-    arms = [
-        name
-        for name in (*OF_AUTO, *(FLAT_OF_AUTO if several else ()))
-        if any(word in name for word in words)
-    ]
-    if not arms:
-        parser.error(f"--arms must select one setting or more, got --arms {options.arms!r}")
+    here = (*OF_AUTO, *(FLAT_OF_AUTO if several else ()))
+    texts = [text.strip() for text in options.arms.split(",")] if options.arms else [""]
+    arms = [name for name in here if any(text in name for text in texts)]
+    if not arms or (options.arms and not all(texts)):
+        parser.error(
+            f"--arms must have parts of the names {', '.join(here)}, got --arms {options.arms!r}"
+        )
     if not is_rank():
         options.rate = rates[0] if rates else options.rate
         sys.exit(relaunch("hvd_gqsgd.bench.auto", given, options))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -27,16 +26,6 @@ class _Context(NamedTuple):
 
 
 _PASSED = _Context(None, None)
-
-
-@dataclass
-class _Passed:
-    """Gradients that passed uncompressed, and their elements."""
-
-    large: int = 0
-    large_numel: int = 0
-    small: int = 0
-    small_numel: int = 0
 
 
 class AutoCompressor:
@@ -69,7 +58,6 @@ class AutoCompressor:
         self._taken: torch.dtype | None = None
         self._transport: Any = None
         self._session: object = None
-        self._passed = _Passed()
 
     @property
     def described(self) -> str:
@@ -80,7 +68,6 @@ class AutoCompressor:
         """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
         if self._passes(tensor):
             return tensor, _PASSED if tensor.numel() >= self._min_numel else None
-        self._count_passed()
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
@@ -108,8 +95,8 @@ class AutoCompressor:
         return result
 
     def _passes(self, tensor: Tensor) -> bool:
-        """Whether a step goes on with a gradient as uncompressed as those before: a step may have
-        hundreds, beside which a microsecond more for each is seen."""
+        """Whether a step goes on with a gradient as uncompressed as those before, and counts it: a
+        step may have hundreds, beside which a microsecond more for each is seen."""
         if (
             self._handed_out
             or tensor.dtype is not self._taken
@@ -120,37 +107,24 @@ class AutoCompressor:
             or self._transport.session is not self._session
         ):
             return False
-        numel, passed = tensor.numel(), self._passed
+        stats, numel = self._stats, tensor.numel()
+        stats.tensors += 1
+        stats.tensors_bypassed += 1
+        stats.bypassed_bytes += tensor.nbytes
         if numel < self._min_numel:
-            passed.small += 1
-            passed.small_numel += numel
+            stats.tensors_small += 1
+            self._conductor.count_small(numel)
         else:
-            passed.large += 1
-            passed.large_numel += numel
+            stats.tensors_auto += 1
+            self._conductor.count(numel)
             self._conductor.go_on()
         return True
-
-    def _count_passed(self) -> None:
-        """Counts the gradients that passed since the last call."""
-        passed, self._passed = self._passed, _Passed()
-        if self._taken is None or passed == self._passed:
-            return
-        self._conductor.count(passed.large_numel, passed.large)
-        self._conductor.count_small(passed.small_numel, passed.small)
-        stats, tensors = self._stats, passed.large + passed.small
-        stats.tensors += tensors
-        stats.tensors_bypassed += tensors
-        stats.bypassed_bytes += (passed.large_numel + passed.small_numel) * self._taken.itemsize
-        stats.tensors_small += passed.small
-        stats.tensors_auto += passed.large
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """See ``GlobalQSGD.decompress``."""
         if ctx is None:
             return tensor
-        if not self._handed_out:
-            self._handed_out = True
-            self._count_passed()
+        self._handed_out = True
         if ctx.exchange is not None:
             tensor = ctx.exchange.decompress(tensor, ctx.inner)
         self._conductor.result()

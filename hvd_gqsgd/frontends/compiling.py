@@ -8,24 +8,25 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-
-_callback: Callable[[], object]
-try:
-    from torch._C._dynamo.eval_frame import get_eval_frame_callback as _callback
-except ImportError:
-    _callback = functools.partial(sys.modules.get, "torch._dynamo")
+from torch._C._dynamo import eval_frame
 
 __all__ = ["opaque"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What traces now, or None; of an older PyTorch: what may.
+_tracer: Callable[[], object] = getattr(
+    eval_frame, "get_eval_frame_callback", functools.partial(sys.modules.get, "torch._dynamo")
+)
+
 
 def opaque(function: Callable[P, R]) -> Callable[P, R]:
     """Excludes a function from tracing by Dynamo, as ``torch.compiler.disable`` does.
 
-    ``torch.compiler.disable`` imports Dynamo, which takes a second, and takes microseconds in each
-    call: this function calls it while Dynamo is active.
+    ``torch.compiler.disable`` imports Dynamo, which takes a second, and what it returns takes some
+    microseconds more in each call. So it is used only while Dynamo is active, or, with a PyTorch
+    that cannot tell, once Dynamo was imported.
     """
 
     @functools.cache
@@ -35,7 +36,7 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _callback() is None:
+        if _tracer() is None:
             return function(*args, **kwargs)
         return disabled()(*args, **kwargs)
 

@@ -59,7 +59,7 @@ class _Context(NamedTuple):
     """The gradient, if its layout is not that of the result."""
     world_size: int
     held: Tensor
-    """Refers to the probe; see ``transports.horovod``."""
+    """Holds the probe, as ``transports.horovod`` holds tensors in flight."""
 
 
 class _Numbers:

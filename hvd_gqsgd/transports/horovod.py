@@ -34,35 +34,45 @@ def held(tensor: Tensor) -> Tensor:
     return holder
 
 
-class _Ended:
-    """References to the tensors of operations that a shutdown of Horovod ended; see
-    ``_HorovodHandle``."""
-
-    def __init__(self) -> None:
-        self._session: object = None
-        self._held: list[list[Tensor]] = []
-
-    def keep(self, session: object, held: list[Tensor]) -> None:
-        """Keeps them until an operation of a later session ends so."""
-        if session is not self._session:
-            self._session, self._held = session, []
-        self._held.append(held)
-
-
-@dataclass
-class _HorovodHandle:
-    """An operation of Horovod.
+class _InFlight:
+    """Holds the tensors of operations.
 
     When one rank shuts Horovod down, Horovod's threads on all ranks drop the tensors in flight, and
     meanwhile hold a mutex that starting an operation takes too, with the GIL. If a tensor needs the
     GIL to be dropped, both threads wait for ever. So tensors are held from before they are handed
-    to Horovod until the operation is done, or Horovod is started anew.
+    to Horovod until the operation is done, or Horovod was started anew. What Horovod took while it
+    shut down stays in its queue until the next shutdown, and is held for one session more.
     """
 
+    def __init__(self) -> None:
+        self._session: object = None
+        self._of: dict[int, list[Tensor]] = {}
+        self._ended: set[int] = set()
+        self._left: list[list[Tensor]] = []  # of the session before
+
+    def add(self, handle: int, holders: list[Tensor]) -> None:
+        """An operation was started with tensors that were held before."""
+        if self._session is not mpi_ops._handle_map:
+            self._session = mpi_ops._handle_map
+            self._left = [t for handle, t in self._of.items() if handle not in self._ended]
+            self._of.clear()
+            self._ended.clear()
+        self._of[handle] = holders
+
+    def done(self, handle: int) -> None:
+        """An operation is done, or was refused."""
+        self._of.pop(handle, None)
+
+    def ended(self, handle: int) -> None:
+        """An operation was ended by a shutdown."""
+        self._ended.add(handle)
+
+
+@dataclass
+class _HorovodHandle:
     handle: int
     name: str
-    held: list[Tensor]
-    """Refer to its tensors."""
+    in_flight: _InFlight
 
     def done(self) -> bool:
         return bool(hvd.poll(self.handle))
@@ -71,18 +81,26 @@ class _HorovodHandle:
         try:
             result = hvd.synchronize(self.handle)
         except HorovodInternalError as error:
-            of_horovod("ended", _Ended).keep(mpi_ops._handle_map, self.held)
             # Horovod's controller compares shapes and types before it moves any data, and tells
             # every rank. What else it raises is left alone: elastic training acts on it.
             if "Mismatched" not in str(error):
+                self.in_flight.ended(self.handle)
                 raise
+            self.in_flight.done(self.handle)
             raise AgreementError(
                 f"ranks disagree on {self.name}: they use different options or different tensors. "
                 f"Horovod says: {error}"
             ) from error
+        self.in_flight.done(self.handle)
         # An Alltoall gives the lengths of the parts too.
         tensor: Tensor = result[0] if isinstance(result, tuple) else result
         return tensor
+
+
+def _started(handle: int, name: str, holders: list[Tensor]) -> _HorovodHandle:
+    in_flight = of_horovod("in flight", _InFlight)
+    in_flight.add(handle, holders)
+    return _HorovodHandle(handle, name, in_flight)
 
 
 @dataclass(frozen=True)
@@ -151,16 +169,16 @@ class HorovodTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         counts = torch.tensor(splits, dtype=torch.int32, device="cpu")
         result, lengths = tensor.new_empty(0), counts.new_empty(0)
-        tensors = [held(each) for each in (tensor, result, lengths)]
+        holders = [held(each) for each in (tensor, result, lengths)]
         handle = mpi_ops._alltoall_async(tensor, counts, result, lengths, name, self.process_set)
-        return _HorovodHandle(handle, name, tensors)
+        return _started(handle, name, holders)
 
     def allgather_async(self, tensor: Tensor, lengths: Sequence[int], name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         result = tensor.new_empty(0)
-        tensors = [held(tensor), held(result)]
+        holders = [held(tensor), held(result)]
         handle = mpi_ops._allgather_async(tensor, result, name, self.process_set)
-        return _HorovodHandle(handle, name, tensors)
+        return _started(handle, name, holders)
 
     def fill_slot(self, name: str) -> _HorovodHandle:
         """Starts an operation of ``SLOT_BYTES`` with an unused result: Horovod counts it like the
@@ -172,6 +190,6 @@ class HorovodTransport:
         nap(waited, 1e-4)
 
     def _allreduce(self, tensor: Tensor, name: str, op: int) -> _HorovodHandle:
-        tensors = [held(tensor)]
+        holders = [held(tensor)]
         handle = hvd.allreduce_async_(tensor, name=name, op=op, process_set=self.process_set)
-        return _HorovodHandle(handle, name, tensors)
+        return _started(handle, name, holders)
