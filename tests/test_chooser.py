@@ -217,6 +217,16 @@ def optimistic(arm: int, seen: Seen) -> list[int]:
     return [seen.busy, seen.busy * 9 // 10, seen.busy * 8 // 10, seen.busy * 7 // 10]
 
 
+def test_two_arms_that_miss_speak_for_the_third() -> None:
+    """All are predicted to win, and the last two, which are tried first, lose."""
+    chooser, arms = Chooser(4, optimistic), []
+    for _ in range(40):
+        arms.append(chooser.arm)
+        time = (4500, 4400, 8000, 11_000)[chooser.arm]
+        chooser.learn(Seen(time, time // 2, time + 4000))
+    assert set(arms) == {0, 2, 3}
+
+
 def test_an_arm_that_loses_is_left_within_the_budget() -> None:
     """Predicted to win, and twice as slow."""
 
