@@ -20,6 +20,7 @@ from typing import Any
 from hvd_gqsgd.bench.gradients import MODELS, shapes_of
 from hvd_gqsgd.bench.hosts import HOSTS, INTERFACE, add_arguments, is_rank, relaunch
 from hvd_gqsgd.bench.operators import AUTO, FLAT_OF_AUTO, FP32, OF_AUTO
+from hvd_gqsgd.bench.step import chosen as arms_of_words
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["main", "show", "summary"]
@@ -39,9 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "each other while the arms train, for as many steps each",
     )  # fmt: skip
     parser.add_argument(
-        "--arms", default="", help="only settings whose names contain one of these texts, "
-        f"separated by commas: {', '.join(OF_AUTO)}, and on hosts of several ranks "
-        f"{', '.join(FLAT_OF_AUTO)}",
+        "--arms", default="", help="only settings with one of these names, or one of these "
+        f"words in their name, separated by commas: {', '.join(OF_AUTO)}, and on hosts of several "
+        f"ranks {', '.join(FLAT_OF_AUTO)}",
     )  # fmt: skip
     parser.add_argument(
         "--most-load", type=float, default=0.2, metavar="CORES",
@@ -60,9 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     several = options.hosts not in (None, options.ranks)  # on a host
     here = (*OF_AUTO, *(FLAT_OF_AUTO if several else ()))
-    texts = [text.strip() for text in options.arms.split(",")] if options.arms else [""]
-    arms = [name for name in here if any(text in name for text in texts)]
-    if not arms or (options.arms and not all(texts)):
+    among = arms_of_words(options.arms)
+    arms = [name for name in here if name in among]
+    if not arms or (options.arms and not all(map(str.strip, options.arms.split(",")))):
         parser.error(
             f"--arms must have parts of the names {', '.join(here)}, got --arms {options.arms!r}"
         )

@@ -39,7 +39,7 @@ class _InFlight:
 
     When one rank shuts Horovod down, Horovod's threads on all ranks drop the tensors in flight, and
     meanwhile hold a mutex that starting an operation takes too, with the GIL. If a tensor needs the
-    GIL to be dropped, both threads wait for ever. So tensors are held from before they are handed
+    GIL to be dropped, neither thread continues. So tensors are held from before they are handed
     to Horovod until the operation is done, or Horovod was started anew. What Horovod took while it
     shut down stays in its queue until the next shutdown, and is held for one session more.
     """
