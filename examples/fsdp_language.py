@@ -124,6 +124,7 @@ def main() -> None:
             )
     if rank == 0 and args.output is not None:
         args.output.write_text(json.dumps(results) + "\n")
+    dist.barrier()  # FSDP's Gloo threads outlive the group; one still busy at exit would abort
     dist.destroy_process_group()
 
 
