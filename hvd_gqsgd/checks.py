@@ -9,17 +9,18 @@ __all__ = ["check_choice", "check_int", "check_number", "unknown_option"]
 
 
 def check_int(name: str, value: object, low: int, high: int, also: str = "") -> None:
-    """Checks that ``value`` is an int from ``low`` to ``high``; ``also`` names an alternative.
+    """Checks that ``value`` is an int from ``low`` to ``high``.
+
+    ``also`` names other accepted values, with what joins them to the range, as ``" or None"``.
 
     Raises:
         TypeError: it is not an int; a bool is not one.
         ValueError: it is out of range.
     """
-    alternative = f" or {also}" if also else ""
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int{alternative}, got {value!r}")
+        raise TypeError(f"{name} must be an int{also}, got {value!r}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be from {low} to {high}{alternative}, got {value}")
+        raise ValueError(f"{name} must be from {low} to {high}{also}, got {value}")
 
 
 def check_number(name: str, value: object, what: str) -> float:

@@ -130,7 +130,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits | BlockBits) and self.bits != "auto":
-            others = "DynamicBits(...), BlockBits(...) or 'auto'"
+            others = ", DynamicBits(...), BlockBits(...) or 'auto'"
             check_int("bits", self.bits, MIN_BITS, MAX_BITS, others)
         check_choice("dither", self.dither, tuple(CODECS))
         check_choice("exchange", self.exchange, get_args(Exchange))
@@ -156,7 +156,7 @@ class Options:
                 f"mean of its own shard alone, got {self.bits}, which follows the whole norm"
             )
         if self.block_size is not None:
-            check_int("block_size", self.block_size, 1, 2**31 - 1, "None (one norm per tensor)")
+            check_int("block_size", self.block_size, 1, 2**31 - 1, " or None (one norm per tensor)")
         if isinstance(self.bits, BlockBits):
             self._check_block_bits(self.bits)
         if not isinstance(self.correlated, bool):

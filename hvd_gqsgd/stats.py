@@ -174,6 +174,8 @@ class Stats:
             f"all tensors: {self.bytes_before:,} bytes -> {self.bytes_on_wire:,} on the wire, "
             f"{self.ratio:.2f} times fewer",
         ]
+        if not (self.tensors or self.weight_bytes_before):
+            lines[1] = NOTHING
         if self.why_nothing:
             lines.append(self.why_nothing)
         if self.elements:
@@ -192,6 +194,12 @@ class Stats:
                 f"the wire, {self.weight_ratio:.2f} times fewer"
             )
         return "\n".join(lines)
+
+
+NOTHING = (
+    "nothing was exchanged: no step has run, or the job has one rank, on which Horovod does not call "
+    "the compressor"
+)
 
 
 def _ratio(before: int, after: int) -> float:

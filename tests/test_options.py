@@ -65,17 +65,17 @@ def test_accepted(name: str, values: list[Any]) -> None:
         (
             "bits",
             1,
-            "bits must be from 2 to 16 or DynamicBits(...), BlockBits(...) or 'auto', got 1",
+            "bits must be from 2 to 16, DynamicBits(...), BlockBits(...) or 'auto', got 1",
         ),
         (
             "bits",
             17,
-            "bits must be from 2 to 16 or DynamicBits(...), BlockBits(...) or 'auto', got 17",
+            "bits must be from 2 to 16, DynamicBits(...), BlockBits(...) or 'auto', got 17",
         ),
         (
             "bits",
             -8,
-            "bits must be from 2 to 16 or DynamicBits(...), BlockBits(...) or 'auto', got -8",
+            "bits must be from 2 to 16, DynamicBits(...), BlockBits(...) or 'auto', got -8",
         ),
         ("block_size", 0, "block_size must be from 1 to 2147483647 or None"),
         ("block_size", -1, "(one norm per tensor), got -1"),
@@ -110,17 +110,17 @@ def test_out_of_range(name: str, value: Any, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("bits", "8", "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got '8'"),
-        ("bits", 8.0, "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got 8.0"),
+        ("bits", "8", "bits must be an int, DynamicBits(...), BlockBits(...) or 'auto', got '8'"),
+        ("bits", 8.0, "bits must be an int, DynamicBits(...), BlockBits(...) or 'auto', got 8.0"),
         (
             "bits",
             True,
-            "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got True",
+            "bits must be an int, DynamicBits(...), BlockBits(...) or 'auto', got True",
         ),
         (
             "bits",
             None,
-            "bits must be an int or DynamicBits(...), BlockBits(...) or 'auto', got None",
+            "bits must be an int, DynamicBits(...), BlockBits(...) or 'auto', got None",
         ),
         (
             "block_size",

@@ -309,7 +309,7 @@ def test_bad_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_bad_options() -> None:
-    with pytest.raises(ValueError, match=r"bits must be from 2 to 16 or .*, got 1"):
+    with pytest.raises(ValueError, match=r"bits must be from 2 to 16, .*, got 1"):
         simulate(torch.zeros(2, 5), bits=1)
     with pytest.raises(TypeError, match=r"simulate\(\) got an unknown option 'bit': did you mean"):
         simulate(torch.zeros(2, 5), bit=4)

@@ -24,7 +24,8 @@ def test_what_is_printed_of_nothing() -> None:
     """No mean over no elements, and no division by zero."""
     assert str(Stats()).splitlines() == [
         "steps: 0; tensors: 0, of which 0 bypassed (0.0%)",
-        "all tensors: 0 bytes -> 0 on the wire, 1.00 times fewer",
+        "nothing was exchanged: no step has run, or the job has one rank, on which Horovod does "
+        "not call the compressor",
     ]
 
 

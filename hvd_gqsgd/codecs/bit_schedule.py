@@ -151,7 +151,7 @@ class DynamicBits:
         if not self.min_bits <= budget <= self.max_bits:
             raise ValueError(f"budget must be from {span}, got {self.budget!r}")
         if self.total_steps is not None:
-            check_int("total_steps", self.total_steps, 1, WORD_MAX, "None (unknown)")
+            check_int("total_steps", self.total_steps, 1, WORD_MAX, " or None (unknown)")
         check_choice("form", self.form, get_args(Form))
         if self.form == "convex" and self.total_steps is None:
             raise ValueError("total_steps must be an int for form='convex', got None")

@@ -128,8 +128,8 @@ class AgreementProtocol(ABC):
         numbers = header.tolist()
         if not _agrees(numbers):
             raise AgreementError(
-                f"{bucket.name}: the ranks use different options; this rank has {self._options}, "
-                f"and {type(self._exchange).__name__}"
+                f"{bucket.name}: the ranks use different options: pass the same options on all "
+                f"ranks. This rank has {self._options}, and {type(self._exchange).__name__}"
             )
         layout, no_layout, present, rehearses, step, bits, *more = numbers[2:]
         if layout + no_layout != _FULL:

@@ -99,7 +99,8 @@ def allreduce(
         target = None if result is None or not _can_hold(result, flat) else result.view(-1)
         pipeline = endpoint.pipeline(FRONT_END.options(options), flat.device)
         if step is not None:
-            check_int("step", step, 0, 2**30, "None (the next one)")  # with room for those to come
+            # With room for those to come.
+            check_int("step", step, 0, 2**30, " or None (the next one)")
         pipeline.begin_step(step)
         scale = 1 / endpoint.transport.size if mean else 1.0
         ticket = pipeline.submit(flat, scale=scale, out=target)

@@ -34,9 +34,8 @@ class ShardedOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.weight_bits is not None:
-            check_int(
-                "weight_bits", self.weight_bits, MIN_BITS, MAX_BITS, "None (weights as they are)"
-            )
+            none = " or None (weights as they are)"
+            check_int("weight_bits", self.weight_bits, MIN_BITS, MAX_BITS, none)
         elif self.weight_exceptions:
             raise ValueError(
                 f"weight_exceptions={self.weight_exceptions} has no effect with weight_bits=None, "

@@ -248,7 +248,7 @@ def test_ranks_that_disagree(rank, size, comm, what):
     (TypeError, "got torch.int32", {"x": torch.ones(5000, dtype=torch.int32)}),
     (TypeError, "NumPy array, got <class 'list'>", {"x": [1.0]}),
     (TypeError, "dense", {"x": torch.ones(50, 50).to_sparse()}),
-    (ValueError, "bits must be from 2 to 16 or .*, got 99", {"bits": 99}),
+    (ValueError, "bits must be from 2 to 16, .*, got 99", {"bits": 99}),
     (ValueError, "step must be from 0", {"step": -1}),
     (ValueError, "out must be like x", {"out": torch.ones(4)}),
     (ValueError, "out must be writeable", {"out": np.broadcast_to(np.float32(1), 5000)}),
