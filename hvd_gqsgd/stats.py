@@ -197,8 +197,8 @@ class Stats:
 
 
 NOTHING = (
-    "nothing was exchanged: no step has run, or the job has one rank, on which Horovod does not call "
-    "the compressor"
+    "nothing was exchanged: no step has run, or the job has one rank, on which Horovod does not "
+    "call the compressor"
 )
 
 

@@ -190,7 +190,7 @@ def _named(record: Record) -> str:
 
 def _machine(record: Record) -> str:
     isa = record.get("instruction_set")
-    return record["processor"] + (f", {SETS.get(isa, isa)}" if isa else "")
+    return f"{record['processor']}, {SETS.get(isa, isa)}" if isa else str(record["processor"])
 
 
 def _table(columns: Sequence[Column], rows: Sequence[Record]) -> str:
