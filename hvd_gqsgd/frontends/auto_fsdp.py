@@ -48,6 +48,8 @@ class AutoGroup(Group):
             self._of_step.clear()
             self._arm = conductor.begin(self.on_host)
             self._step = conductor.current
+            for exchange in self._with.values():
+                exchange.end_step()
         self._of_step.add(of)
         if why_bypassed(x, self.options.min_numel) is not None:
             conductor.count_small(x.numel())

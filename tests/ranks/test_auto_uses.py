@@ -76,6 +76,48 @@ def test_fsdp_models_of_one_compressor(rank, several, take):  # noqa: F811
     assert compressor.stats().setting == "8 bits"
 
 
+@under_mpi
+@pytest.mark.parametrize("front_end", ["ddp", "fsdp"])
+def test_an_earlier_state(rank, size, several, front_end):
+    """Loaded by the same compressor: its steps come again, with the same bits."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0, plan=[(0, "8 bits")])
+    model = Given(5000)
+    if front_end == "ddp":
+        wrapped = wrap(model, compressor.ddp_state(process_group()))
+    else:
+        from sharded import shard  # here, as it takes seconds to import
+
+        wrapped = shard(model, compressor)
+    start = compressor.state_dict()
+
+    def mean():
+        model.zero_grad()
+        wrapped(gradients(size, 5000)[rank]).backward()
+        each = model.weight.grad
+        return each.clone() if front_end == "ddp" else each.full_tensor()
+
+    first, second = mean(), mean()
+    assert not torch.equal(first, second)
+    compressor.load_state_dict(start)
+    assert torch.equal(mean(), first)
+    assert torch.equal(mean(), second)
+
+
+@under_mpi
+def test_fsdp_modules_of_some_steps(rank, several):
+    """A setting that is taken again begins a step, whichever module comes first."""
+    from sharded import shard  # here, as it takes seconds to import
+
+    plan = [(0, "8 bits"), (1, "fp32"), (2, "8 bits")]
+    compressor = GlobalQSGD(bits="auto", min_numel=0, plan=plan)
+    modules = torch.nn.ModuleList(shard(torch.nn.Linear(64, 64)) for _ in range(2))
+    compressor.fsdp(modules)
+    for used in ([0], [0, 1], [1]):
+        for module in used:
+            modules[module](torch.ones(8, 64)).square().mean().backward()
+    assert compressor.stats().steps == compressor.state_dict()["step"] == 3
+
+
 @pytest.mark.parametrize("resumed", [False, True])
 def test_join_before_the_first_batch(rank, size, several, take, resumed):  # noqa: F811
     """All steps are uncompressed until this rank has taken part in one."""
