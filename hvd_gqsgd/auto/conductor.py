@@ -93,10 +93,14 @@ class Conductor:
         self._tensors = [0, 0]
         self._on_gpu = False
 
-    def begin(self, transport: Transport) -> Arm:
+    def begin(self, transport: Transport, ranks: int | None = None) -> Arm:
         """Begins a step, and returns its arm.
 
         All ranks must call this once a step. Ranks that are alone exchange nothing.
+
+        Args:
+            transport: the ranks that take one arm.
+            ranks: how many of them exchange gradients with each other; None: all.
 
         Raises:
             AgreementError: other ranks have not begun the step before.
@@ -105,7 +109,7 @@ class Conductor:
         """
         times = self._watch.begin_step()
         if transport.session is not self._session:
-            self._enter(transport)
+            self._enter(transport, ranks or transport.size)
             times = None
         else:
             self._hear(transport)
@@ -212,10 +216,10 @@ class Conductor:
             return self._chooser.state()
         return list(self._words) or Chooser(len(NAMES), _unused).state()
 
-    def _enter(self, transport: Transport) -> None:
+    def _enter(self, transport: Transport, ranks: int) -> None:
         """Begins a session: other ranks may have a state, and this one may have none."""
         self._words, self._known_for = self._state(), self._ranks
-        self._session, self._ranks = transport.session, transport.size
+        self._session, self._ranks = transport.session, ranks
         self._find_arms(transport.nodes)
         self._chooser = self._adopted(self._words, self._known_for)
         self._chooser.begin_uncompressed()

@@ -10,7 +10,7 @@ import torch
 from conftest import process_group
 from helpers import assert_same_on_all_ranks, backward, gradients, mlp
 from hooked import Given, wrap
-from test_auto import assert_same_plan, plan_of, take, trainer  # noqa: F401
+from test_auto import TIMES, assert_same_plan, plan_of, take, trainer  # noqa: F401
 
 from hvd_gqsgd import GlobalQSGD
 
@@ -83,7 +83,8 @@ def test_an_earlier_state(rank, size, several, front_end):
     compressor = GlobalQSGD(bits="auto", min_numel=0, plan=[(0, "8 bits")])
     model = Given(5000)
     if front_end == "ddp":
-        wrapped = wrap(model, compressor.ddp_state(process_group()))
+        state = compressor.ddp_state(process_group())
+        wrapped = wrap(model, state)
     else:
         from sharded import shard  # here, as it takes seconds to import
 
@@ -101,6 +102,8 @@ def test_an_earlier_state(rank, size, several, front_end):
     compressor.load_state_dict(start)
     assert torch.equal(mean(), first)
     assert torch.equal(mean(), second)
+    if front_end == "ddp":
+        state.close()
 
 
 @under_mpi
@@ -116,6 +119,25 @@ def test_fsdp_modules_of_some_steps(rank, several):
         for module in used:
             modules[module](torch.ones(8, 64)).square().mean().backward()
     assert compressor.stats().steps == compressor.state_dict()["step"] == 3
+
+
+@under_mpi
+@pytest.mark.core
+def test_replicas_of_shards(rank, size, several, take):  # noqa: F811
+    """The ranks of all shards take one setting, also where those of one shard are slower."""
+    if size % 2:
+        pytest.skip("needs an even number of ranks")
+    from sharded import mesh, shard  # here, as it takes seconds to import
+
+    both = mesh(2, size // 2, names=("replicate", "shard"))
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor, TIMES if rank % (size // 2) else dict.fromkeys(TIMES, 100_000))
+    model = shard(mlp(), mesh=both["shard"])
+    compressor.fsdp(model, replicate_group=both["replicate"].get_group())
+    for number in range(10):
+        backward(model, rank, number)
+    assert len(plan_of(compressor)) > 1
+    assert_same_plan(compressor)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
