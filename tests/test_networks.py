@@ -48,6 +48,14 @@ def lazy():
 def argument(size):
     return nn.Linear(size, size)
 
+def quits():
+    raise SystemExit("usage: ...")
+
+def __getattr__(name):
+    if name == "Optional":
+        raise RuntimeError("a library is missing")
+    raise AttributeError(name)
+
 instance = nn.Linear(100, 100)
 frozen = nn.Linear(2, 2).requires_grad_(False)
 """
@@ -58,6 +66,7 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A module in the current directory."""
     (tmp_path / "nets_of_a_user.py").write_text(SCRIPT)
     (tmp_path / "broken_of_a_user.py").write_text("import argparse, sys\nsys.exit('usage: ...')")
+    (tmp_path / "folder.png").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "nets_of_a_user", raising=False)
     return "nets_of_a_user"
@@ -151,6 +160,9 @@ def test_command(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     (["--module", "broken_of_a_user:f"], "cannot be imported (SystemExit: usage: ...)"),
     (["--module", "nets_of_a_user:Nettt"], "there is no 'Nettt' in nets_of_a_user"),
     (["--module", "nets_of_a_user:fails"], "failed (RuntimeError: no data): it must be a function"),
+    (["--module", "nets_of_a_user:quits"], "failed (SystemExit: usage: ...): it must be a func"),
+    (["--module", "nets_of_a_user:Optional"], "can be imported (RuntimeError: a library is miss"),
+    (["--plot", "folder.png"], "'folder.png' cannot be written, as it is a directory"),
     (["--module", "nets_of_a_user:argument"], "it must be a function that takes no arguments"),
     (["--module", "os:getcwd"], "os:getcwd: it must return a torch.nn.Module, got str"),
     (["--module", "nets_of_a_user:lazy"], "parameter 'weight' has no shape yet: pass a batch"),

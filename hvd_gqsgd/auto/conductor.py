@@ -25,7 +25,7 @@ import torch
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
 from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
 from hvd_gqsgd.auto.prediction import predict
-from hvd_gqsgd.auto.stopwatch import Stopwatch
+from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
 from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
@@ -71,10 +71,12 @@ class Conductor:
 
     def _start(self) -> None:
         self._session: object = None
-        self._watch = Stopwatch()
-        self.go_on = self._watch.go_on if self._pinned is None else _nothing
+        self._watch = Stopwatch() if self._pinned is None else StoppedWatch()
+        self.go_on = self._watch.go_on
         """One more gradient of a step without compression is handed in, on the host."""
-        self.result = self._watch.result if self._pinned is None else _nothing
+        self.leave = self._watch.leave
+        """The front end gives control back to the backward pass."""
+        self.result = self._watch.result
         """A mean is ready."""
         self._message: Handle | None = None
         self._state_message: Handle | None = None
@@ -91,19 +93,23 @@ class Conductor:
         self._tensors = [0, 0]
         self._on_gpu = False
 
-    def begin(self, transport: Transport) -> Arm:
+    def begin(self, transport: Transport, ranks: int | None = None) -> Arm:
         """Begins a step, and returns its arm.
 
         All ranks must call this once a step. Ranks that are alone exchange nothing.
+
+        Args:
+            transport: the ranks that take one arm.
+            ranks: how many of them exchange gradients with each other; None: all.
 
         Raises:
             AgreementError: other ranks have not begun the step before.
             ValueError: the plan has a setting that is not possible with so many ranks.
             Exception: an error of the transport.
         """
-        times = None if self._pinned is not None else self._watch.begin_step()
+        times = self._watch.begin_step()
         if transport.session is not self._session:
-            self._enter(transport)
+            self._enter(transport, ranks or transport.size)
             times = None
         else:
             self._hear(transport)
@@ -160,13 +166,7 @@ class Conductor:
         """A gradient is handed in."""
         self.count(numel)
         self._on_gpu |= on_gpu
-        if self._pinned is None:
-            self._watch.enter()
-
-    def leave(self) -> None:
-        """The front end gives control back to the backward pass."""
-        if self._pinned is None:
-            self._watch.leave()
+        self._watch.enter()
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the coming step, the measured times, and the plan so far."""
@@ -216,10 +216,10 @@ class Conductor:
             return self._chooser.state()
         return list(self._words) or Chooser(len(NAMES), _unused).state()
 
-    def _enter(self, transport: Transport) -> None:
+    def _enter(self, transport: Transport, ranks: int) -> None:
         """Begins a session: other ranks may have a state, and this one may have none."""
         self._words, self._known_for = self._state(), self._ranks
-        self._session, self._ranks = transport.session, transport.size
+        self._session, self._ranks = transport.session, ranks
         self._find_arms(transport.nodes)
         self._chooser = self._adopted(self._words, self._known_for)
         self._chooser.begin_uncompressed()
@@ -362,10 +362,6 @@ class Conductor:
 
 def _ms(micros: int) -> str:
     return f"{micros / 1e3:.{0 if micros >= 10_000 else 1}f} ms"
-
-
-def _nothing() -> None:
-    """A pinned plan reads no clock."""
 
 
 def _unused(arm: int, seen: Seen) -> list[int]:

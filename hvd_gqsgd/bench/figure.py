@@ -54,6 +54,8 @@ def figure_file(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"{text!r} cannot be written, as there is no directory {str(file.parent)!r}: create it"
         )
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written, as it is a directory")
     if importlib.util.find_spec("matplotlib") is None:
         raise argparse.ArgumentTypeError("figures need matplotlib: pip install matplotlib")
     return file

@@ -149,8 +149,11 @@ def _found(place: str) -> Any:
         ) from error
     try:
         return operator.attrgetter(path)(imported)
-    except AttributeError as error:
-        raise ValueError(f"{place}: there is no {path!r} in {module} ({error})") from error
+    except Exception as error:  # of a module that imports what it is asked for
+        raise ValueError(
+            f"{place}: there is no {path!r} in {module} that can be imported "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 def _built(place: str, function: Any) -> nn.Module:
@@ -162,13 +165,13 @@ def _built(place: str, function: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             built = function()
-    except Exception:
+    except (Exception, SystemExit):
         try:
             built = function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ValueError(
                 f"{place} failed ({type(error).__name__}: {error}): it must be a function that "
-                "takes no arguments and returns a torch.nn.Module"
+                "takes no arguments, reads none of the command line, and returns a torch.nn.Module"
             ) from error
     if not isinstance(built, nn.Module):
         raise ValueError(f"{place}: it must return a torch.nn.Module, got {type(built).__name__}")

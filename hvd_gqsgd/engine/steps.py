@@ -107,8 +107,8 @@ class Steps:
         return self._next_step
 
     def resume_at(self, step: int) -> None:
-        """Makes ``step`` the number of the next step, unless that is larger already."""
-        self._next_step = max(self._next_step, step)
+        """Makes ``step`` the number of the next step."""
+        self._next_step = step
 
     def record(self) -> StepRecord:
         """A record for a new pipeline, which goes on where the latest one ended."""

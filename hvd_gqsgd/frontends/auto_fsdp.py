@@ -17,6 +17,8 @@ from hvd_gqsgd.frontends.fsdp_groups import Group
 from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports.process_groups import host_group
+from hvd_gqsgd.transports.torch_distributed import TorchDistributedTransport
 
 __all__ = ["AutoGroup"]
 
@@ -27,14 +29,19 @@ class AutoGroup(Group):
     Args:
         group, options, stats, plan: as for ``Group``.
         conductor: chooses the setting.
+        together: the ranks that take one setting; None: those of ``group``.
     """
 
     def __init__(
         self, group: dist.ProcessGroup, options: ShardedOptions, stats: Stats,
         conductor: Conductor, plan: BucketPlan | None = None,
+        together: dist.ProcessGroup | None = None,
     ) -> None:  # fmt: skip
         super().__init__(group, options, stats, Steps(8), plan)  # each setting has steps of its own
         self._conductor = conductor
+        self._together = self.on_host
+        if together is not None:
+            self._together = TorchDistributedTransport(host_group(together))
         # Of this step; another model may begin the next one before this step ends.
         self._arm, self._step = conductor.arm, 0
         self._with: dict[str, Group] = {}
@@ -46,8 +53,10 @@ class AutoGroup(Group):
         conductor = self._conductor
         if not self._of_step or of in self._of_step:
             self._of_step.clear()
-            self._arm = conductor.begin(self.on_host)
+            self._arm = conductor.begin(self._together, self.size)
             self._step = conductor.current
+            for exchange in self._with.values():
+                exchange.end_step()
         self._of_step.add(of)
         if why_bypassed(x, self.options.min_numel) is not None:
             conductor.count_small(x.numel())

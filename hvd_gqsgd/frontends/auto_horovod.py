@@ -89,7 +89,10 @@ class AutoCompressor:
         else:  # Horovod takes no bfloat16, for one
             exchange = widest if arm.options is None else self._of(arm)
             exchange.steps.resume_at(conductor.current)
+            steps = self._stats.steps
             probe, inner = exchange.start(tensor)
+            if arm.options is None:  # the conductor has counted the step
+                self._stats.steps = steps
             result = probe, _Context(exchange, inner)
         conductor.leave()
         return result

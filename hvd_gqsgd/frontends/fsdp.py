@@ -109,12 +109,8 @@ def attach(
     shards = list(dict.fromkeys(_shard_groups(modules)))
     groups = list(dict.fromkeys([*replicas, *shards]))
     try:
-        if len(shards) > 1 and given.get("bits") == "auto":
-            raise ValueError(
-                f"bits='auto' needs one process group of all shards, got {len(shards)}: pass a "
-                "number of bits for a model on several meshes"
-            )
         _check_replicas(replicas, shards)
+        together = _together(replicas, shards) if given.get("bits") == "auto" else None
         options = _options(REPLICATED if replicas else SHARDED, given)
         options = ShardedOptions.of(options, weight_bits, weight_exceptions)
         parts = parts_of(model, modules, options) if weight_bits is not None else {}
@@ -127,7 +123,7 @@ def attach(
 
     def make(group: dist.ProcessGroup) -> Group:
         if isinstance(steps, Conductor):
-            return AutoGroup(group, options, stats, steps, plan)
+            return AutoGroup(group, options, stats, steps, plan, together)
         return Group(group, options, stats, steps, plan)
 
     known = Groups(make)
@@ -146,6 +142,30 @@ def attach(
             module.set_custom_reduce_scatter(_ReduceScatter(known))
         if module in parts:
             module.set_custom_all_gather(AllGather(known, parts[module], step, stats))
+
+
+def _together(
+    replicas: Sequence[dist.ProcessGroup], shards: Sequence[dist.ProcessGroup]
+) -> dist.ProcessGroup | None:
+    """The ranks that take one setting of ``bits="auto"``; None: those that exchange gradients.
+
+    Raises:
+        ValueError: no process group has them.
+    """
+    if len(shards) > 1:
+        raise ValueError(
+            f"bits='auto' needs one process group of all shards, got {len(shards)}: pass a "
+            "number of bits for a model on several meshes"
+        )
+    if not (replicas and shards):
+        return None
+    ranks, everyone = replicas[0].size() * shards[0].size(), dist.get_world_size()
+    if ranks != everyone:
+        raise ValueError(
+            "bits='auto' with replicate_group needs a model on all ranks of the default process "
+            f"group, got {ranks} of {everyone}: pass a number of bits"
+        )
+    return dist.group.WORLD
 
 
 def _options(front_end: FrontEnd, given: Mapping[str, Any]) -> Options:

@@ -135,6 +135,10 @@ class Group:
         self.stats.weight_bytes_before += sum(shard.out.nbytes for shard in shards)
         self.stats.weight_bytes_on_wire += pipeline.stats.compressed_bytes_on_wire - before
 
+    def end_step(self) -> None:
+        """The gradients that come next begin a step, whoever owns them."""
+        self._seen.clear()
+
     def refuse(self) -> None:
         """Tells the other ranks, which may be waiting, that this one does not take part."""
         refuse(self.on_host, "header")

@@ -286,6 +286,7 @@ def test_types(rank, size, several, take, dtype):
         if dtype is torch.bfloat16 and compressor.stats().setting == "fp32":
             assert torch.equal(mean, simulate(everyone, step=number, bits=16))
     assert compressor.stats().setting == "8 bits"
+    assert compressor.stats().steps == 30
 
 
 def test_small_tensors_and_nan(rank, size, several, take):

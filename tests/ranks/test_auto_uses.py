@@ -10,7 +10,7 @@ import torch
 from conftest import process_group
 from helpers import assert_same_on_all_ranks, backward, gradients, mlp
 from hooked import Given, wrap
-from test_auto import assert_same_plan, plan_of, take, trainer  # noqa: F401
+from test_auto import TIMES, assert_same_plan, plan_of, take, trainer  # noqa: F401
 
 from hvd_gqsgd import GlobalQSGD
 
@@ -74,6 +74,70 @@ def test_fsdp_models_of_one_compressor(rank, several, take):  # noqa: F811
         assert_same_on_all_ranks(torch.cat(full))
     assert_same_plan(compressor)
     assert compressor.stats().setting == "8 bits"
+
+
+@under_mpi
+@pytest.mark.parametrize("front_end", ["ddp", "fsdp"])
+def test_an_earlier_state(rank, size, several, front_end):
+    """Loaded by the same compressor: its steps come again, with the same bits."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0, plan=[(0, "8 bits")])
+    model = Given(5000)
+    if front_end == "ddp":
+        state = compressor.ddp_state(process_group())
+        wrapped = wrap(model, state)
+    else:
+        from sharded import shard  # here, as it takes seconds to import
+
+        wrapped = shard(model, compressor)
+    start = compressor.state_dict()
+
+    def mean():
+        model.zero_grad()
+        wrapped(gradients(size, 5000)[rank]).backward()
+        each = model.weight.grad
+        return each.clone() if front_end == "ddp" else each.full_tensor()
+
+    first, second = mean(), mean()
+    assert not torch.equal(first, second)
+    compressor.load_state_dict(start)
+    assert torch.equal(mean(), first)
+    assert torch.equal(mean(), second)
+    if front_end == "ddp":
+        state.close()
+
+
+@under_mpi
+def test_fsdp_modules_of_some_steps(rank, several):
+    """A setting that is taken again begins a step, whichever module comes first."""
+    from sharded import shard  # here, as it takes seconds to import
+
+    plan = [(0, "8 bits"), (1, "fp32"), (2, "8 bits")]
+    compressor = GlobalQSGD(bits="auto", min_numel=0, plan=plan)
+    modules = torch.nn.ModuleList(shard(torch.nn.Linear(64, 64)) for _ in range(2))
+    compressor.fsdp(modules)
+    for used in ([0], [0, 1], [1]):
+        for module in used:
+            modules[module](torch.ones(8, 64)).square().mean().backward()
+    assert compressor.stats().steps == compressor.state_dict()["step"] == 3
+
+
+@under_mpi
+@pytest.mark.core
+def test_replicas_of_shards(rank, size, several, take):  # noqa: F811
+    """The ranks of all shards take one setting, also where those of one shard are slower."""
+    if size % 2:
+        pytest.skip("needs an even number of ranks")
+    from sharded import mesh, shard  # here, as it takes seconds to import
+
+    both = mesh(2, size // 2, names=("replicate", "shard"))
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor, TIMES if rank % (size // 2) else dict.fromkeys(TIMES, 100_000))
+    model = shard(mlp(), mesh=both["shard"])
+    compressor.fsdp(model, replicate_group=both["replicate"].get_group())
+    for number in range(10):
+        backward(model, rank, number)
+    assert len(plan_of(compressor)) > 1
+    assert_same_plan(compressor)
 
 
 @pytest.mark.parametrize("resumed", [False, True])
