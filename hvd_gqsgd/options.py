@@ -31,7 +31,9 @@ Norm = Literal["max", "l2"]
 Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
 Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
+Select = Literal["random", "leader"]
 
+MOST_GROUP = 2**16
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,6 +53,9 @@ class OptionsButBits(TypedDict, total=False):
     hierarchy: Hierarchy
     error: float | None
     plan: Plan | None
+    keep: float
+    select: Select
+    low_pass: float
 
 
 class OptionKeywords(OptionsButBits, total=False):
@@ -109,6 +114,14 @@ class Options:
         plan: for ``bits="auto"``, the settings of a former run, as
             ``state_dict()["schedule"]["plan"]`` has them: pairs of a step and a setting. With a
             plan no time is measured, and the same gradients give the same bits.
+        keep: share of the elements of a gradient that is exchanged, 1 divided by an int up to
+            65,536, as 1/64; 1 exchanges all of them.
+        select: how these are chosen, the same on all ranks. ``"random"`` takes runs of 32 elements
+            by the hash of the dither, and multiplies them by ``1 / keep``, which is unbiased.
+            ``"leader"`` takes the elements that are largest on one rank, in turn, and each rank
+            adds what it did not send to its next gradient, as in ScaleCom (arXiv 2104.11125).
+        low_pass: weight of a step in the residual of ``select="leader"``, above 0 and at most 1:
+            ScaleCom's low-pass filter ``beta``. 1 does not filter.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -127,6 +140,9 @@ class Options:
     hierarchy: Hierarchy = "auto"
     error: float | None = None
     plan: Plan | None = None
+    keep: float = 1
+    select: Select = "random"
+    low_pass: float = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits | BlockBits) and self.bits != "auto":
@@ -171,6 +187,7 @@ class Options:
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
         self._check_hierarchy()
         self._check_auto()
+        self._check_keep()
 
     def _check_auto(self) -> None:
         if self.bits != "auto":
@@ -187,6 +204,44 @@ class Options:
             object.__setattr__(self, "error", error)
         if self.plan is not None:
             object.__setattr__(self, "plan", check_plan(self.plan))
+
+    def _check_keep(self) -> None:
+        keep = check_number("keep", self.keep, "a share of elements, as 1/64")
+        group = round(1 / keep) if 0 < keep <= 1 else 0
+        if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
+            raise ValueError(
+                f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {keep}"
+            )
+        object.__setattr__(self, "keep", 1 / group)
+        low_pass = check_number("low_pass", self.low_pass, "a weight, as 0.1")
+        if not 0 < low_pass <= 1:
+            raise ValueError(f"low_pass must be above 0 and at most 1, got {low_pass}")
+        object.__setattr__(self, "low_pass", low_pass)
+        if low_pass != 1 and self.select != "leader":
+            raise ValueError(
+                f"low_pass={low_pass} has no effect with select={self.select!r}: pass "
+                "select='leader', or leave low_pass out"
+            )
+        check_choice("select", self.select, get_args(Select))
+        if group == 1:
+            if self.select != "random":
+                raise ValueError(
+                    f"select={self.select!r} has no effect with keep=1, which exchanges all "
+                    "elements: pass keep=1/64, or leave select out"
+                )
+            return
+        if self.bits == "auto":
+            raise ValueError(
+                f"keep={self.keep} does not go with bits='auto', which chooses among exchanges of "
+                "all elements: pass a number of bits"
+            )
+        if self.exchange in ("reduce_scatter", "gather") or (
+            self.exchange == "one_phase" and self.select == "leader"
+        ):
+            raise ValueError(
+                f"select={self.select!r} with keep={self.keep} does not go with "
+                f"exchange={self.exchange!r}: pass keep=1"
+            )
 
     def _check_block_bits(self, bits: BlockBits) -> None:
         if self.block_size not in (BLOCK_SIZE, bits.block_size):

@@ -16,6 +16,7 @@ from hvd_gqsgd.codecs import Codec, make_codec
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.selections.residuals import Residuals
 from hvd_gqsgd.transports.base import Transport
 
 __all__ = ["Exchange", "LastMessage", "Result", "Running", "Setup", "Take", "Terms"]
@@ -41,6 +42,8 @@ class Setup(NamedTuple):
     may_give_up: bool
     """Whether ranks may give up a step between two collectives; then messages must tell whether
     their rank took part."""
+    residuals: Residuals
+    """What this rank has not sent yet, where selections keep it."""
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Exchange(ABC):
     """The collectives of a bucket, in their order."""
     alone: ClassVar[bool] = False
     """Whether nothing is sent, as there is one rank."""
-    counted: ClassVar[int] = 1
+    counted: int = 1
     """Times that bytes on the wire are counted; see ``Stats``."""
 
     def __init__(self, setup: Setup) -> None:
