@@ -155,7 +155,7 @@ class SimulatedRanks:
             ]
         first, *others = self._ranks
         share = 1 / len(self._ranks)
-        if first.steps.learns or shards:
+        if first.steps.learns or shards or first.options.select == "leader":
             for rank, own in zip(others, tickets[1:], strict=True):
                 for ticket in own:
                     rank.decode(ticket, share)

@@ -163,7 +163,7 @@ class Steps:
         Changes nothing, so that one rank alone may ask for it.
         """
         state = {"step": self._next_step, "schedule": self._learned().state_dict()}
-        if self.residuals:
+        if len(self.residuals):
             state["residuals"] = self.residuals.state_dict()
         return state
 
