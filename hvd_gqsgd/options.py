@@ -1,22 +1,21 @@
-"""The options: types, checks, error messages, and the options of each front end."""
+"""The options: types, checks and error messages."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
+from hvd_gqsgd.checks import check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS, Registered
 from hvd_gqsgd.plan import check_plan
 
-__all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
+__all__ = ["OptionKeywords", "Options", "OptionsButBits", "digest"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
 WIRE_VERSION = 4
@@ -336,6 +335,7 @@ class Options:
     def keywords(self, without: Iterable[str] = ()) -> str:
         """Returns the text of the options as keyword arguments, without some of them."""
         idle = () if self.bits == "auto" else OF_AUTO
+        idle += () if self.keep < 1 else OF_KEEP
         names = (name for name in OPTIONS if name not in (*without, *idle))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
@@ -347,70 +347,9 @@ def _levels(bits: int, summands: int) -> int:
 
 OF_AUTO = ("error", "plan")
 """Options that go with ``bits="auto"`` alone."""
+OF_KEEP = ("keep", "select", "low_pass")
+"""Options that have an effect if a part of the elements is exchanged."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
-
-
-@dataclass(frozen=True)
-class FrontEnd:
-    """A function or class with ``**options``, and the options that have no effect there."""
-
-    name: str
-    """The name at the beginning of error messages."""
-    own: tuple[str, ...] = ()
-    """Other keywords of the function, which an error may suggest for an unknown keyword."""
-    without: Mapping[str, str] = field(default_factory=dict)
-    """Names without an effect here, each with the reason and the remedy."""
-    exchanges: tuple[Exchange, ...] = ()
-    """Exchanges of this front end in addition to those of all front ends."""
-    trains: bool = False
-    """Whether its calls are steps of a training, which ``bits="auto"`` measures."""
-
-    def options(self, given: Mapping[str, Any]) -> Options:
-        """Returns the options of a call.
-
-        Raises:
-            TypeError: an option is unknown, has no effect here, or has the wrong type.
-            ValueError: an option is out of range, or does not go with another one.
-        """
-        for name in given:
-            if name in self.without:
-                raise TypeError(f"{self.name} takes no option {name!r}: {self.without[name]}")
-            if name not in OPTIONS:
-                raise TypeError(self._unknown(name))
-        if given.get("bits") == "auto" and not self.trains:
-            raise ValueError(
-                f"bits='auto' measures the steps of a training, and {self.name} is none: pass a "
-                "number of bits, or use GlobalQSGD or DDPState"
-            )
-        asked = given.get("exchange", "auto")
-        accepted = ("auto", "allreduce", "two_phase", *self.exchanges)
-        if asked != "reduce_scatter":
-            check_choice("exchange", asked, accepted)
-        options = Options(**given)
-        if options.exchange not in accepted:
-            raise ValueError(
-                "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator; "
-                f"take exchange='two_phase' for {self.name}"
-            )
-        return options
-
-    def documented(self, function: Function) -> Function:
-        """Replaces ``**options`` in the signature of a function by the options."""
-        signature = inspect.signature(function)
-        shown = list(signature.parameters.values())[:-1]
-        shown += [
-            inspect.Parameter(
-                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
-            )
-            for f in dataclasses.fields(Options)
-            if f.name not in self.without and f.name not in signature.parameters
-        ]
-        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-        return function
-
-    def _unknown(self, name: str) -> str:
-        known = [option for option in OPTIONS if option not in self.without]
-        return unknown_option(self.name, name, [*known, *self.own])
 
 
 def digest(value: object) -> int:

@@ -52,13 +52,14 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "5 bits per step": lambda steps: {"bits": DynamicBits(5, total_steps=steps)},
     "6 bits": lambda steps: {"bits": 6},
     "6 bits per step": lambda steps: {"bits": DynamicBits(6, total_steps=steps)},
+    "1/4 at random, 4 bits": lambda steps: {"keep": 1 / 4, "bits": 4},
     "1/8 at random": lambda steps: {"keep": 1 / 8},
-    "1/16 by a leader": lambda steps: {"keep": 1 / 16, "select": "leader"},
     "1/64 at random": lambda steps: {"keep": 1 / 64},
+    "1/16 by a leader": lambda steps: {"keep": 1 / 16, "select": "leader"},
     "1/64 by a leader": lambda steps: {"keep": 1 / 64, "select": "leader"},
-    "1/64 by a leader, 4 bits": lambda steps: {"keep": 1 / 64, "select": "leader", "bits": 4},
-    "1/64 by a leader, low pass 0.1": lambda steps: {"keep": 1/64, "select": "leader", "low_pass": 0.1},
-    "1/256 by a leader": lambda steps: {"keep": 1 / 256, "select": "leader"},
+    "1/64 by a leader, low pass": lambda steps: {
+        "keep": 1 / 64, "select": "leader", "low_pass": 0.1
+    },
 }
 """Options by name, given the number of steps; all in two phases. None is float32."""
 

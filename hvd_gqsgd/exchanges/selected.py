@@ -155,8 +155,7 @@ class _Spread:
         exchange, parts = self.exchange, self.exchange.parts
         small = [self.small.items[item.place] for item in items]
         means = [
-            torch.empty(item.numel // parts, dtype=item.dtype, device=item.device)
-            for item in small
+            torch.empty(item.numel // parts, dtype=item.dtype, device=item.device) for item in small
         ]
         self.result.decode(small, means, scale)
         for item, mean, out in zip(items, means, outs, strict=True):

@@ -15,7 +15,14 @@ from hvd_gqsgd.selections.random_runs import RandomSelection
 if TYPE_CHECKING:
     from hvd_gqsgd.options import Options
 
-__all__ = ["SELECTIONS", "Chosen", "LeaderSelection", "RandomSelection", "Selection", "selection_of"]
+__all__ = [
+    "SELECTIONS",
+    "Chosen",
+    "LeaderSelection",
+    "RandomSelection",
+    "Selection",
+    "selection_of",
+]
 
 SELECTIONS: dict[str, type[Selection]] = {"random": RandomSelection, "leader": LeaderSelection}
 """The class for each value of the option ``select``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
@@ -63,7 +63,7 @@ class Chosen:
     def spread(self, kept: Tensor, out: Tensor) -> None:
         """Copies the kept elements to their places in ``out``, and writes zeros to all others."""
         out.zero_()
-        rows, whole, tail = self._parts(out, kept)
+        rows, whole, tail = self._parts(out, kept.to(out.dtype))
         rows.index_copy_(0, self.units[: len(whole)], whole)
         if self.short:
             begin = out.numel() // self.groups.unit * self.groups.unit

@@ -68,6 +68,7 @@ class LeaderSelection(Selection):
         groups = [self.groups(numel) for numel in numels]
         counts = [each.count for each in groups]
         places = message.view(self.lane)[: sum(counts)].to(torch.int64)
+        places &= 256**self.lane.itemsize - 1  # int16 has a sign
         chosen = []
         for each, place in zip(groups, places.split(counts), strict=True):
             units = torch.arange(each.count, dtype=torch.int64, device=place.device)
@@ -80,7 +81,7 @@ class LeaderSelection(Selection):
         if not groups.count:
             return
         low, high = places.aminmax()
-        if not (0 <= int(low) and int(high) < self.size and int(units[-1]) < groups.numel):
+        if not (int(low) >= 0 and int(high) < self.size and int(units[-1]) < groups.numel):
             raise AgreementError(
                 f"the leader chose place {int(low)} to {int(high)} of groups of {self.size} "
                 "elements: a rank sent an invalid message"

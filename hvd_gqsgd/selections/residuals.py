@@ -42,14 +42,6 @@ class Residuals:
             self._of.clear()
         self._rank, self._loaded = rank, False
         residual = self._of.get(identity)
-        if residual is not None and residual.numel() != x.numel():
-            _log.warning(
-                "a tensor of %d elements has %d now, so its residual is dropped: "
-                "DistributedDataParallel arranges its buckets anew after the first step",
-                residual.numel(), x.numel(),
-            )  # fmt: skip
-            del self._of[identity]
-            residual = None
         total = take(x.numel(), self.dtype(x.dtype), x.device)
         if residual is None:
             return total.copy_(x.view(-1))
