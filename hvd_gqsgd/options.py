@@ -334,9 +334,9 @@ class Options:
 
     def keywords(self, without: Iterable[str] = ()) -> str:
         """Returns the text of the options as keyword arguments, without some of them."""
-        idle = () if self.bits == "auto" else OF_AUTO
-        idle += () if self.keep < 1 else OF_KEEP
-        names = (name for name in OPTIONS if name not in (*without, *idle))
+        of_auto = () if self.bits == "auto" else OF_AUTO
+        of_keep = () if self.keep < 1 else OF_KEEP
+        names = (name for name in OPTIONS if name not in (*without, *of_auto, *of_keep))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 

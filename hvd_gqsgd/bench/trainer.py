@@ -58,7 +58,9 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "1/16 by a leader": lambda steps: {"keep": 1 / 16, "select": "leader"},
     "1/64 by a leader": lambda steps: {"keep": 1 / 64, "select": "leader"},
     "1/64 by a leader, low pass": lambda steps: {
-        "keep": 1 / 64, "select": "leader", "low_pass": 0.1
+        "keep": 1 / 64,
+        "select": "leader",
+        "low_pass": 0.1,
     },
 }
 """Options by name, given the number of steps; all in two phases. None is float32."""

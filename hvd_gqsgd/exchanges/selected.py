@@ -163,8 +163,8 @@ class _Spread:
             choice = self.chosen[place]
             choice.spread(exchange.selection.scaled(choice, mean), out)
             # A result of NaN is skipped on all ranks, and its gradient would stay in the residual.
-            fresh = exchange.residuals is not None and item.place not in self.decoded
-            if fresh and mean.isfinite().all():
+            residuals = None if item.place in self.decoded else exchange.residuals
+            if residuals is not None and mean.isfinite().all():
                 self.decoded.add(item.place)
                 unsent = choice.left(self.pieces[place])
-                exchange.residuals.keep(item.identity, unsent, exchange.options.low_pass)
+                residuals.keep(item.identity, unsent, exchange.options.low_pass)

@@ -24,10 +24,12 @@ __all__ = [
     "selection_of",
 ]
 
-SELECTIONS: dict[str, type[Selection]] = {"random": RandomSelection, "leader": LeaderSelection}
+SELECTIONS: dict[str, type[RandomSelection | LeaderSelection]] = {
+    "random": RandomSelection, "leader": LeaderSelection,
+}  # fmt: skip
 """The class for each value of the option ``select``."""
 
 
-def selection_of(options: Options, rank: int, size: int) -> Selection:
+def selection_of(options: Options, rank: int, size: int) -> RandomSelection | LeaderSelection:
     """The selection that the options ask for, of one rank."""
     return SELECTIONS[options.select](round(1 / options.keep), options.seed, rank, size)

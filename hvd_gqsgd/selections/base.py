@@ -23,19 +23,19 @@ class Groups(NamedTuple):
     """Units of a group; the last one may have fewer."""
 
     @property
-    def count(self) -> int:
-        """Groups, and so units that are kept."""
+    def number(self) -> int:
+        """How many groups there are, and so units that are kept."""
         return -(-self.numel // (self.unit * self.size))
 
     @property
     def kept(self) -> int:
         """Elements that are kept; a unit counts in full."""
-        return self.count * self.unit
+        return self.number * self.unit
 
     @property
     def last(self) -> int:
         """Units of the last group."""
-        return -(-self.numel // self.unit) - (self.count - 1) * self.size
+        return -(-self.numel // self.unit) - (self.number - 1) * self.size
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Chosen:
 
     Args:
         groups: of the tensor.
-        units: numbers of the units, counted through the tensor, int64 of shape (groups.count,).
+        units: numbers of the units, counted through the tensor, int64 of shape (groups.number,).
         short: whether the last one of these is shorter than the others.
     """
 
@@ -75,7 +75,7 @@ class Chosen:
 
     def _parts(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The whole units of ``x``, and the whole and the short ones that are kept."""
-        unit, count = self.groups.unit, self.groups.count - self.short
+        unit, count = self.groups.unit, self.groups.number - self.short
         rows = x.view(-1)[: x.numel() // unit * unit].view(-1, unit)
         each = kept.view(-1, unit)
         return rows, each[:count], each[count:]

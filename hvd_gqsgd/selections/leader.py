@@ -45,13 +45,13 @@ class LeaderSelection(Selection):
 
     def words(self, numels: Sequence[int]) -> int:
         """Elements of the message, of int32, for tensors of so many elements."""
-        places = sum(self.groups(numel).count for numel in numels)
+        places = sum(self.groups(numel).number for numel in numels)
         return -(-places * self.lane.itemsize // 4)
 
     def write(self, xs: Sequence[Tensor], message: Tensor) -> None:
         """Writes the places of the largest elements of ``xs`` to the message."""
         places = message.view(self.lane)
-        counts = [self.groups(x.numel()).count for x in xs]
+        counts = [self.groups(x.numel()).number for x in xs]
         for x, out in zip(xs, places.split([*counts, len(places) - sum(counts)]), strict=False):
             whole = x.numel() // self.size
             magnitudes = x.view(-1).abs()
@@ -66,19 +66,19 @@ class LeaderSelection(Selection):
             AgreementError: a place is outside of its group.
         """
         groups = [self.groups(numel) for numel in numels]
-        counts = [each.count for each in groups]
+        counts = [each.number for each in groups]
         places = message.view(self.lane)[: sum(counts)].to(torch.int64)
         places &= 256**self.lane.itemsize - 1  # int16 has a sign
         chosen = []
         for each, place in zip(groups, places.split(counts), strict=True):
-            units = torch.arange(each.count, dtype=torch.int64, device=place.device)
+            units = torch.arange(each.number, dtype=torch.int64, device=place.device)
             units = units.mul_(self.size).add_(place)
             self._check(each, place, units)
             chosen.append(Chosen(each, units))
         return chosen
 
     def _check(self, groups: Groups, places: Tensor, units: Tensor) -> None:
-        if not groups.count:
+        if not groups.number:
             return
         low, high = places.aminmax()
         if not (int(low) >= 0 and int(high) < self.size and int(units[-1]) < groups.numel):

@@ -45,7 +45,7 @@ class RandomSelection(Selection):
             tile_keys(1, seed=self.seed, step=step, tensor_id=identity, stream=_STREAM)
             for identity in identities
         ]
-        counts = [groups.count for groups in table.groups]
+        counts = [groups.number for groups in table.groups]
         bits = hash_bits(np.repeat(np.concatenate(keys), counts), table.numbers)
         within = bits.astype(np.uint64) * table.sizes >> np.uint64(32)
         numbers = table.firsts + within.astype(np.int64)
@@ -60,7 +60,7 @@ class RandomSelection(Selection):
 
     def scaled(self, chosen: Chosen, mean: Tensor) -> Tensor:
         """See :class:`Selection`; times the units of each group."""
-        before = max(chosen.groups.count - 1, 0) * _RUN
+        before = max(chosen.groups.number - 1, 0) * _RUN
         mean[:before].mul_(self.size)
         mean[before:].mul_(chosen.groups.last)
         return mean
@@ -81,10 +81,10 @@ class _Table(NamedTuple):
 @functools.lru_cache(maxsize=256)  # the same tensors are exchanged in each step
 def _table(numels: tuple[int, ...], size: int) -> _Table:
     groups = [Groups(numel, _RUN, size) for numel in numels]
-    numbers = np.concatenate([np.arange(each.count) for each in groups])
+    numbers = np.concatenate([np.arange(each.number) for each in groups])
     sizes = np.full(len(numbers), size, np.uint64)
-    filled = [each for each in groups if each.count]
-    sizes[np.cumsum([each.count for each in filled], dtype=np.int64) - 1] = [
+    filled = [each for each in groups if each.number]
+    sizes[np.cumsum([each.number for each in filled], dtype=np.int64) - 1] = [
         each.last for each in filled
     ]
     return _Table(groups, numbers.astype(np.uint64), numbers * size, sizes)
