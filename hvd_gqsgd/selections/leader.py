@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,10 @@ from hvd_gqsgd.selections.base import Chosen, Groups, Selection
 from hvd_gqsgd.selections.residuals import Residuals
 
 __all__ = ["LeaderSelection"]
+
+
+_PART = 2**16
+"""Elements that are looked at together."""
 
 
 class LeaderSelection(Selection):
@@ -54,10 +59,13 @@ class LeaderSelection(Selection):
         counts = [self.groups(x.numel()).number for x in xs]
         for x, out in zip(xs, places.split([*counts, len(places) - sum(counts)]), strict=False):
             whole = x.numel() // self.size
-            magnitudes = x.view(-1).abs()
-            out[:whole] = magnitudes[: whole * self.size].view(-1, self.size).argmax(1)
+            flat = x.view(-1)
+            rows = flat[: whole * self.size].view(whole, self.size)
+            step = max(_PART // self.size, 1)
+            for begin in range(0, whole, step):  # magnitudes stay in the cache
+                out[begin : min(begin + step, whole)] = _largest(rows[begin : begin + step])
             if whole < len(out):
-                out[whole] = magnitudes[whole * self.size :].argmax()
+                out[whole:] = _largest(flat[whole * self.size :][None])
 
     def read(self, message: Tensor, numels: Sequence[int]) -> list[Chosen]:
         """The choice for each tensor, from the leader's message.
@@ -86,3 +94,10 @@ class LeaderSelection(Selection):
                 f"the leader chose place {int(low)} to {int(high)} of groups of {self.size} "
                 "elements: a rank sent an invalid message"
             )
+
+
+def _largest(rows: Tensor) -> Tensor:
+    """The place of the largest magnitude of each row; the first NaN, if there is one."""
+    if rows.device.type == "cpu":  # NumPy takes a third of the time of torch
+        return torch.from_numpy(np.abs(rows.numpy()).argmax(1))
+    return rows.abs().argmax(1)
