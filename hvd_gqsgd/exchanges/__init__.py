@@ -73,7 +73,7 @@ def _by_node(setup: Setup) -> NodeExchange | None:
         nodes = nodes_of_sizes(hierarchy, size)
     if nodes is not None and not takes(nodes):
         return None
-    return NodeExchange(setup, lambda: _flat(setup), nodes, takes)
+    return NodeExchange(setup, lambda: _flat(setup._replace(header=0)), nodes, takes)
 
 
 def by_node_rule(options: Options, size: int) -> Callable[[Nodes], bool] | None:

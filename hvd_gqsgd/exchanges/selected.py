@@ -19,7 +19,7 @@ from torch import Tensor
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import Codec
-from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms
+from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms, first_message
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.selections import Chosen, RandomSelection, selection_of
@@ -46,7 +46,8 @@ class SelectedExchange(Exchange):
         self.parts = self.size if self.options.exchange == "one_phase" else 1
         self.counted = self._inner.counted
         chosen = ("chosen",) if self.selection.led else ()
-        self.messages = ("step", *chosen, *self._inner.messages)
+        self._first = first_message(setup, "step")
+        self.messages = (self._first, *chosen, *self._inner.messages)
 
     @property
     def summands(self) -> int:
@@ -72,7 +73,7 @@ class SelectedExchange(Exchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         header = max(self._setup.header, 1)
-        yield Max("step", torch.zeros(header, dtype=torch.int64, device="cpu"))
+        yield Max(self._first, torch.zeros(header, dtype=torch.int64, device="cpu"))
         pieces: list[Tensor] = []
         with terms.attempt():
             if terms.takes_part:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hvd_gqsgd
-from hvd_gqsgd import BlockBits, GlobalQSGD, ddp_hook, simulate
+from hvd_gqsgd import AgreementError, BlockBits, GlobalQSGD, ddp_hook, simulate
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import SimulatedRanks
 
@@ -100,6 +100,36 @@ def test_ranks_that_leave(rank, size, several, select):
         assert mean.isfinite().all()
         assert mean.count_nonzero() <= 5000 / 8 + 32
     hvd.join()
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("select", ["random", "leader"])
+def test_a_step_that_one_rank_gives_up(rank, size, several, select):
+    """It leaves the residuals of all ranks, and the next step is right."""
+    parameters = [nn.Parameter(torch.zeros(9000)) for _ in range(2)]
+    named = [(str(i), parameter) for i, parameter in enumerate(parameters)]
+    options = {"keep": 1 / 8, "select": select, "bucket_mb": 0.03}
+    compressor = GlobalQSGD(**options, named_parameters=named)
+    everyone = gradients(size, 9000)
+    waiting = []
+    for i, parameter in enumerate(parameters):
+        parameter.grad = everyone[rank].clone()
+        probe, context = compressor.compress(parameter.grad)
+        waiting.append((hvd.allreduce_async_(probe, name=f"given up {i}"), context))
+    reduced = [hvd.synchronize(handle) for handle, _ in waiting]
+    if rank == size - 1:
+        del context, waiting
+    else:
+        with pytest.raises(AgreementError):
+            compressor.decompress(reduced[0], waiting[0][1])
+    assert "residuals" not in compressor.state_dict()
+    world = SimulatedRanks(size, Options(**options), step=1)
+    for _ in range(2):
+        parameters[0].grad = everyone[rank].clone()
+        probe, context = compressor.compress(parameters[0].grad)
+        mean = compressor.decompress(hvd.allreduce(probe, name="probe"), context)
+        (expected,) = world.means([[("0", row.contiguous())] for row in everyone])
+        assert torch.equal(mean, expected)
 
 
 @pytest.mark.few
