@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.usefixtures("several"), pytest.mark.unanswered]
     ({}, {"exchange": "two_phase"}), ({}, {"norm": "l2"}), ({"norm": "l2"}, {}),
     ({"exchange": "two_phase"}, {"dither": "exponential"}),
     ({}, {"keep": 1 / 8}), ({"bits": 4}, {"bits": 4, "hierarchy": "node"}),
-    ({}, {"keep": 1 / 8}), ({"keep": 1 / 4}, {"keep": 1 / 8}),
+    ({"keep": 1 / 4}, {"keep": 1 / 8}),
     ({"bits": 5}, {"bits": DynamicBits(5)}), ({"bits": DynamicBits(6)}, {"bits": DynamicBits(5)}),
 ])  # fmt: skip
 def test_options(rank, size, options):
