@@ -1,22 +1,21 @@
-"""The options: types, checks, error messages, and the options of each front end."""
+"""The options: types, checks and error messages."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from hvd_gqsgd.checks import check_choice, check_int, check_number, unknown_option
+from hvd_gqsgd.checks import check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS, Registered
 from hvd_gqsgd.plan import check_plan
 
-__all__ = ["FrontEnd", "OptionKeywords", "Options", "OptionsButBits", "digest"]
+__all__ = ["OptionKeywords", "Options", "OptionsButBits", "digest"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
 WIRE_VERSION = 4
@@ -31,7 +30,9 @@ Norm = Literal["max", "l2"]
 Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
 Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
+Select = Literal["random", "leader"]
 
+MOST_GROUP = 2**16
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -51,6 +52,9 @@ class OptionsButBits(TypedDict, total=False):
     hierarchy: Hierarchy
     error: float | None
     plan: Plan | None
+    keep: float
+    select: Select
+    low_pass: float
 
 
 class OptionKeywords(OptionsButBits, total=False):
@@ -109,6 +113,14 @@ class Options:
         plan: for ``bits="auto"``, the settings of a former run, as
             ``state_dict()["schedule"]["plan"]`` has them: pairs of a step and a setting. With a
             plan no time is measured, and the same gradients give the same bits.
+        keep: share of the elements of a gradient that is exchanged, 1 divided by an int up to
+            65,536, as 1/64; 1 exchanges all of them.
+        select: how these are chosen, the same on all ranks. ``"random"`` takes runs of 32 elements
+            by the hash of the dither, and multiplies them by ``1 / keep``, which is unbiased.
+            ``"leader"`` takes the elements that are largest on one rank, in turn, and each rank
+            adds what it did not send to its next gradient, as in ScaleCom (arXiv 2104.11125).
+        low_pass: weight of a step in the residual of ``select="leader"``, above 0 and at most 1:
+            ScaleCom's low-pass filter ``beta``. 1 does not filter.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -127,6 +139,9 @@ class Options:
     hierarchy: Hierarchy = "auto"
     error: float | None = None
     plan: Plan | None = None
+    keep: float = 1
+    select: Select = "random"
+    low_pass: float = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits | BlockBits) and self.bits != "auto":
@@ -171,6 +186,7 @@ class Options:
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
         self._check_hierarchy()
         self._check_auto()
+        self._check_keep()
 
     def _check_auto(self) -> None:
         if self.bits != "auto":
@@ -187,6 +203,44 @@ class Options:
             object.__setattr__(self, "error", error)
         if self.plan is not None:
             object.__setattr__(self, "plan", check_plan(self.plan))
+
+    def _check_keep(self) -> None:
+        keep = check_number("keep", self.keep, "a share of elements, as 1/64")
+        group = round(1 / keep) if 0 < keep <= 1 else 0
+        if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
+            raise ValueError(
+                f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {keep}"
+            )
+        object.__setattr__(self, "keep", 1 / group)
+        low_pass = check_number("low_pass", self.low_pass, "a weight, as 0.1")
+        if not 0 < low_pass <= 1:
+            raise ValueError(f"low_pass must be above 0 and at most 1, got {low_pass}")
+        object.__setattr__(self, "low_pass", low_pass)
+        if low_pass != 1 and self.select != "leader":
+            raise ValueError(
+                f"low_pass={low_pass} has no effect with select={self.select!r}: pass "
+                "select='leader', or leave low_pass out"
+            )
+        check_choice("select", self.select, get_args(Select))
+        if group == 1:
+            if self.select != "random":
+                raise ValueError(
+                    f"select={self.select!r} has no effect with keep=1, which exchanges all "
+                    "elements: pass keep=1/64, or leave select out"
+                )
+            return
+        if self.bits == "auto":
+            raise ValueError(
+                f"keep={self.keep} does not go with bits='auto', which chooses among exchanges of "
+                "all elements: pass a number of bits"
+            )
+        if self.exchange in ("reduce_scatter", "gather") or (
+            self.exchange == "one_phase" and self.select == "leader"
+        ):
+            raise ValueError(
+                f"select={self.select!r} with keep={self.keep} does not go with "
+                f"exchange={self.exchange!r}: pass keep=1"
+            )
 
     def _check_block_bits(self, bits: BlockBits) -> None:
         if self.block_size not in (BLOCK_SIZE, bits.block_size):
@@ -280,8 +334,9 @@ class Options:
 
     def keywords(self, without: Iterable[str] = ()) -> str:
         """Returns the text of the options as keyword arguments, without some of them."""
-        idle = () if self.bits == "auto" else OF_AUTO
-        names = (name for name in OPTIONS if name not in (*without, *idle))
+        of_auto = () if self.bits == "auto" else OF_AUTO
+        of_keep = () if self.keep < 1 else OF_KEEP
+        names = (name for name in OPTIONS if name not in (*without, *of_auto, *of_keep))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
@@ -292,70 +347,9 @@ def _levels(bits: int, summands: int) -> int:
 
 OF_AUTO = ("error", "plan")
 """Options that go with ``bits="auto"`` alone."""
+OF_KEEP = ("keep", "select", "low_pass")
+"""Options that have an effect if a part of the elements is exchanged."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
-
-
-@dataclass(frozen=True)
-class FrontEnd:
-    """A function or class with ``**options``, and the options that have no effect there."""
-
-    name: str
-    """The name at the beginning of error messages."""
-    own: tuple[str, ...] = ()
-    """Other keywords of the function, which an error may suggest for an unknown keyword."""
-    without: Mapping[str, str] = field(default_factory=dict)
-    """Names without an effect here, each with the reason and the remedy."""
-    exchanges: tuple[Exchange, ...] = ()
-    """Exchanges of this front end in addition to those of all front ends."""
-    trains: bool = False
-    """Whether its calls are steps of a training, which ``bits="auto"`` measures."""
-
-    def options(self, given: Mapping[str, Any]) -> Options:
-        """Returns the options of a call.
-
-        Raises:
-            TypeError: an option is unknown, has no effect here, or has the wrong type.
-            ValueError: an option is out of range, or does not go with another one.
-        """
-        for name in given:
-            if name in self.without:
-                raise TypeError(f"{self.name} takes no option {name!r}: {self.without[name]}")
-            if name not in OPTIONS:
-                raise TypeError(self._unknown(name))
-        if given.get("bits") == "auto" and not self.trains:
-            raise ValueError(
-                f"bits='auto' measures the steps of a training, and {self.name} is none: pass a "
-                "number of bits, or use GlobalQSGD or DDPState"
-            )
-        asked = given.get("exchange", "auto")
-        accepted = ("auto", "allreduce", "two_phase", *self.exchanges)
-        if asked != "reduce_scatter":
-            check_choice("exchange", asked, accepted)
-        options = Options(**given)
-        if options.exchange not in accepted:
-            raise ValueError(
-                "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator; "
-                f"take exchange='two_phase' for {self.name}"
-            )
-        return options
-
-    def documented(self, function: Function) -> Function:
-        """Replaces ``**options`` in the signature of a function by the options."""
-        signature = inspect.signature(function)
-        shown = list(signature.parameters.values())[:-1]
-        shown += [
-            inspect.Parameter(
-                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
-            )
-            for f in dataclasses.fields(Options)
-            if f.name not in self.without and f.name not in signature.parameters
-        ]
-        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-        return function
-
-    def _unknown(self, name: str) -> str:
-        known = [option for option in OPTIONS if option not in self.without]
-        return unknown_option(self.name, name, [*known, *self.own])
 
 
 def digest(value: object) -> int:

@@ -13,8 +13,9 @@ from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.codecs import check_compressible, check_unmasked
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.nodes import nodes_of_sizes
-from hvd_gqsgd.options import FrontEnd, OptionKeywords, Options
+from hvd_gqsgd.options import OptionKeywords, Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 
@@ -155,7 +156,7 @@ class SimulatedRanks:
             ]
         first, *others = self._ranks
         share = 1 / len(self._ranks)
-        if first.steps.learns or shards:
+        if first.steps.learns or shards or first.options.select == "leader":
             for rank, own in zip(others, tickets[1:], strict=True):
                 for ticket in own:
                     rank.decode(ticket, share)

@@ -190,7 +190,7 @@ class _Tampered:
 def lies(draw: st.DrawFn) -> Lie:
     places = st.one_of(st.integers(0, 16), st.integers(0, 5000))
     return Lie(
-        draw(st.sampled_from([".header", ".norms", ".squares", ".codes", ".means"])),
+        draw(st.sampled_from([".header", ".first", ".norms", ".squares", ".codes", ".means"])),
         draw(st.lists(st.tuples(places, WIDE_WORDS), max_size=12)),
         draw(st.sampled_from([0, 0, 0, -1, 1, -7, 1000])),
     )
@@ -213,9 +213,9 @@ LIED_TO = [
 @given(st.sampled_from(LIED_TO), st.sampled_from(DTYPES), st.sampled_from([0, 1, 50, 1500]), lies())
 # Who took part; the last step; lanes too narrow for three ranks; codes for one rank alone.
 @example({"bits": 8}, DTYPES[2], 50, Lie(".codes", [(0, -1)], 0))
-@example({"bits": 8}, DTYPES[2], 50, Lie(".norms", [(5, 2**31 - 1)], 0))
-@example({"bits": 8}, DTYPES[2], 50, Lie(".norms", [(5, -1)], 0))
-@example({"bits": DynamicBits(6)}, DTYPES[2], 50, Lie(".norms", [(6, 2)], 0))
+@example({"bits": 8}, DTYPES[2], 50, Lie(".first", [(5, 2**31 - 1)], 0))
+@example({"bits": 8}, DTYPES[2], 50, Lie(".first", [(5, -1)], 0))
+@example({"bits": DynamicBits(6)}, DTYPES[2], 50, Lie(".first", [(6, 2)], 0))
 @example({"exchange": "two_phase"}, DTYPES[2], 50, Lie(".codes", [], -1))
 def test_peers_that_lie_are_refused_or_believed(
     ahead: bool, options: dict[str, Any], dtype: torch.dtype, numel: int, lie: Lie

@@ -48,7 +48,7 @@ def test_the_core_includes_itself_alone() -> None:
 
 
 PACKAGE = ROOT / "hvd_gqsgd"
-LAYERS = ["frontends", "auto engine", "exchanges", "codecs transports", "_native"]
+LAYERS = ["frontends", "auto engine", "exchanges", "codecs selections transports", "_native"]
 
 
 def module_name(file: Path) -> str:

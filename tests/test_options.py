@@ -39,6 +39,9 @@ def test_defaults() -> None:
         "hierarchy": "auto",
         "error": None,
         "plan": None,
+        "keep": 1,
+        "select": "random",
+        "low_pass": 1,
     }
 
 

@@ -82,7 +82,7 @@ def test_bucket_boundaries(numels: list[int], sent_off: list[int]) -> None:
         for (_, x), buckets in zip(own, sent_off, strict=True):
             out.append(pipeline.submit(x))
             started = group.transports[pipeline is group.ranks[1]].started
-            assert sum(name.endswith(".norms") for name in started) == buckets
+            assert sum(name.endswith(".first") for name in started) == buckets
     group.settle()
     means = [[], []]
     for pipeline, own, out in zip(group.ranks, tickets, means, strict=True):

@@ -50,6 +50,7 @@ OURS: dict[str, dict[str, Any]] = {
     "exponential, 8 bits": {"bits": 8, "dither": "exponential"},
     "exponential, 4 bits": {"bits": 4, "dither": "exponential"},
     "authors' scheme, 8 bits": {"bits": 8, **AUTHORS},
+    **{f"1/{size} at random": {"keep": 1 / size} for size in (8, 64)},
 }
 """Options of this package's settings."""
 
@@ -91,9 +92,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "process, and compare their metrics",
     )  # fmt: skip
     parser.add_argument(
-        "--settings", nargs="+", choices=tuple(trainer.SETTINGS), metavar="SETTING",
+        "--settings", nargs="+", choices=(*trainer.SETTINGS, *trainer.POWER_SGD),
+        metavar="SETTING",
         default=tuple(trainer.SETTINGS),
-        help=f"for --train: some of {', '.join(trainer.SETTINGS)} (default: all)",
+        help="for --train: some of "
+        f"{', '.join([*trainer.SETTINGS, *trainer.POWER_SGD])} (default: all but PowerSGD)",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="for --train")
     parser.add_argument(

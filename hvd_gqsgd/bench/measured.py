@@ -22,6 +22,7 @@ from hvd_gqsgd.tools.settings import (
     LINEAR_4,
     LINEAR_8,
     TWO_PHASE_8,
+    kept,
     possible,
 )
 
@@ -35,6 +36,7 @@ ARMS = {
     "GlobalQSGD 4 bits per block": BLOCKS_4,
     "GlobalQSGD 8 bits two-phase": TWO_PHASE_8,
     "GlobalQSGD exponential": EXPONENTIAL_8,
+    **{f"GlobalQSGD {setting.name}": setting for setting in kept(1 / 64, 2)},
 }
 """The settings of arms of ``hvd-gqsgd bench step``, by node where a host has several ranks."""
 

@@ -42,7 +42,12 @@ FLAT = {
 }
 """Options of arms that are flat on nodes of several ranks, where those above go by node."""
 AUTO, AUTO_DDP = "GlobalQSGD auto", "DDP GlobalQSGD auto"
-OURS |= FLAT | {"GlobalQSGD 16 bits": {"bits": 16}, AUTO: {"bits": "auto"}}
+KEPT: dict[str, dict[str, Any]] = {
+    "GlobalQSGD 1/64 at random": {"keep": 1 / 64},
+    "GlobalQSGD 1/64 by a leader": {"keep": 1 / 64, "select": "leader"},
+}
+"""A part of the gradients, which a step makes less progress with: only where asked for."""
+OURS |= FLAT | KEPT | {"GlobalQSGD 16 bits": {"bits": 16}, AUTO: {"bits": "auto"}}
 OF_AUTO = (FP32, "GlobalQSGD 16 bits", "GlobalQSGD 8 bits", "GlobalQSGD 4 bits per block")
 """The arms that ``bits="auto"`` chooses among, on nodes of one rank."""
 FLAT_OF_AUTO = tuple(f"{name} flat" for name in OF_AUTO[1:])

@@ -17,6 +17,7 @@ from hvd_gqsgd.bench.networks import Network, number_of
 from hvd_gqsgd.bench.node_plot import PER_NODE, plot_nodes
 from hvd_gqsgd.bench.prediction import predict, predict_sharded
 from hvd_gqsgd.bench.table import show_table
+from hvd_gqsgd.options import MOST_GROUP
 from hvd_gqsgd.tools.cost_model import PRESETS, Machine
 
 __all__ = ["main"]
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _plot(network, machine, options)
     compute = options.compute / 1e3
     exchange = (options.ranks, machine, compute, options.per_node)
-    result = predict(network.gradients, *exchange)
+    result = predict(network.gradients, *exchange, 1 / options.keep)
     sharded = predict_sharded(network.module_sizes, *exchange)
     result |= {"fsdp2": sharded["steps"], "fsdp2_advice": sharded["advice"]}
     if options.json:
@@ -95,6 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         help="forward and backward pass of one rank alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
+        "--keep", type=int, default=1, metavar="M",
+        help="also predict settings that exchange 1 of M elements; they are not recommended, as a "
+        "step makes less progress",
+    )  # fmt: skip
+    parser.add_argument(
         "--measured", type=Path, metavar="FILE",
         help="compare predictions with the output of hvd-gqsgd bench step --json, which has the "
         "network, the number of ranks and the compute time",
@@ -124,6 +130,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             "--ranks must be at least 1, and --compute a number of at least 0, got "
             f"{options.ranks} and {options.compute:g}"
         )
+    if not 1 <= options.keep <= MOST_GROUP:
+        parser.error(f"--keep must be from 1 to {MOST_GROUP}, got {options.keep}")
     if options.per_node < 1 or options.ranks % options.per_node:
         parser.error(
             "--per-node must be a number that divides --ranks, got "
@@ -214,7 +222,11 @@ def _show(network: Network, result: dict[str, Any], options: argparse.Namespace)
 
 def _accuracy(step: dict[str, Any]) -> list[str]:
     levels, error = step["levels"], step["relative_error"]
-    return ["" if levels is None else str(levels), "0%" if error < 1e-6 else f"{100 * error:.2g}%"]
+    return ["" if levels is None else str(levels), "" if error is None else _percent(error)]
+
+
+def _percent(share: float) -> str:
+    return "0%" if share < 1e-6 else f"{100 * share:.2g}%"
 
 
 if __name__ == "__main__":

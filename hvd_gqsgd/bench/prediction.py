@@ -10,7 +10,7 @@ from hvd_gqsgd.tools.accuracy import relative_error
 from hvd_gqsgd.tools.advice import break_even, recommend, recommended
 from hvd_gqsgd.tools.cost_model import Gradients, Machine, steps_of
 from hvd_gqsgd.tools.node_model import Cluster
-from hvd_gqsgd.tools.settings import FP32, Setting, levels
+from hvd_gqsgd.tools.settings import FP32, SETTINGS, Setting, kept, levels
 from hvd_gqsgd.tools.sharded_model import (
     SHARDED_SETTINGS,
     gradient_seconds,
@@ -28,27 +28,30 @@ def passes(compute: float) -> tuple[float, float]:
 
 
 def predict(
-    gradients: Gradients, ranks: int, machine: Machine, compute: float, per_node: int = 1
-) -> dict[str, Any]:
+    gradients: Gradients, ranks: int, machine: Machine, compute: float, per_node: int = 1,
+    keep: float = 1,
+) -> dict[str, Any]:  # fmt: skip
     """Predicts a step with each setting that is possible.
 
     Args:
         gradients, ranks, machine: the exchange.
         compute: seconds of the forward and the backward pass; the latter takes two thirds.
         per_node: ranks of each node. With several, settings are predicted flat and by node.
+        keep: a share of the elements, to predict the settings that exchange as many; 1: none.
 
     Returns:
         ``steps``, by the setting's name: ``ms``, ``times_faster`` than fp32, ``levels`` a side
-        (None without quantization) and ``relative_error`` of the mean; ``recommended``, the name of
+        (None without quantization) and ``relative_error`` of the mean (None where a leader chooses,
+        as residuals make up for it); ``recommended``, the name of
         a setting; ``break_even``, the bandwidth in bytes per second below which a setting other
         than fp32 is recommended; and ``advice``, a sentence.
     """
     cluster = Cluster(ranks // per_node, per_node)
 
-    def steps_on(there: Machine) -> dict[Setting, float]:
+    def steps_on(there: Machine, settings: Sequence[Setting] = SETTINGS) -> dict[Setting, float]:
         if per_node == 1:
-            return steps_of(gradients, ranks, there, *passes(compute))
-        return node_model.steps_of(gradients, cluster, there, *passes(compute))
+            return steps_of(gradients, ranks, there, *passes(compute), settings)
+        return node_model.steps_of(gradients, cluster, there, *passes(compute), settings)
 
     def row(setting: Setting, seconds: float) -> dict[str, float | None]:
         summed = cluster.nodes if setting.by_node else ranks
@@ -56,12 +59,13 @@ def predict(
             "ms": seconds * 1e3,
             "times_faster": steps[FP32] / seconds,
             "levels": levels(setting, summed),
-            "relative_error": relative_error(setting, summed),
+            "relative_error": None if setting.led else relative_error(setting, summed),
         }
 
     steps = steps_on(machine)
+    shown = steps | (steps_on(machine, kept(keep, ranks)) if keep < 1 else {})
     return {
-        "steps": {setting.name: row(setting, seconds) for setting, seconds in steps.items()},
+        "steps": {setting.name: row(setting, seconds) for setting, seconds in shown.items()},
         "recommended": recommended(steps, ranks).name,
         "break_even": break_even(steps_on, ranks, machine),
         "advice": recommend(steps, ranks),

@@ -152,26 +152,35 @@ class IntSgd:
 class PowerSgd:
     """PowerSGD (arXiv 1905.13727, algorithm 1): one step of subspace iteration on a matrix.
 
-    Without error feedback: the error of one mean is measured.
-
     Args:
         shape: of the gradient as a matrix.
         rank: columns of the factors.
         seed: of the first factor.
+        feedback: whether the error of a mean is added to the next one (algorithm 2). If not, the
+            error of one mean is measured.
     """
 
-    def __init__(self, shape: tuple[int, int], rank: int, seed: int = 0) -> None:
+    def __init__(
+        self, shape: tuple[int, int], rank: int, seed: int = 0, feedback: bool = False
+    ) -> None:
         self._shape, self._rank = shape, min(rank, *shape)
+        # Of the mean: both factors are linear in the gradients.
+        self._error = torch.zeros(shape) if feedback else None
         generator = torch.Generator().manual_seed(seed)
         self._q = torch.randn(shape[1], self._rank, generator=generator)
 
     def __call__(self, rows: Tensor) -> Estimate:
         """The mean of a step's gradients; the factor is kept for the next step."""
-        mean = rows.mean(0).view(self._shape)  # both factors are linear in the gradients
+        mean = rows.mean(0).view(self._shape)
+        if self._error is not None:
+            mean = mean + self._error
         p, _ = torch.linalg.qr(mean @ self._q)
         self._q = mean.T @ p
+        decoded = p @ self._q.T
+        if self._error is not None:
+            self._error = mean - decoded
         m, n = self._shape
-        return Estimate((p @ self._q.T).flatten(), 32 * self._rank * (m + n) / (m * n))
+        return Estimate(decoded.flatten(), 32 * self._rank * (m + n) / (m * n))
 
 
 def _blocks(x: Tensor, size: int) -> Tensor:

@@ -18,7 +18,7 @@ from hvd_gqsgd.bench.figure import figure_file, new_figure, save
 from hvd_gqsgd.bench.gradients import MODELS
 from hvd_gqsgd.bench.hosts import INTERFACE, add_arguments, is_rank, relaunch
 from hvd_gqsgd.bench.machine import machine
-from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS, FLAT, FSDP_ARMS
+from hvd_gqsgd.bench.operators import ARMS, DDP_ARMS, FLAT, FSDP_ARMS, KEPT
 from hvd_gqsgd.bench.table import show_table
 
 __all__ = ["chosen", "main", "show"]
@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     arms = chosen(options.arms)
     if options.hosts is None:  # else the default goes by node
         arms = [name for name in arms if name not in FLAT or name in options.arms]
+    arms = [name for name in arms if name not in KEPT or name in options.arms]
     if options.exchange:
         arms = [name for name in arms if name not in (*DDP_ARMS, *FSDP_ARMS)]
     if not arms or options.repeats < 1:

@@ -24,13 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hvd_gqsgd.bench.rivals import PowerSgd
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import SimulatedRanks
 
-__all__ = ["FP32", "SETTINGS", "Outcome", "Training", "compare", "show", "train"]
+__all__ = ["FP32", "POWER_SGD", "SETTINGS", "Outcome", "Training", "compare", "show", "train"]
 
 FP32 = "fp32"
 SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
@@ -52,8 +53,20 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "5 bits per step": lambda steps: {"bits": DynamicBits(5, total_steps=steps)},
     "6 bits": lambda steps: {"bits": 6},
     "6 bits per step": lambda steps: {"bits": DynamicBits(6, total_steps=steps)},
+    "1/4 at random, 4 bits": lambda steps: {"keep": 1 / 4, "bits": 4},
+    "1/8 at random": lambda steps: {"keep": 1 / 8},
+    "1/64 at random": lambda steps: {"keep": 1 / 64},
+    "1/16 by a leader": lambda steps: {"keep": 1 / 16, "select": "leader"},
+    "1/64 by a leader": lambda steps: {"keep": 1 / 64, "select": "leader"},
+    "1/64 by a leader, low pass": lambda steps: {
+        "keep": 1 / 64,
+        "select": "leader",
+        "low_pass": 0.1,
+    },
 }
 """Options by name, given the number of steps; all in two phases. None is float32."""
+POWER_SGD = {f"PowerSGD, rank {rank}": rank for rank in (1, 4)}
+"""Ranks of PowerSGD with error feedback, to compare with; it leaves vectors uncompressed."""
 
 
 @dataclass
@@ -90,8 +103,9 @@ class Outcome:
 
 
 def train(
-    training: Training, ranks: int, options: Options | None, record: Path | None = None
-) -> tuple[float, float]:
+    training: Training, ranks: int, options: Options | None, record: Path | None = None,
+    power: int | None = None,
+) -> tuple[float, float]:  # fmt: skip
     """Trains a model to the end.
 
     Args:
@@ -99,6 +113,7 @@ def train(
         ranks: number of ranks; 2 or more.
         options: of the exchange; None for float32.
         record: a file for the gradients of the last step, for ``hvd-gqsgd bench frontier``.
+        power: the rank of PowerSGD, in place of options.
 
     Returns:
         Bits on the wire and squared error, as in :class:`Outcome`.
@@ -107,24 +122,37 @@ def train(
     named = list(training.model.named_parameters())[::-1]
     parameters = [parameter for _, parameter in named]
     world = SimulatedRanks(ranks, options) if options else None
-    off = square = 0.0
+    rivals = {} if power is None else {
+        i: PowerSgd((len(p), p[0].numel()), power, feedback=True)
+        for i, p in enumerate(parameters) if p.dim() > 1
+    }  # fmt: skip
+    off = square = sent = 0.0
     training.model.train()
     for step in range(training.steps):
         gradients = _gradients(training, step, ranks, parameters)
         if record is not None and step == training.steps - 1:
             torch.save([torch.stack(rows) for rows in zip(*gradients, strict=True)], record)
         means = [torch.stack(rows).mean(0) for rows in zip(*gradients, strict=True)]
+        coded: dict[int, Tensor] = {}
         if world and options:
             large = [i for i, p in enumerate(parameters) if p.numel() >= options.min_numel]
-            coded = world.means([[(named[i][0], own[i]) for i in large] for own in gradients])
-            for i, mean in zip(large, coded, strict=True):
-                off += float((mean - means[i]).double().square().sum())
-                square += float(means[i].double().square().sum())
-                means[i] = mean
+            found = world.means([[(named[i][0], own[i]) for i in large] for own in gradients])
+            coded = dict(zip(large, found, strict=True))
+        for i, rival in rivals.items():
+            estimate = rival(means[i][None])
+            coded[i] = estimate.mean.view_as(means[i])
+            sent += estimate.bits * means[i].numel()
+        for i, mean in coded.items():
+            off += float((mean - means[i]).double().square().sum())
+            square += float(means[i].double().square().sum())
+            means[i] = mean
         for parameter, mean in zip(parameters, means, strict=True):
             parameter.grad = mean
         training.optimizer.step()
         training.schedule.step()
+    if rivals:
+        elements = sum(parameters[i].numel() for i in rivals)
+        return sent / elements / training.steps, off / square
     if world is None:
         return 32.0, 0.0
     return 8 * world.stats.compressed_bytes_on_wire / world.stats.elements, off / square
@@ -156,7 +184,7 @@ def compare(
 
     Args:
         tasks: scripts with their arguments, as on a command line, without ``--seed``.
-        settings: of ``SETTINGS``.
+        settings: of ``SETTINGS`` and ``POWER_SGD``.
         seeds: of the model, the data and the dither.
         ranks: number of ranks.
         results: a file of JSON lines to which each run is appended; its runs are not repeated.
@@ -185,10 +213,10 @@ def _run(task: str, setting: str, seed: int, ranks: int) -> Outcome:
     module = importlib.import_module(path.stem)
     args = module.parse_args([*arguments, "--seed", str(seed)])
     training: Training = module.make_training(args, ranks)
-    options = SETTINGS[setting]
+    options = SETTINGS.get(setting)
     chosen = options and Options(exchange="two_phase", seed=seed, **options(training.steps))
     record = getattr(args, "record", None) if setting == FP32 else None
-    bits, error = train(training, ranks, chosen, record)
+    bits, error = train(training, ranks, chosen, record, POWER_SGD.get(setting))
     return Outcome(
         task, setting, seed, ranks, training.steps, training.metric, training.evaluate(), bits,
         error,

@@ -10,6 +10,7 @@ from hvd_gqsgd import layout
 from hvd_gqsgd.bench.block_bits import bytes_of_codes
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.selections import LeaderSelection, selection_of
 
 __all__ = ["wire_bytes", "wire_bytes_of"]
 
@@ -52,7 +53,14 @@ def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int) -> int:
     """``wire_bytes`` of float32 with these options."""
     bits = options.bits if isinstance(options.bits, BlockBits) else options.most_bits
     two_phase = options.exchange_for(ranks) == "two_phase"
-    return wire_bytes(
+    chosen = 0
+    if options.keep < 1:
+        selection = selection_of(options, 0, ranks)
+        chosen = 8 * 16 - 4 * 16  # the header is a message of its own
+        if isinstance(selection, LeaderSelection):
+            chosen += 4 * selection.words(numels)
+        numels = [selection.groups(numel).kept for numel in numels]
+    return chosen + wire_bytes(
         numels, bits=bits, block_size=options.block_size, two_phase=two_phase,
         l2=options.norm == "l2", ranks=ranks,
     )  # fmt: skip

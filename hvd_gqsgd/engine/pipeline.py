@@ -337,8 +337,9 @@ class Pipeline:
     def _way(self) -> Way:
         if self._way_or_none is None:
             self._way_or_none = Way.of(
-                self.options, self._transport, self._protocol_type, self._pool.take, self._settle
-            )
+                self.options, self._transport, self._protocol_type, self._pool.take, self._settle,
+                self.steps.residuals,
+            )  # fmt: skip
         return self._way_or_none
 
     def _settle(self, agreement: Agreement) -> None:

@@ -20,6 +20,7 @@ from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.schedules import FixedBits, make_schedule
 from hvd_gqsgd.engine.agreement import Agreement
+from hvd_gqsgd.selections.residuals import Residuals
 
 __all__ = ["StepRecord", "Steps"]
 
@@ -80,6 +81,8 @@ class Steps:
     def __init__(self, bits: int | DynamicBits | BlockBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
+        self.residuals = Residuals()
+        """What this rank has not sent yet."""
         self._begin_records()
 
     def _begin_records(self) -> None:
@@ -90,7 +93,11 @@ class Steps:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies go on after all complete steps."""
-        return {"_next_step": self._next_step, "_schedule": self._learned()}
+        return {
+            "_next_step": self._next_step,
+            "_schedule": self._learned(),
+            "residuals": copy.deepcopy(self.residuals),
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
@@ -150,11 +157,15 @@ class Steps:
         record.unlearn()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of the next step, and the state of the schedule after all complete steps.
+        """The number of the next step, the state of the schedule after all complete steps, and the
+        residuals of this rank, if there are any.
 
         Changes nothing, so that one rank alone may ask for it.
         """
-        return {"step": self._next_step, "schedule": self._learned().state_dict()}
+        state = {"step": self._next_step, "schedule": self._learned().state_dict()}
+        if len(self.residuals):
+            state["residuals"] = self.residuals.state_dict()
+        return state
 
     def _learned(self) -> FixedBits | Schedule:
         """A copy of the schedule after all complete steps."""
@@ -182,10 +193,17 @@ class Steps:
         self.check_idle()
         if not isinstance(state, dict):
             raise TypeError(f"a state must be a dict, got {state!r}")
-        if state.keys() != {"step", "schedule"}:
-            raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
+        if state.keys() - {"residuals"} != {"step", "schedule"}:
+            raise ValueError(
+                "a state must have the keys 'step' and 'schedule', and may have 'residuals', got "
+                f"{state!r}"
+            )
         check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
+        residuals = state.get("residuals")
+        if residuals is not None:
+            Residuals.check_state(residuals)
         self._schedule.load_state_dict(state["schedule"])
+        self.residuals.load_state_dict(residuals)
         for record in self._records:
             record.forget()
         self._next_step = state["step"]

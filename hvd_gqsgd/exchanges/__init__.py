@@ -15,6 +15,7 @@ from hvd_gqsgd.exchanges.by_node import NodeExchange
 from hvd_gqsgd.exchanges.gather import GatherExchange
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.one_phase import OnePhaseExchange
+from hvd_gqsgd.exchanges.selected import SelectedExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
 from hvd_gqsgd.nodes import Nodes, nodes_of_sizes
 from hvd_gqsgd.options import Options
@@ -47,10 +48,18 @@ def make_exchange(setup: Setup) -> Exchange:
     if transport.size == 1 and not transport.ranks_may_leave:
         _say_once(logging.INFO, "one rank: nothing is exchanged, and nothing is rounded")
         return AloneExchange(setup)
-    exchange = _by_node(setup) or _flat(setup)
+    if setup.options.keep < 1:
+        exchange: Exchange = SelectedExchange(setup, _all_elements)
+    else:
+        exchange = _all_elements(setup)
     if transport.rank == 0:
         _describe(setup, exchange)
     return exchange
+
+
+def _all_elements(setup: Setup) -> Exchange:
+    """The exchange of whole gradients."""
+    return _by_node(setup) or _flat(setup)
 
 
 def _by_node(setup: Setup) -> NodeExchange | None:
@@ -64,7 +73,7 @@ def _by_node(setup: Setup) -> NodeExchange | None:
         nodes = nodes_of_sizes(hierarchy, size)
     if nodes is not None and not takes(nodes):
         return None
-    return NodeExchange(setup, lambda: _flat(setup), nodes, takes)
+    return NodeExchange(setup, lambda: _flat(setup._replace(header=0)), nodes, takes)
 
 
 def by_node_rule(options: Options, size: int) -> Callable[[Nodes], bool] | None:
@@ -89,6 +98,8 @@ def _flat(setup: Setup) -> Exchange:
     kind = options.exchange_for(transport.size)
     make = EXCHANGES[kind]
     one_width = not isinstance(options.bits, BlockBits)
+    if options.keep < 1:  # native exchanges take whole gradients
+        return make(setup)
     if kind == "allreduce" and transport.nccl is not None and one_width:
         make = NcclExchange
     elif (

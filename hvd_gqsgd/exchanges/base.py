@@ -16,9 +16,19 @@ from hvd_gqsgd.codecs import Codec, make_codec
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.options import Options
+from hvd_gqsgd.selections.residuals import Residuals
 from hvd_gqsgd.transports.base import Transport
 
-__all__ = ["Exchange", "LastMessage", "Result", "Running", "Setup", "Take", "Terms"]
+__all__ = [
+    "Exchange",
+    "LastMessage",
+    "Result",
+    "Running",
+    "Setup",
+    "Take",
+    "Terms",
+    "first_message",
+]
 
 # Squares are summed in 64 bits, in the units of native/core/l2.h.
 MOST_SQUARES = 2**33
@@ -41,6 +51,21 @@ class Setup(NamedTuple):
     may_give_up: bool
     """Whether ranks may give up a step between two collectives; then messages must tell whether
     their rank took part."""
+    residuals: Residuals
+    """What this rank has not sent yet, where selections keep it."""
+
+
+def first_message(setup: Setup, name: str) -> str:
+    """The last part of the name of an exchange's first message.
+
+    One name for all exchanges where the message has the agreement: ranks with different options,
+    which may take different exchanges, meet there.
+
+    Args:
+        setup: of the exchange.
+        name: of a message without the agreement.
+    """
+    return "first" if setup.header else name
 
 
 @dataclass
@@ -119,7 +144,7 @@ class Exchange(ABC):
     """The collectives of a bucket, in their order."""
     alone: ClassVar[bool] = False
     """Whether nothing is sent, as there is one rank."""
-    counted: ClassVar[int] = 1
+    counted: int = 1
     """Times that bytes on the wire are counted; see ``Stats``."""
 
     def __init__(self, setup: Setup) -> None:
@@ -189,8 +214,9 @@ class CodedExchange(Exchange):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        norms = ("norms", "squares") if setup.options.norm == "l2" else ("norms",)
-        self.messages = (*norms, *self.code_messages)
+        self._first = first_message(setup, "norms")
+        squares = ("squares",) if setup.options.norm == "l2" else ()
+        self.messages = (self._first, *squares, *self.code_messages)
 
     code_messages: ClassVar[tuple[str, ...]]
     """The collectives after the norms."""
@@ -206,7 +232,7 @@ class CodedExchange(Exchange):
         message = self._take(header + layout.num_norms, bucket.norm_dtype, bucket.device)
         with terms.attempt():
             codec.norms(bucket.tensors, message[header:])
-        norms = (yield Max("norms", message))[header:]
+        norms = (yield Max(self._first, message))[header:]
         if self.options.norm == "l2":
             squares = self._take(layout.num_norms, torch.int64, bucket.device)
             with terms.attempt():

@@ -28,7 +28,7 @@ from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.among_owners import AmongOwners, Owned
-from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms
+from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms, first_message
 from hvd_gqsgd.exchanges.collectives import Alltoall, Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.parcels import Parcel, exchange_parcels
@@ -71,10 +71,11 @@ class NodeExchange(Exchange):
         self._known: dict[Nodes, AmongOwners] = {}
         self.codec(self.options.most_bits)
         norms = ("norms", "squares") if self.options.norm == "l2" else ("norms",)
+        self._hosts = first_message(setup, "hosts")
         # The header travels with hosts even if the nodes are known.
         asks = nodes is None or setup.header > 0
         self.messages = (
-            *(("hosts",) if asks else ()),
+            *((self._hosts,) if asks else ()),
             *("inside", *norms, "codes", "means", "results"),
             *(("told",) if setup.may_give_up else ()),
             *(("rest",) if self._remaining.at_risk else ()),
@@ -108,10 +109,10 @@ class NodeExchange(Exchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         nodes, header = self._nodes, self._setup.header
-        if self.messages[0] == "hosts":
+        if self.messages[0] == self._hosts:
             hosts = torch.zeros(header + self.size, dtype=torch.int64, device="cpu")
             hosts[header + self.rank] = host_number()
-            hosts = yield Max("hosts", hosts)
+            hosts = yield Max(self._hosts, hosts)
             if not terms.given_up and not terms.all_here:
                 return (
                     yield from self._padded(self._remaining.all(bucket, terms), bucket, "norms")

@@ -81,7 +81,7 @@ class RemainingSum(AllreduceExchange):
     def sum(self, bucket: Bucket, terms: Terms, norms: Tensor) -> Running:
         """Sums a bucket, in two messages after its norms."""
         # As many messages as in the other exchange: one of the bucket's that Horovod remembers.
-        yield Max("norms", norms.new_zeros(self._header + norms.numel()))
+        yield Max(self._first, norms.new_zeros(self._header + norms.numel()))
         return (yield from self._total(bucket, terms, norms))
 
     def to_rehearse(self, bucket: Bucket) -> bool:

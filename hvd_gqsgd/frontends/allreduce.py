@@ -11,10 +11,11 @@ from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
 from hvd_gqsgd.codecs import check_compressible, check_unmasked
+from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.endpoint import Endpoint
 from hvd_gqsgd.frontends.reduce_op import ReduceOp, reduction
-from hvd_gqsgd.options import FrontEnd, OptionKeywords
+from hvd_gqsgd.options import OptionKeywords
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -20,9 +20,10 @@ from torch.futures import Future
 
 from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.auto_ddp import AutoBucketExchange
 from hvd_gqsgd.frontends.ddp_exchange import BucketExchange
-from hvd_gqsgd.options import FrontEnd, OptionKeywords
+from hvd_gqsgd.options import OptionKeywords
 from hvd_gqsgd.stats import Stats
 
 if TYPE_CHECKING:

@@ -37,8 +37,8 @@ from hvd_gqsgd.engine.joining import Joined, Joining
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import Stream, on
+from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
-from hvd_gqsgd.options import FrontEnd
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Transport
 from hvd_gqsgd.transports.host_staging import StagedTransport

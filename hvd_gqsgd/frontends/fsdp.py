@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.errors import AgreementError
+from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.auto_fsdp import AutoGroup
 from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.fsdp_groups import Allocates, Group, Groups, refuse_options
 from hvd_gqsgd.frontends.fsdp_options import ShardedOptions
 from hvd_gqsgd.frontends.fsdp_weights import AllGather, WeightStep, parts_of, plan_of
 from hvd_gqsgd.frontends.reduce_op import reduction
-from hvd_gqsgd.options import FrontEnd, Options
+from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.process_groups import check_group
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.checks import check_number
 from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.auto_horovod import AutoCompressor
 from hvd_gqsgd.frontends.class_or_instance import ClassOrInstanceMethod
 from hvd_gqsgd.frontends.compiling import opaque
@@ -20,7 +21,7 @@ from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.fsdp import attach
 from hvd_gqsgd.frontends.horovod_exchange import Compressor, HorovodExchange, is_process_set
 from hvd_gqsgd.frontends.parameter_names import ParameterNames, pairs
-from hvd_gqsgd.options import Bits, FrontEnd, Options, OptionsButBits
+from hvd_gqsgd.options import Bits, Options, OptionsButBits
 from hvd_gqsgd.stats import Stats
 
 if TYPE_CHECKING:
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
 __all__ = ["GlobalQSGD"]
 
 FRONT_END = FrontEnd(
-    "GlobalQSGD()", own=("named_parameters", "process_set", "patience"), trains=True
+    "GlobalQSGD()",
+    own=("named_parameters", "process_set", "patience"),
+    trains=True,
+    knows_parameters=True,
 )
 
 PATIENCE = 30.0
@@ -62,7 +66,7 @@ class GlobalQSGD(Compressor):
     Raises:
         TypeError: an option is unknown or has the wrong type.
         ValueError: an option is out of range, does not go with another one, or has no effect here;
-            or ``named_parameters`` is empty.
+            ``named_parameters`` is empty, or is missing with ``select="leader"``.
     """
 
     _default_instance: ClassVar[GlobalQSGD]
@@ -88,6 +92,11 @@ class GlobalQSGD(Compressor):
         if named_parameters is not None:
             named = self._given["named_parameters"] = pairs(named_parameters)
             self._names = ParameterNames(named)
+        elif self.options.select == "leader":
+            raise ValueError(
+                "select='leader' keeps a residual of each parameter, by its name: pass "
+                "GlobalQSGD(named_parameters=model.named_parameters())"
+            )
         if process_set is not None:
             if not is_process_set(process_set):
                 raise TypeError(

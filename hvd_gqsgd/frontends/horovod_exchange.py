@@ -148,6 +148,12 @@ class HorovodExchange:
         if self._pipeline is None:
             self._pipeline = self._start()
         name = self._names.find(tensor) if self._names is not None else None
+        if name is None and self.options.select == "leader":
+            raise ValueError(
+                "select='leader' takes the gradients of named_parameters alone, got another tensor "
+                f"of shape {tuple(tensor.shape)}: pass its parameter in named_parameters, or "
+                "reduce it without compression"
+            )
         x = tensor.detach() if tensor.requires_grad else tensor
         like = None if x.is_contiguous() else x
         ticket = self._pipeline.submit(x if like is None else x.contiguous(), name)

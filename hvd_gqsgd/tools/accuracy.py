@@ -7,6 +7,7 @@ magnitudes, a level is P(n B) / s, and the errors relative to the mean square of
     first rounding, correlated dither    (n+1)/(2n) (P(n B)/s)^2 v(s / P(n B))
     second rounding, variance e before   (P(B)/s)^2 (1+e) v(s / P(B))
     exponential, each rounding           0.082 of the square of the rounded number
+    1 of m elements at random, error e   m - 1 + m e
 
 There v(t) is the variance of rounding a normal number with the standard deviation t, both in
 levels: 1/6 for large t. Errors of a width per block follow from the measured ``Setting.gain``.
@@ -15,6 +16,7 @@ levels: 1/6 for large t. Errors of a width per block follow from the measured ``
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import NormalDist
 
 from hvd_gqsgd.tools.settings import Setting, levels
@@ -46,10 +48,16 @@ def squared_error(setting: Setting, ranks: int, one_phase: bool = False) -> floa
         one_phase: whether the mean is rounded once, as under FSDP.
 
     Returns:
-        0 for one rank, which exchanges nothing; infinity if lanes do not hold the sum of all ranks.
+        0 for one rank, which exchanges nothing; infinity if lanes do not hold the sum of all ranks;
+        NaN where a leader chooses, as residuals make up for the error of a step.
     """
     if ranks == 1:
         return 0.0
+    if setting.led:
+        return math.nan
+    if setting.keep < 1:
+        rounding = squared_error(replace(setting, keep=1), ranks, one_phase)
+        return (1 + rounding) / setting.keep - 1
     side = levels(setting, ranks)
     if side is None:  # each rank's gradients and each partial sum of a ring are rounded
         step = 2.0**-setting.mantissa

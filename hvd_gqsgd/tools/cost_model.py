@@ -16,7 +16,7 @@ operation. The module is pure Python: it works without PyTorch, Horovod and the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ __all__ = [
     "Stages",
     "allreduce_seconds",
     "buckets_of",
+    "chosen_stages",
     "exchange_seconds",
     "flat_parts",
     "parts_of_stages",
@@ -68,6 +69,8 @@ class Machine:
     """Per element."""
     dequantize: float = 0.17e-9
     """Per element."""
+    choose: float = 2.5e-9
+    """Choice of the largest element of each group by a leader, per element."""
     cast: float = 0.25e-9
     """Cast to float16 per element; the cast back takes the same."""
     copy: float = 0.1e-9
@@ -236,12 +239,13 @@ def step_seconds(
 
 
 def steps_of(
-    gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float
-) -> dict[Setting, float]:
+    gradients: Gradients, ranks: int, machine: Machine, forward: float, backward: float,
+    settings: Sequence[Setting] = SETTINGS,
+) -> dict[Setting, float]:  # fmt: skip
     """Seconds of a step with each setting that is possible; arguments as for ``step_seconds``."""
     return {
         setting: step_seconds(setting, gradients, ranks, machine, forward, backward)
-        for setting in SETTINGS
+        for setting in settings
         if possible(setting, ranks)
     }
 
@@ -296,16 +300,37 @@ def flat_parts(
     if not possible(setting, ranks):
         raise ValueError(f"{setting.name} is too narrow for {ranks} ranks")
     _, each = buckets_of(g)
+    kept, chosen = each * setting.keep, chosen_stages(setting, each, machine, allreduce)
     exchange = two_phase if setting.two_phase else allreduce
     stages = Stages(
-        messages=allreduce(4 * each / setting.block_size),
-        encode=each * (m.norm + m.quantize),
-        codes=exchange(each * setting.bits / 8),
-        between=each * (m.dequantize + m.quantize) if setting.two_phase else 0.0,
-        decode=each * m.dequantize,
-        operations=(2, 1 if setting.two_phase else 0),
+        messages=chosen.messages + allreduce(4 * kept / setting.block_size),
+        encode=chosen.encode + kept * (m.norm + m.quantize),
+        codes=exchange(kept * setting.bits / 8),
+        between=kept * (m.dequantize + m.quantize) if setting.two_phase else 0.0,
+        decode=chosen.decode + kept * m.dequantize,
+        operations=(2 + chosen.operations[0], 1 if setting.two_phase else 0),
     )
     return parts_of_stages(stages, g, m, allreduce)
+
+
+def chosen_stages(
+    setting: Setting, each: float, machine: Machine, allreduce: Callable[[float], float]
+) -> Stages:
+    """What a choice of elements adds to the stages of a bucket; nothing if all are kept.
+
+    Args:
+        setting, machine: the exchange.
+        each: elements of a bucket.
+        allreduce: seconds of an Allreduce, given its bytes.
+    """
+    m = machine
+    if setting.keep == 1:
+        return Stages(0.0, 0.0, 0.0, 0.0, 0.0, (0, 0))
+    messages, encode, decode = allreduce(128), each * m.norm, 4 * each * m.copy / 2
+    if setting.led:  # places of a byte, and a sum and a copy of the residual
+        messages += allreduce(each * setting.keep)
+        encode += 12 * each * m.copy + each * m.choose
+    return Stages(messages, encode, 0.0, 0.0, decode, (1 + setting.led, 0))
 
 
 def parts_of_stages(

@@ -28,6 +28,7 @@ and decodes E. Hosts, gradients, norms, codes, means and results are an operatio
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -141,12 +142,13 @@ def step_seconds(
 
 
 def steps_of(
-    gradients: Gradients, cluster: Cluster, machine: Machine, forward: float, backward: float
-) -> dict[Setting, float]:
+    gradients: Gradients, cluster: Cluster, machine: Machine, forward: float, backward: float,
+    settings: Sequence[Setting] = SETTINGS,
+) -> dict[Setting, float]:  # fmt: skip
     """Seconds of a step with each setting that is possible, flat and by node, with such names."""
     return {
         way: step_seconds(way, gradients, cluster, machine, way.by_node, forward, backward)
-        for setting in SETTINGS
+        for setting in settings
         if possible(setting, cluster.ranks)
         for way in _ways(setting, cluster)
     }
@@ -182,6 +184,8 @@ def _parts(
         )
     m, nodes, per_node = machine, cluster.nodes, cluster.per_node
     _, each = cost_model.buckets_of(gradients)
+    chosen = cost_model.chosen_stages(setting, each, m, allreduce)
+    each *= setting.keep
     codes, own = each * setting.bits / 8, each / per_node
 
     def within(bytes_: float) -> float:
@@ -189,12 +193,12 @@ def _parts(
 
     cut_and_add = 4 * each * m.copy + (per_node - 1) * 4 * own / m.gamma
     stages = Stages(
-        messages=allreduce(8 * cluster.ranks) + within(4 * each)
+        messages=chosen.messages + allreduce(8 * cluster.ranks) + within(4 * each)
         + allreduce(4 * each / setting.block_size),
-        encode=cut_and_add + own * (m.norm + m.quantize),
+        encode=chosen.encode + cut_and_add + own * (m.norm + m.quantize),
         codes=cost_model.two_phase_seconds(codes, nodes, m) + within(codes),
         between=own * m.dequantize + own / nodes * m.quantize,
-        decode=each * m.dequantize,
-        operations=(4, 2),
+        decode=chosen.decode + each * m.dequantize,
+        operations=(4 + chosen.operations[0], 2),
     )  # fmt: skip
     return cost_model.parts_of_stages(stages, gradients, m, allreduce)

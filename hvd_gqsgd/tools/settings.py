@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = [
     "BLOCKS_4",
@@ -14,6 +14,7 @@ __all__ = [
     "SETTINGS",
     "TWO_PHASE_8",
     "Setting",
+    "kept",
     "levels",
     "possible",
 ]
@@ -38,6 +39,10 @@ class Setting:
     """Arguments of ``GlobalQSGD`` for this setting."""
     by_node: bool = False
     """Whether codes travel between nodes only; see ``node_model``."""
+    keep: float = 1
+    """Share of the elements that is exchanged."""
+    led: bool = False
+    """Whether a leader chooses them, and the others are told."""
 
     @property
     def compressor(self) -> str:
@@ -87,3 +92,23 @@ def possible(setting: Setting, ranks: int) -> bool:
     """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more."""
     found = levels(setting, ranks)
     return found is None or setting.two_phase or found >= MIN_LEVELS
+
+
+def kept(keep: float, ranks: int) -> tuple[Setting, Setting]:
+    """The settings of 8 bits that exchange a share of the elements, at random and by a leader.
+
+    The model does not recommend them, as a step makes less progress.
+
+    Args:
+        keep: the share.
+        ranks: number of ranks, which decides between an Allreduce and two phases.
+    """
+    size = round(1 / keep)
+    random = Setting(
+        f"1/{size} at random", 8, two_phase=not possible(LINEAR_8, ranks), keep=keep,
+        options=f"keep=1/{size}",
+    )  # fmt: skip
+    return random, replace(
+        random, name=f"1/{size} by a leader", led=True,
+        options=f'keep=1/{size}, select="leader", named_parameters=model.named_parameters()',
+    )  # fmt: skip

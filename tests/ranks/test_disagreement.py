@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.usefixtures("several"), pytest.mark.unanswered]
     ({"seed": 0}, {"seed": 1}), ({"bucket_mb": 25}, {"bucket_mb": 1}),
     ({}, {"exchange": "two_phase"}), ({}, {"norm": "l2"}), ({"norm": "l2"}, {}),
     ({"exchange": "two_phase"}, {"dither": "exponential"}),
+    ({}, {"keep": 1 / 8}), ({"bits": 4}, {"bits": 4, "hierarchy": "node"}),
+    ({"keep": 1 / 4}, {"keep": 1 / 8}),
     ({"bits": 5}, {"bits": DynamicBits(5)}), ({"bits": DynamicBits(6)}, {"bits": DynamicBits(5)}),
 ])  # fmt: skip
 def test_options(rank, size, options):
@@ -138,7 +140,7 @@ def test_a_rank_that_drops_a_part_of_a_completed_step(rank, size, options, bucke
 @pytest.mark.core
 @pytest.mark.parametrize("options", [
     {"exchange": "two_phase"}, {"dither": "exponential", "bits": 4}, {"norm": "l2"},
-    {"bits": DynamicBits(6, min_bits=4)},
+    {"bits": DynamicBits(6, min_bits=4)}, {"keep": 1 / 8},
 ])  # fmt: skip
 def test_all_operators_abandon_what_is_not_linear(rank, size, options):
     compressor = GlobalQSGD(**options)

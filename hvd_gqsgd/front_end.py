@@ -1,0 +1,87 @@
+"""The options of each front end, and the errors for those that it does not have."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hvd_gqsgd.checks import check_choice, unknown_option
+from hvd_gqsgd.options import OPTIONS, Exchange, Options
+
+__all__ = ["FrontEnd"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class FrontEnd:
+    """A function or class with ``**options``, and the options that have no effect there."""
+
+    name: str
+    """The name at the beginning of error messages."""
+    own: tuple[str, ...] = ()
+    """Other keywords of the function, which an error may suggest for an unknown keyword."""
+    without: Mapping[str, str] = field(default_factory=dict)
+    """Names without an effect here, each with the reason and the remedy."""
+    exchanges: tuple[Exchange, ...] = ()
+    """Exchanges of this front end in addition to those of all front ends."""
+    trains: bool = False
+    """Whether its calls are steps of a training, which ``bits="auto"`` measures."""
+    knows_parameters: bool = False
+    """Whether it gets the gradients of parameters one by one, by name."""
+
+    def options(self, given: Mapping[str, Any]) -> Options:
+        """Returns the options of a call.
+
+        Raises:
+            TypeError: an option is unknown, has no effect here, or has the wrong type.
+            ValueError: an option is out of range, or does not go with another one.
+        """
+        for name in given:
+            if name in self.without:
+                raise TypeError(f"{self.name} takes no option {name!r}: {self.without[name]}")
+            if name not in OPTIONS:
+                raise TypeError(self._unknown(name))
+        if given.get("bits") == "auto" and not self.trains:
+            raise ValueError(
+                f"bits='auto' measures the steps of a training, and {self.name} is none: pass a "
+                "number of bits, or use GlobalQSGD or DDPState"
+            )
+        if given.get("select") == "leader" and not self.knows_parameters:
+            raise ValueError(
+                f"select='leader' keeps a residual of each parameter, and {self.name} does not get "
+                "parameters one by one: pass select='random', or use "
+                "GlobalQSGD(named_parameters=...) with Horovod"
+            )
+        asked = given.get("exchange", "auto")
+        accepted = ("auto", "allreduce", "two_phase", *self.exchanges)
+        if asked != "reduce_scatter":
+            check_choice("exchange", asked, accepted)
+        options = Options(**given)
+        if options.exchange not in accepted:
+            raise ValueError(
+                "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator; "
+                f"take exchange='two_phase' for {self.name}"
+            )
+        return options
+
+    def documented(self, function: Function) -> Function:
+        """Replaces ``**options`` in the signature of a function by the options."""
+        signature = inspect.signature(function)
+        shown = list(signature.parameters.values())[:-1]
+        shown += [
+            inspect.Parameter(
+                f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+            )
+            for f in dataclasses.fields(Options)
+            if f.name not in self.without and f.name not in signature.parameters
+        ]
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    def _unknown(self, name: str) -> str:
+        known = [option for option in OPTIONS if option not in self.without]
+        return unknown_option(self.name, name, [*known, *self.own])

@@ -1,0 +1,35 @@
+"""Which elements of a gradient are exchanged, where few of them are: selections before the codecs.
+
+A selection cuts a tensor in groups of consecutive units, and takes one unit of each. A unit is an
+element, or a run of elements. All ranks take the same ones, so that their codes can be added.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvd_gqsgd.selections.base import Chosen, Selection
+from hvd_gqsgd.selections.leader import LeaderSelection
+from hvd_gqsgd.selections.random_runs import RandomSelection
+
+if TYPE_CHECKING:
+    from hvd_gqsgd.options import Options
+
+__all__ = [
+    "SELECTIONS",
+    "Chosen",
+    "LeaderSelection",
+    "RandomSelection",
+    "Selection",
+    "selection_of",
+]
+
+SELECTIONS: dict[str, type[RandomSelection | LeaderSelection]] = {
+    "random": RandomSelection, "leader": LeaderSelection,
+}  # fmt: skip
+"""The class for each value of the option ``select``."""
+
+
+def selection_of(options: Options, rank: int, size: int) -> RandomSelection | LeaderSelection:
+    """The selection that the options ask for, of one rank."""
+    return SELECTIONS[options.select](round(1 / options.keep), options.seed, rank, size)

@@ -1,0 +1,90 @@
+"""Random runs: the same ones on all ranks, from the hash of the dither, so that no indices travel.
+
+A unit is a run of 32 elements, which costs as much to read as one element. Of each group of m units
+one is kept, every one with probability 1/m, and multiplied by m. So with the sum over the units u
+of a group, of which one is kept,
+
+    E[C(x)] = x,    E|C(x) - x|^2 = (m - 1) |x|^2
+
+as for Rand-k (Stich, Cordonnier and Jaggi, arXiv 1809.07599, with k/d = 1/m). The last group of a
+tensor has fewer units, and its factor is their number.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.reference.linear import Array, hash_bits, tile_keys
+from hvd_gqsgd.selections.base import Chosen, Groups, Selection
+
+__all__ = ["RandomSelection"]
+
+_STREAM = 2**33  # beside those of native/core/hash.h
+_RUN = 32
+
+
+class RandomSelection(Selection):
+    """One run of each group, of all runs with the same probability, down to 2^-32."""
+
+    unit = _RUN
+    led = False
+
+    def choose(
+        self, numels: Sequence[int], step: int, identities: Sequence[int], device: torch.device
+    ) -> list[Chosen]:
+        """The units of tensors in a step, given their elements and identities; the same on all
+        ranks."""
+        table = _table(tuple(numels), self.size)
+        keys = [
+            tile_keys(1, seed=self.seed, step=step, tensor_id=identity, stream=_STREAM)
+            for identity in identities
+        ]
+        counts = [groups.number for groups in table.groups]
+        bits = hash_bits(np.repeat(np.concatenate(keys), counts), table.numbers)
+        within = bits.astype(np.uint64) * table.sizes >> np.uint64(32)
+        numbers = table.firsts + within.astype(np.int64)
+        units = torch.from_numpy(numbers)
+        # A short unit is the last one of the tensor, if it was taken; the host must know.
+        short = [
+            bool(groups.numel % _RUN) and int(own[-1]) == groups.numel // _RUN
+            for groups, own in zip(table.groups, units.split(counts), strict=True)
+        ]
+        on_device = units.to(device, non_blocking=True).split(counts)
+        return [Chosen(*each) for each in zip(table.groups, on_device, short, strict=True)]
+
+    def scaled(self, chosen: Chosen, mean: Tensor) -> Tensor:
+        """See :class:`Selection`; times the units of each group."""
+        before = max(chosen.groups.number - 1, 0) * _RUN
+        mean[:before].mul_(self.size)
+        mean[before:].mul_(chosen.groups.last)
+        return mean
+
+
+class _Table(NamedTuple):
+    """The groups of some tensors."""
+
+    groups: Sequence[Groups]
+    numbers: Array
+    """Of the groups in their tensor."""
+    firsts: Array
+    """First units of the groups."""
+    sizes: Array
+    """Units of the groups."""
+
+
+@functools.lru_cache(maxsize=256)  # the same tensors are exchanged in each step
+def _table(numels: tuple[int, ...], size: int) -> _Table:
+    groups = [Groups(numel, _RUN, size) for numel in numels]
+    numbers = np.concatenate([np.arange(each.number) for each in groups])
+    sizes = np.full(len(numbers), size, np.uint64)
+    filled = [each for each in groups if each.number]
+    sizes[np.cumsum([each.number for each in filled], dtype=np.int64) - 1] = [
+        each.last for each in filled
+    ]
+    return _Table(groups, numbers.astype(np.uint64), numbers * size, sizes)

@@ -1,0 +1,157 @@
+"""A part of the elements, over real transports: the bits of the simulated ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import conftest
+import horovod.torch as hvd
+import pytest
+import torch
+from helpers import assert_same_on_all_ranks, backward, batch, gradients, mlp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import hvd_gqsgd
+from hvd_gqsgd import AgreementError, BlockBits, GlobalQSGD, ddp_hook, simulate
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.simulation import SimulatedRanks
+
+OPTIONS: list[dict[str, Any]] = [
+    {"exchange": "allreduce"},
+    {"exchange": "two_phase", "bits": 4},
+    {"bits": BlockBits(4)},
+]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_random_runs(rank, size, several, options):
+    rows = gradients(size, 20_003)
+    options = options | {"keep": 1 / 16}
+    compressor = GlobalQSGD(**options)
+    for step in range(2):
+        mean = hvd.allreduce(rows[rank], name="x", compression=compressor)
+        assert torch.equal(mean, simulate(rows, step=step, **options))
+    assert compressor.stats().ratio > 30
+
+
+@pytest.mark.few
+@pytest.mark.flat
+def test_other_front_ends(rank, size, several):
+    """``allreduce`` over Horovod, and the DDP hook."""
+    rows = gradients(size, 20_003)
+    expected = simulate(rows, keep=1 / 16)
+    assert torch.equal(hvd_gqsgd.allreduce(rows[rank], keep=1 / 16), expected)
+    conftest.process_group()
+    model = DistributedDataParallel(mlp())
+    model.register_comm_hook(GlobalQSGD(keep=1 / 16, min_numel=0).ddp_state(), ddp_hook)
+    backward(model, rank)
+    gradient = nn.utils.parameters_to_vector([p.grad for p in model.parameters()])
+    assert_same_on_all_ranks(gradient)
+    assert 0.03 < (gradient != 0).double().mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        pytest.param("allreduce", marks=pytest.mark.few),
+        pytest.param("two_phase", marks=pytest.mark.core),
+    ],
+)
+def test_a_leader(rank, size, several, exchange):
+    """With the residuals of all ranks, a step that is skipped for infinity, and a checkpoint."""
+    options = {"keep": 1 / 16, "select": "leader", "exchange": exchange, "low_pass": 0.5}
+    parameter = nn.Parameter(torch.zeros(20_003))
+    world = SimulatedRanks(size, Options(**options))
+
+    def new() -> GlobalQSGD:
+        return GlobalQSGD(**options, named_parameters=[("x", parameter)])
+
+    compressor = new()
+    for step in range(5):
+        rows = gradients(size, 20_003, seed=step)
+        if step == 2:
+            rows[-1, 7] = torch.inf
+        if step == 3:
+            state = compressor.state_dict()
+            compressor = new()
+            compressor.load_state_dict(state)
+        parameter.grad = rows[rank].clone()
+        handle, ctx = compressor.compress(parameter.grad)
+        mean = compressor.decompress(hvd.allreduce(handle, name="probe"), ctx)
+        assert_same_on_all_ranks(mean)
+        (expected,) = world.means([[("x", row.contiguous())] for row in rows])
+        assert torch.equal(mean.nan_to_num(9.0), expected.nan_to_num(9.0))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("select", ["random", "leader"])
+def test_ranks_that_leave(rank, size, several, select):
+    """By ``hvd.join()``, the leader of a step among them."""
+    parameter = nn.Parameter(torch.zeros(5000))
+    named = [("x", parameter)]
+    compressor = GlobalQSGD(keep=1 / 8, select=select, named_parameters=named)
+    for step in range(rank + 2):
+        everyone = gradients(size, 5000, seed=step)
+        parameter.grad = everyone[rank].clone()
+        handle, ctx = compressor.compress(parameter.grad)
+        mean = compressor.decompress(hvd.allreduce(handle, name="probe"), ctx)
+        assert mean.isfinite().all()
+        assert mean.count_nonzero() <= 5000 / 8 + 32
+    hvd.join()
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("select", ["random", "leader"])
+def test_a_step_that_one_rank_gives_up(rank, size, several, select):
+    """It leaves the residuals of all ranks, and the next step is right."""
+    parameters = [nn.Parameter(torch.zeros(9000)) for _ in range(2)]
+    named = [(str(i), parameter) for i, parameter in enumerate(parameters)]
+    options = {"keep": 1 / 8, "select": select, "bucket_mb": 0.03}
+    compressor = GlobalQSGD(**options, named_parameters=named)
+    everyone = gradients(size, 9000)
+    waiting = []
+    for i, parameter in enumerate(parameters):
+        parameter.grad = everyone[rank].clone()
+        probe, context = compressor.compress(parameter.grad)
+        waiting.append((hvd.allreduce_async_(probe, name=f"given up {i}"), context))
+    reduced = [hvd.synchronize(handle) for handle, _ in waiting]
+    if rank == size - 1:
+        del context, waiting
+    else:
+        with pytest.raises(AgreementError):
+            compressor.decompress(reduced[0], waiting[0][1])
+    assert "residuals" not in compressor.state_dict()
+    world = SimulatedRanks(size, Options(**options), step=1)
+    for _ in range(2):
+        parameters[0].grad = everyone[rank].clone()
+        probe, context = compressor.compress(parameters[0].grad)
+        mean = compressor.decompress(hvd.allreduce(probe, name="probe"), context)
+        (expected,) = world.means([[("0", row.contiguous())] for row in everyone])
+        assert torch.equal(mean, expected)
+
+
+@pytest.mark.few
+@pytest.mark.parametrize("select", ["random", "leader"])
+def test_an_optimizer(rank, size, several, select):
+    model = mlp()
+    compressor = GlobalQSGD(
+        keep=1 / 16, select=select, min_numel=512, named_parameters=model.named_parameters()
+    )
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(),
+        compression=compressor,
+    )  # fmt: skip
+    inputs, labels = batch(rank)
+
+    def loss() -> float:
+        return nn.functional.cross_entropy(model(inputs), labels).item()
+
+    before = loss()
+    for _ in range(60):
+        optimizer.zero_grad()
+        backward(model, rank)
+        optimizer.step()
+    assert loss() < 0.8 * before
+    assert_same_on_all_ranks(nn.utils.parameters_to_vector(model.parameters()))
