@@ -77,13 +77,16 @@ quick: setup ## run the tests that start no ranks, in less than two minutes
 check: lint audit ## lint, and ask PyPI for known vulnerabilities of the pinned versions
 
 # .pre-commit-config.yaml has the same commands. mpi4py: without its types, mypy finds other errors.
-lint: $(STAMPS)/requirements $(STAMPS)/mpi $(if $(NVCC),$(STAMPS)/cuda) ## check style, spelling, types, and (with nvcc) that GPU kernels compile
+lint: $(STAMPS)/requirements $(STAMPS)/mpi $(if $(NVCC),$(STAMPS)/cuda) ## check style, spelling, types, schemas, and (with nvcc) that GPU kernels compile
 	@$(PY) -m ruff check
 	@$(PY) -m ruff format --check
 	@$(PY) -m mypy
 	@$(VENV)/bin/clang-format --dry-run -Werror $(STYLED)
 	@$(VENV)/bin/shellcheck $(SCRIPTS)
 	@$(VENV)/bin/codespell
+	@$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.compose-spec docker/cloud/compose.yaml
+	@$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.citation-file-format CITATION.cff
+	@$(VENV)/bin/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
 
 audit: $(STAMPS)/requirements
 	@$(PY) tests/audit.py

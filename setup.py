@@ -99,8 +99,8 @@ def mpi_flags() -> list[str] | str:
     if trial.returncode or shown.returncode:
         return unusable(f"{wrapper} does not work: {trial.stderr or shown.stderr}")
     # Without the path of that MPI: the library is loaded where mpi4py has loaded its own, and must
-    # find that one or none.
-    flags = iter(shlex.split(shown.stdout)[1:])
+    # find that one or none. Intel's wrapper says -Xlinker for -Wl.
+    flags = iter(shlex.split(shown.stdout.replace("-Xlinker ", "-Wl,"))[1:])
     kept = []
     for flag in flags:
         if flag in ("-Wl,-rpath", "-Wl,--rpath"):

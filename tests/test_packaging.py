@@ -165,3 +165,17 @@ def test_bounds_are_the_ends_of_the_matrix() -> None:
     assert f"LEAST_TORCH = ({oldest[0]}, {oldest[1]})" in (ROOT / "setup.py").read_text()
     classified = re.findall(r"Python :: (3\.\d+)", PROJECT)
     assert set(classified) == {python for _, python, _ in rows}
+
+
+def test_the_readme_claims_what_the_matrix_tried() -> None:
+    """Python and PyTorch by their minor versions."""
+    table = (ROOT / "hvd_gqsgd" / "docs" / "COMPATIBILITY.md").read_text()
+    rows = re.findall(r"^\| [\w-]+ \| 3\.\d+\.\d+ \|.*$", table, re.MULTILINE)
+    cells = [row.split(" | ") for row in rows]
+    readme = (ROOT / "README.md").read_text()
+    for name, column, pattern in (
+        ("Python", 1, r"\d+\.\d+"), ("PyTorch", 2, r"\d+\.\d+"), ("MPI", 4, r"[\d.]+\d")
+    ):  # fmt: skip
+        tried = {found[0] for row in cells if (found := re.search(pattern, row[column]))}
+        (claimed,) = re.findall(rf"^\| {name} \| ([^;|]*)", readme, re.MULTILINE)
+        assert set(re.findall(r"[\d.]+\d", claimed)) == tried, name

@@ -33,7 +33,8 @@ def test_calls(rank, size):
     assert torch.equal(mean, simulate(everyone + 1, step=3))
     doubled = compressor.decompress(hvd.allreduce(probe, name="probe"), context)
     assert torch.equal(doubled, simulate(everyone * 2))
-    assert counters["frames"]["total"] < 12, dict(counters["frames"])
+    # Under coverage they are 13.
+    assert counters["frames"]["total"] < 16, dict(counters["frames"])
     reasons = [*(str(warning.message) for warning in said), *counters["graph_break"]]
     assert not [reason for reason in reasons if "hvd_gqsgd/engine" in reason], reasons
     torch.compiler.reset()
