@@ -103,6 +103,8 @@ def check_exchanges(said: str) -> None:
         assert verdict == "right", f"step {number} of {size} ranks"
         widths[size, number].add(bits)
     assert all(len(each) == 1 for each in widths.values()), widths
+    by_node = {size for (size, _), (width,) in widths.items() if "2 nodes" in width}
+    assert by_node == ({"3"} if "nodes" in said else set())
 
     (_, state), last = starts.popitem()
     numbers = [int(match[2]) for match in EXCHANGED.finditer(said, min(last)) if match[1] == "3"]

@@ -241,6 +241,39 @@ def test_ranks_in_any_order() -> None:
         assert torch.equal(pipeline.decode(ticket, 1 / 6), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": DynamicBits(6)}], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (1, 3)), ((2, 2), (4,)), ((4,), (2, 2)), ((2, 2), (2, 2, 2))]
+)
+def test_a_state_resumes_on_other_nodes(
+    before: tuple[int, ...], after: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """It has no nodes in it: the next step has the bits of the nodes that there are then."""
+
+    def group(nodes: tuple[int, ...]) -> Group:
+        world = SimulatedWorld(sum(nodes), nodes_of_sizes(nodes, sum(nodes)))
+        return Group(
+            sum(nodes), transport=lambda _, rank: world.transport(rank), hierarchy="node", **options
+        )
+
+    first, second = group(before), group(after)
+    for step in range(2):
+        first.exchange([[(None, row)] for row in rows_for(before, seed=step)])
+    state = first.ranks[0].steps.state_dict()
+    for pipeline in second.ranks:
+        pipeline.steps.load_state_dict(state)
+    rows = rows_for(after, seed=2)
+    means = [mean for (mean,) in second.exchange([[(None, row)] for row in rows])]
+    expected = simulate(
+        rows,
+        step=2,
+        nodes=after,
+        hierarchy="node",
+        **options | {"bits": second.ranks[0].stats.bits},
+    )
+    assert all(torch.equal(mean, expected) for mean in means)
+
+
 class Unknown(SimulatedTransport):
     """Ranks that must tell each other their hosts, as under Horovod."""
 
