@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.checks import check_step
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.schedules import FixedBits, make_schedule
@@ -184,7 +184,7 @@ class Steps:
             raise TypeError(f"a state must be a dict, got {state!r}")
         if state.keys() != {"step", "schedule"}:
             raise ValueError(f"a state must have the keys 'step' and 'schedule', got {state!r}")
-        check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
+        check_step(state["step"])
         self._schedule.load_state_dict(state["schedule"])
         for record in self._records:
             record.forget()
