@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DTYPES, bits_of, name
-from simulated_ranks import Group
+from simulated_ranks import Elastic, Group
 from torch import Tensor
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, layout, simulate
@@ -272,6 +272,32 @@ def test_a_state_resumes_on_other_nodes(
         **options | {"bits": second.ranks[0].stats.bits},
     )
     assert all(torch.equal(mean, expected) for mean in means)
+
+
+def test_nodes_change_with_the_ranks() -> None:
+    """As in an elastic job, also in the midst of a step: the next one has the bits of the nodes
+    that there are then."""
+    ends = [Elastic(SimulatedWorld(4), rank) for rank in range(4)]
+    everyone = [Pipeline(Options(hierarchy="node"), end) for end in ends]
+    for number, nodes in enumerate([(2, 2), (2,), (1, 2), (1, 1), (3, 1), (2, 2)]):
+        size = sum(nodes)
+        world = SimulatedWorld(size, nodes_of_sizes(nodes, size))
+        for rank in range(size):
+            ends[rank].end = world.transport(rank)
+        ranks, rows = everyone[:size], rows_for(nodes, seed=number)
+        tickets = [pipeline.submit(row) for pipeline, row in zip(ranks, rows, strict=True)]
+        for pipeline in ranks:
+            pipeline.flush()
+        arrived = [False]
+        while not all(arrived):
+            arrived = [p.poll(t) is not None for p, t in zip(ranks, tickets, strict=True)]
+        expected = simulate(rows, step=2 * number, nodes=nodes, hierarchy="node")
+        for pipeline, ticket in zip(ranks, tickets, strict=True):
+            assert torch.equal(pipeline.decode(ticket, 1 / size), expected), nodes
+        lost = [pipeline.submit(row) for pipeline, row in zip(ranks, rows, strict=True)]
+        for pipeline in ranks[:-1]:
+            pipeline.flush()
+        del lost
 
 
 class Unknown(SimulatedTransport):
