@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["check_choice", "check_int", "check_number", "unknown_option"]
+__all__ = ["check_choice", "check_int", "check_number", "check_step", "unknown_option"]
 
 
 def check_int(name: str, value: object, low: int, high: int, also: str = "") -> None:
@@ -21,6 +21,12 @@ def check_int(name: str, value: object, low: int, high: int, also: str = "") -> 
         raise TypeError(f"{name} must be an int{also}, got {value!r}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be from {low} to {high}{also}, got {value}")
+
+
+def check_step(step: object, also: str = "") -> None:
+    """Checks the number of a step, as ``check_int``. It travels in 31 bits, half of which are left
+    for the steps to come."""
+    check_int("step", step, 0, 2**30, also)
 
 
 def check_number(name: str, value: object, what: str) -> float:

@@ -234,6 +234,11 @@ class Options:
                 f"keep={self.keep} does not go with bits='auto', which chooses among exchanges of "
                 "all elements: pass a number of bits"
             )
+        if self.hierarchy not in ("auto", "flat"):
+            raise ValueError(
+                f"hierarchy={self.hierarchy!r} does not go with keep={self.keep}, which exchanges "
+                "flat: leave hierarchy out"
+            )
         if self.exchange in ("reduce_scatter", "gather") or (
             self.exchange == "one_phase" and self.select == "leader"
         ):

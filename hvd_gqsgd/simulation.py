@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.checks import check_step
 from hvd_gqsgd.codecs import check_compressible, check_unmasked
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
@@ -84,7 +84,7 @@ def simulate(
         raise ValueError(
             f"gradients must be of shape (ranks, elements), got {tuple(gradients.shape)}"
         )
-    check_int("step", step, 0, 2**31 - 2)  # it travels in 32 bits, and so does the next one
+    check_step(step)
 
     resolved = FRONT_END.options(options)
     rows, (size, numel) = gradients.detach().contiguous(), gradients.shape

@@ -3,11 +3,16 @@
 So nothing of an exchange that was broken off may be in a later one, and the width, the number of
 the step and the number of ranks must be right. What each rank sees is printed for
 ``test_elastic.py``.
+
+Hosts are told apart by their names, as one machine has several: codes go by node where there are
+two, and flat where one is left.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +24,8 @@ from torch import Tensor, nn
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, simulate
 from hvd_gqsgd.auto.arms import options_of
+from hvd_gqsgd.exchanges import by_node
+from hvd_gqsgd.options import digest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
@@ -27,11 +34,16 @@ import language_elastic
 PAUSE = 0.25  # seconds, a step of two ranks: the third one must find them still at work
 
 
+def host_number() -> int:
+    """That of the host's name."""
+    return 1 + digest(os.environ["HOROVOD_HOSTNAME"])
+
+
 class Checked(GlobalQSGD):
     """Knows the gradients of all ranks, and so what their mean must be."""
 
     def __init__(self, bits: DynamicBits | Literal["auto"]) -> None:
-        super().__init__(bits)
+        super().__init__(bits, hierarchy="auto" if bits == "auto" else "node")
         self._gradient = torch.empty(0)  # the step's first tensor, which `simulate` knows
         self._steps_seen = 0
 
@@ -61,9 +73,15 @@ class Checked(GlobalQSGD):
         """The setting of a step, and whether the mean is right."""
         stats, options = self.stats(), self.options
         if options.bits != "auto":
-            exchange = options.exchange_for(hvd.size())  # it follows the budget, not the width
-            expected = simulate(gradients, bits=stats.bits, exchange=exchange, step=step)
-            return f"{stats.bits} bits", torch.equal(mean, expected)
+            hosts = hvd.allgather(torch.tensor([host_number()]), name="hosts of all").tolist()
+            nodes = [len([*ranks]) for _, ranks in itertools.groupby(hosts)]
+            # It follows the budget, not the width.
+            exchange = options.exchange_for(hvd.size()) if len(nodes) == 1 else "two_phase"
+            expected = simulate(
+                gradients, bits=stats.bits, exchange=exchange, step=step, hierarchy="node",
+                nodes=nodes,
+            )  # fmt: skip
+            return f"{stats.bits} bits on {len(nodes)} nodes", torch.equal(mean, expected)
         if stats.setting == "fp32":  # in an order of Horovod's own
             return stats.setting, torch.allclose(mean, gradients.mean(0), atol=1e-7)
         bits = options_of(options, stats.setting).bits
@@ -81,6 +99,7 @@ def make_compression(args: argparse.Namespace, model: nn.Module, steps: int) -> 
     return Checked("auto" if args.bits == "auto" else DynamicBits(args.budget, total_steps=steps))
 
 
+by_node.host_number = host_number  # type: ignore[assignment, attr-defined]
 language_elastic.make_compression = make_compression
 
 if __name__ == "__main__":

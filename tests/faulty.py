@@ -44,6 +44,7 @@ FAULTS = {"killed": (kill, 1), "raises": (fail, 1), "slow": (sleep, 2), "outside
 COMPRESSIONS = {
     "fp32": lambda: hvd.Compression.none,
     "gqsgd": lambda: GlobalQSGD(bucket_mb=0.01),  # each weight's norms are sent off at once
+    "node": lambda: GlobalQSGD(bucket_mb=0.01, hierarchy=(hvd.size() - 1, 1)),
 }
 
 

@@ -346,5 +346,6 @@ def test_bench_calibrate() -> None:
     """A machine that the model takes."""
     machine = Machine(**result_of("--calibrate", "--repeats", "1", "--megabytes", "4"))
     assert 1e7 < machine.beta < 1e12 and 0 < machine.operation < 1
+    assert 1e7 < machine.inside < 1e12 and machine.inside != Machine.inside  # which is a guess
     assert 0 <= machine.exposed <= 1
     assert all(value >= 0 for value in dataclasses.asdict(machine).values())

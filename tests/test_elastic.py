@@ -57,6 +57,9 @@ def test_a_worker_is_lost_and_one_is_gained(tmp_path: Path, bits: str) -> None:
         finally:
             end_workers(job)
     check_exchanges(said)
+    if bits == "dynamic":
+        by_node = re.findall(r"rank \d of (\d): number \d+, [\w ]+ on 2 nodes, right", said)
+        assert set(by_node) == {"3"}
 
 
 def follow(job: Job) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import DTYPES, bits_of, name
-from simulated_ranks import Group
+from simulated_ranks import Elastic, Group
 from torch import Tensor
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, layout, simulate
@@ -239,6 +239,65 @@ def test_ranks_in_any_order() -> None:
     expected = simulate(rows, nodes=(3, 3), hierarchy="node", exchange="two_phase")
     for pipeline, ticket in zip(ranks, tickets, strict=True):
         assert torch.equal(pipeline.decode(ticket, 1 / 6), expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": 4}, {"bits": DynamicBits(6)}], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"), [((2, 2), (1, 3)), ((2, 2), (4,)), ((4,), (2, 2)), ((2, 2), (2, 2, 2))]
+)
+def test_a_state_resumes_on_other_nodes(
+    before: tuple[int, ...], after: tuple[int, ...], options: dict[str, Any]
+) -> None:
+    """It has no nodes in it: the next step has the bits of the nodes that there are then."""
+
+    def group(nodes: tuple[int, ...]) -> Group:
+        world = SimulatedWorld(sum(nodes), nodes_of_sizes(nodes, sum(nodes)))
+        return Group(
+            sum(nodes), transport=lambda _, rank: world.transport(rank), hierarchy="node", **options
+        )
+
+    first, second = group(before), group(after)
+    for step in range(2):
+        first.exchange([[(None, row)] for row in rows_for(before, seed=step)])
+    state = first.ranks[0].steps.state_dict()
+    for pipeline in second.ranks:
+        pipeline.steps.load_state_dict(state)
+    rows = rows_for(after, seed=2)
+    means = [mean for (mean,) in second.exchange([[(None, row)] for row in rows])]
+    expected = simulate(
+        rows,
+        step=2,
+        nodes=after,
+        hierarchy="node",
+        **options | {"bits": second.ranks[0].stats.bits},
+    )
+    assert all(torch.equal(mean, expected) for mean in means)
+
+
+def test_nodes_change_with_the_ranks() -> None:
+    """As in an elastic job, also in the midst of a step: the next one has the bits of the nodes
+    that there are then."""
+    ends = [Elastic(SimulatedWorld(4), rank) for rank in range(4)]
+    everyone = [Pipeline(Options(hierarchy="node"), end) for end in ends]
+    for number, nodes in enumerate([(2, 2), (2,), (1, 2), (1, 1), (3, 1), (2, 2)]):
+        size = sum(nodes)
+        world = SimulatedWorld(size, nodes_of_sizes(nodes, size))
+        for rank in range(size):
+            ends[rank].end = world.transport(rank)
+        ranks, rows = everyone[:size], rows_for(nodes, seed=number)
+        tickets = [pipeline.submit(row) for pipeline, row in zip(ranks, rows, strict=True)]
+        for pipeline in ranks:
+            pipeline.flush()
+        arrived = [False]
+        while not all(arrived):
+            arrived = [p.poll(t) is not None for p, t in zip(ranks, tickets, strict=True)]
+        expected = simulate(rows, step=2 * number, nodes=nodes, hierarchy="node")
+        for pipeline, ticket in zip(ranks, tickets, strict=True):
+            assert torch.equal(pipeline.decode(ticket, 1 / size), expected), nodes
+        lost = [pipeline.submit(row) for pipeline, row in zip(ranks, rows, strict=True)]
+        for pipeline in ranks[:-1]:
+            pipeline.flush()
+        del lost
 
 
 class Unknown(SimulatedTransport):

@@ -24,7 +24,7 @@ MANY = pytest.param(10_000, marks=pytest.mark.slow)
 
 
 def contribution(ranks):
-    return Contribution(len(ranks), sum(ranks), sum(map(rank_weight, ranks)))
+    return Contribution(len(ranks), sum(ranks), sum(map(rank_weight, ranks)), len(ranks))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 8, 16, 127, 1000, MANY])

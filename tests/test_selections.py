@@ -283,6 +283,7 @@ def test_descent_on_a_quadratic_function() -> None:
         ({"keep": 1 / 8, "low_pass": 0.5}, "has no effect with select='random'"),
         ({"keep": 1 / 8, "select": "leader", "low_pass": 0}, "above 0 and at most 1"),
         ({"keep": 1 / 8, "bits": "auto"}, "does not go with bits='auto'"),
+        ({"keep": 1 / 8, "hierarchy": "node"}, "hierarchy='node' does not go with keep"),
         ({"keep": 1 / 8, "select": "leader", "exchange": "one_phase"}, "does not go with"),
     ],
     ids=str,

@@ -26,7 +26,7 @@ from hvd_gqsgd.auto.arms import Arm, arms_of, different
 from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
 from hvd_gqsgd.auto.prediction import predict
 from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
-from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.checks import check_int, check_step
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
 from hvd_gqsgd.options import Options
@@ -193,7 +193,7 @@ class Conductor:
                 'the state of bits="auto" must have the keys step and schedule, and the schedule '
                 f"ranks, words and plan; give bits as when the state was saved; got {state!r}"
             )
-        check_int("step", state["step"], 0, 2**30)
+        check_step(state["step"])
         check_int("ranks", schedule["ranks"], 0, 2**31 - 1)
         Chooser(len(NAMES), _unused).adopt(schedule["words"])
         plan = schedule["plan"]

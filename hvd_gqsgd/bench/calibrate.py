@@ -86,10 +86,14 @@ def measure(
     from hvd_gqsgd._native import ops
     from hvd_gqsgd.bench.rounds import interleaved
     from hvd_gqsgd.codecs import CodeKind
+    from hvd_gqsgd.engine.agreement import find_nodes
+    from hvd_gqsgd.transports.horovod import HorovodTransport
 
     n = hvd.size()
     if n < 2:
         raise RuntimeError("calibration needs at least 2 ranks, got 1: pass --ranks 2 or more")
+    nodes = find_nodes(HorovodTransport(), "nodes")
+    on_node, mine = max(map(len, nodes.members)), nodes.of(hvd.rank())
     large = round(megabytes * 2**18) // 4096 * 4096
     small = large // 4
     words = {size: torch.zeros(size, dtype=torch.int32) for size in (1, small, large)}
@@ -113,6 +117,11 @@ def measure(
         hvd.alltoall(words[size], name="alltoall")
         hvd.allgather(words[size][: size // n], name="allgather")
 
+    def inside(size: int) -> None:
+        others = torch.tensor([rank in mine and rank != hvd.rank() for rank in range(n)])
+        splits = others.int() * (size // on_node)
+        hvd.alltoall(words[size][: splits.sum()], splits, name="inside")
+
     def kernels() -> None:
         for name in ("norm", "quantize", "dequantize"):
             calls[name]()
@@ -131,6 +140,7 @@ def measure(
             for size, tensor in words.items()
         },
         **{f"two {size}": functools.partial(two_phase, size) for size in (small, large)},
+        **{f"inside {size}": functools.partial(inside, size) for size in (small, large)},
         "plain": lambda: exchange(False),
         "compressed": lambda: exchange(True),
         "norm": lambda: ops.block_max(x, 1024, norms),
@@ -163,6 +173,7 @@ def measure(
     sent = of_a_byte("sum") * sum(tensor.nbytes for tensor in tensors)
     plain = seconds["plain"] - 2 * seconds["sum 1"] - sent
     compressed = seconds["compressed"] - 4 * seconds["sum 1"] - sent / 4
+    sent_inside = (on_node - 1) / on_node
     return Machine(
         alpha=20e-6,  # small beside the measured time of an operation of Horovod
         beta=summed / of_a_byte("sum"),
@@ -177,6 +188,7 @@ def measure(
         cast=seconds["cast"] / large,
         copy=seconds["copy"] / large / 4,
         exposed=min(1.0, max(0.0, held_up)),
+        inside=sent_inside / of_a_byte("inside") if sent_inside else Machine.inside,
     )
 
 

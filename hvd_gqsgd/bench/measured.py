@@ -75,7 +75,9 @@ def against(measured: dict[str, Any], machine: Machine) -> dict[str, dict[str, f
         if not possible(setting, cluster.ranks):  # exchange="auto" took two phases
             setting = dataclasses.replace(setting, two_phase=True)
         # hierarchy="auto" goes by node in place of two phases.
-        by_node = name not in FLAT_ARMS and (setting.two_phase or not setting.quantized)
+        by_node = name not in FLAT_ARMS and (
+            (setting.two_phase and setting.keep == 1) or not setting.quantized
+        )
         exchange = (setting, network.gradients, cluster, machine, by_node)
         if measured["what"] == "exchange":
             seconds = node_model.exchange_seconds(*exchange)

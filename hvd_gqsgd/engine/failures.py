@@ -14,7 +14,8 @@
                   anew            session too
 
 The rest: the collectives that other ranks may wait for are started, with messages that mean
-nothing, so that none stays in flight for ever. New names: messages of later steps have other names
+nothing, so that none stays in flight for ever. Where a first message decides which these are, a
+rank that has given up waits for one first. New names: messages of later steps have other names
 than those of this step, which may stay in flight.
 """
 

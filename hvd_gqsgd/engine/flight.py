@@ -119,13 +119,17 @@ class Flight:
             return False
         return True
 
-    def give_up(self, last: int) -> list[Handle]:
+    def give_up(self, last: int, all_here: bool) -> list[Handle]:
         """Starts the collectives up to number ``last``, with messages that mean nothing.
+
+        Args:
+            last: number of a collective.
+            all_here: that of the step, which this bucket may not have been told.
 
         Returns:
             Those in flight, but for the last one, which is ``handle`` then.
         """
-        self._terms.given_up = True
+        self._terms.given_up, self._terms.all_here = True, all_here
         before = []
         with on(self.bucket.stream):
             while self.started < last and self._sent is not None:

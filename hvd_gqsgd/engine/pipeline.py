@@ -3,13 +3,12 @@
 A tensor is handed in by ``submit`` and joins a bucket. A full bucket starts the first collective of
 its exchange and is left alone; a later ``submit`` finds the result, and starts the next collective.
 ``wait`` returns when the last one is done, and ``decode`` makes the gradient. Nothing before
-``wait`` blocks, and nothing before ``wait`` raises for an error of another rank: every rank must
-come to the point where all of them learn of it.
+``wait`` raises for an error of another rank: every rank must come to the point where all of them
+learn of it. Nothing before ``wait`` blocks, but for others to come to a step that was dropped here.
 
 A step begins with the first ``submit`` after all earlier tickets were decoded or dropped. Numbers
-that ranks must share (names of messages, dither) count from the start of the step, so that a rank
-which lost a step, or joined later, falls in line with the next one. The step number itself is the
-largest of all ranks', settled by the agreement.
+that ranks must share (names of messages, dither) count from its start, so that a rank which lost a
+step, or joined later, falls in line. The step number itself is the largest of all ranks'.
 
 Transports require every rank to start its operations of one kind in one order. So a bucket goes to
 its next collective only after the one before it did. With operation slots it does so in a slot
@@ -54,8 +53,7 @@ class Pipeline:
         protocol: how ranks agree. With ``Ahead`` all ranks must hand in tensors in one order.
         steps: the state of the training; None: a new one.
         names: shared by pipelines of this process whose messages could be mixed up.
-        plan: buckets of tensors with names; without one, and for tensors without a name, buckets
-            fill in order of arrival.
+        plan: buckets of tensors with names; the other buckets fill in order of arrival.
         slot_filling: for a transport that counts operations; see ``OperationSlots``.
         stats: counts messages and steps.
     """
@@ -86,8 +84,7 @@ class Pipeline:
         self._open_ended = False  # the step lasts until the next one is begun
         self._pool = BufferPool()
         # NCCL takes the operations of a communicator one after the other anyway.
-        streams = Streams(4 if transport.nccl is None else 1)
-        self._filling = Filling(options.bucket_bytes, plan, streams)
+        self._filling = Filling(options.bucket_bytes, plan, Streams(1 if transport.nccl else 4))
         self._session: object = None
         self._record = self.steps.record()
         self._flights: dict[Bucket, Flight] = {}  # not all decoded
@@ -96,6 +93,7 @@ class Pipeline:
         self._sent = 0  # tensors whose exchange was started and that are not decoded
         self._way_or_none: Way | None = None
         self._proposal = Agreement(0, 0, ())
+        self._all_here: bool | None = True  # None: a first message of the step will tell
         self._done_its_part = False
         self._slots = OperationSlots(slot_filling, self.stats)
 
@@ -157,8 +155,7 @@ class Pipeline:
                 that leaves each rank a shard, memory for that.
 
         Raises:
-            ValueError: the lanes are too narrow for the number of ranks, or the tensor cannot be
-                exchanged.
+            ValueError: the lanes are too narrow for the ranks, or the tensor cannot be exchanged.
         """
         new_session = self._transport.session is not self._session
         if new_session or not (self.active or self._open_ended):
@@ -229,14 +226,12 @@ class Pipeline:
         return contribution
 
     def poll(self, ticket: Ticket) -> Contribution | None:
-        """The result of ``wait``; None before the end. The ticket's bucket must have been started,
-        as by ``flush``.
+        """The result of ``wait``, or None. The bucket must have been started, as by ``flush``.
 
         Raises:
             Exception: as ``wait``.
         """
-        contribution = self._arrived(ticket.bucket)
-        if contribution is not None:
+        if (contribution := self._arrived(ticket.bucket)) is not None:
             return contribution
         if (failed := self._stages.failed()) is not None:
             failure = failed.failure
@@ -278,14 +273,15 @@ class Pipeline:
         """
         if ending is Ending.GIVEN_UP:
             self.flush()  # other ranks may wait for these buckets too
+            if self._all_here is None:
+                self._stages.wait_for_one(self._transport.idle)
         if ending.starts_rest:
             self._start_rest()
             self._names.failures += 1
         # Where ranks agree ahead, they may be at different points of these buckets, and operations
         # match by order: the buckets run to their end, and their results are discarded.
         goes_on = ending is Ending.DISAGREEMENT and not self._protocol_type.may_give_up
-        lost = self._stages.lose(goes_on)
-        for flight in set(self._flights.values()) - lost:
+        for flight in set(self._flights.values()) - self._stages.lose(goes_on):
             if flight.handle is not None:
                 self._orphans.append(flight.handle)
             flight.abandon()
@@ -315,10 +311,9 @@ class Pipeline:
     def _begin_step(self, step: int | None = None) -> None:
         """Leaves behind all that was not decoded, and counts from zero."""
         self.steps.learn(self._record)
-        session = self._transport.session
-        self._names.renew(session)
+        self._names.renew(self._transport.session)
         self.restart()
-        self._session = session
+        self._session = self._transport.session
         self.give_up()
         self._orphans = [handle for handle in self._orphans if not reaped(handle)]
         self._filling.begin_step()
@@ -329,6 +324,7 @@ class Pipeline:
         exchange = self._way.exchange
         self.number = self._names.join(self)
         self._proposal = self.steps.propose(exchange.summands, step)
+        self._all_here = None if self._way.branches else True
         exchange.codec(self._proposal.bits)
         self.stats.steps += 1
         self.steps_begun += 1
@@ -343,6 +339,7 @@ class Pipeline:
         return self._way_or_none
 
     def _settle(self, agreement: Agreement) -> None:
+        self._all_here = agreement.all_here
         self.steps.settle(agreement, self._record)
         self.stats.bits = agreement.bits
 
@@ -356,9 +353,8 @@ class Pipeline:
             for item in bucket.items:
                 self.stats.bypass("alone", item.x.nbytes, lambda: self.rank)
         exchange = self._way.exchange
-        rehearses = exchange.to_rehearse(bucket)
-        terms = Terms(self._proposal.step, self._proposal.bits, rehearses=rehearses)
         proposal = dataclasses.replace(self._proposal, behind=behind)
+        terms = Terms(proposal.step, proposal.bits, rehearses=exchange.to_rehearse(bucket))
         running = self._way.protocol.run(bucket, proposal, terms)
         flight = Flight(bucket, running, terms, self._transport, self.stats, exchange.counted)
         self._flights[bucket] = flight
@@ -388,13 +384,17 @@ class Pipeline:
 
     def _start_rest(self) -> None:
         """Starts the collectives that other ranks may have started."""
+        if self._all_here is None:
+            self.advance()  # a first message may be back; until then no rank has started more
+        all_here = self._all_here is not False
+        count = self._way.count(all_here)
+        last = 1 if self._all_here is None else count
         # A bucket has failed on all ranks: none has taken a bucket beyond it. Where ranks agree
         # ahead, the others have seen the same and started no more.
-        last = len(self._way.messages)
         for flight in self._stages.flights():
             if flight.failure is not None:
                 last = min(last, flight.started)
             if self._protocol_type.may_give_up:
-                self._slots.open(len(self._way.messages) - max(last, flight.started))
-                self._orphans += flight.give_up(last)
+                self._slots.open(count - max(last, flight.started))
+                self._orphans += flight.give_up(last, all_here)
         self._slots.make_up(self._prefix())

@@ -6,7 +6,9 @@ stage can go on to the next one.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
+from collections.abc import Callable
 
 from hvd_gqsgd.engine.flight import Flight
 from hvd_gqsgd.transports.base import Handle
@@ -65,6 +67,17 @@ class Stages:
     def flights(self) -> list[Flight]:
         """All of them, the oldest first."""
         return [flight for n in sorted(self._by_started)[::-1] for flight in self._by_started[n]]
+
+    def wait_for_one(self, idle: Callable[[float], None]) -> None:
+        """Waits until a flight's collective is done, and takes it one further, unless one has
+        failed. ``idle`` is called meanwhile, with the seconds since that began."""
+        began = time.monotonic()
+        while not self._failed:
+            arrived = next((flight for flight in self.flights() if flight.arrived), None)
+            if arrived is not None:
+                self.advance(arrived)
+                return
+            idle(time.monotonic() - began)
 
     def handles(self) -> list[Handle]:
         """Of all collectives in flight."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.checks import check_step
 from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.schedules import FixedBits, make_schedule
@@ -198,7 +198,7 @@ class Steps:
                 "a state must have the keys 'step' and 'schedule', and may have 'residuals', got "
                 f"{state!r}"
             )
-        check_int("step", state["step"], 0, 2**30)  # with room for the steps to come
+        check_step(state["step"])
         residuals = state.get("residuals")
         if residuals is not None:
             Residuals.check_state(residuals)

@@ -23,6 +23,15 @@ class Way(NamedTuple):
     messages: tuple[str, ...]
     """The last parts of their names, in their order."""
 
+    @property
+    def branches(self) -> bool:
+        """Whether a rank that gives up a step must know the result of a first message."""
+        return self.protocol.may_give_up and self.exchange.branches
+
+    def count(self, all_here: bool) -> int:
+        """Collectives of a bucket; ``all_here``: that of ``Terms``."""
+        return len(self.messages) if all_here else self.exchange.count_of_remaining
+
     @classmethod
     def of(
         cls, options: Options, transport: Transport, protocol: type[AgreementProtocol], take: Take,

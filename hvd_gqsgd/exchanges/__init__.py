@@ -48,18 +48,14 @@ def make_exchange(setup: Setup) -> Exchange:
     if transport.size == 1 and not transport.ranks_may_leave:
         _say_once(logging.INFO, "one rank: nothing is exchanged, and nothing is rounded")
         return AloneExchange(setup)
+    exchange: Exchange
     if setup.options.keep < 1:
-        exchange: Exchange = SelectedExchange(setup, _all_elements)
+        exchange = SelectedExchange(setup, _flat)
     else:
-        exchange = _all_elements(setup)
+        exchange = _by_node(setup) or _flat(setup)
     if transport.rank == 0:
         _describe(setup, exchange)
     return exchange
-
-
-def _all_elements(setup: Setup) -> Exchange:
-    """The exchange of whole gradients."""
-    return _by_node(setup) or _flat(setup)
 
 
 def _by_node(setup: Setup) -> NodeExchange | None:

@@ -54,13 +54,12 @@ class AllreduceExchange(CodedExchange):
         """Sums the codes of a bucket, in a last message of this name."""
         widths = self._widths(bucket, terms.bits)
         message = self._message(bucket, widths)
-        message[: self._marks] = 0
         end = self._marks + widths.num_words
         with terms.attempt():
             if terms.takes_part:
                 widths.encode(bucket, norms, message[self._marks : end], terms.step)
-                if self._marks:
-                    mark(message, self.rank)
+        if self._marks:
+            mark(message, self.rank, terms.takes_part)
         summed = yield Sum(name, message)
         terms.raise_failure()
         return self._summed(bucket, widths, norms, summed)

@@ -166,7 +166,8 @@ class Exchange(ABC):
         """Exchanges a closed bucket.
 
         Once ``terms.given_up`` is set, the generator is sent no results: it must not look at them,
-        and goes on with messages of the same sizes that tell the other ranks to ignore them. It
+        and goes on with messages of the same sizes that tell the other ranks to ignore them. Where
+        it ``branches``, another bucket of the step has the result of its first message by then. It
         does so too after a failure of ``terms.attempt``, which it raises after the last message.
 
         Raises:
@@ -188,6 +189,16 @@ class Exchange(ABC):
     def describe(self) -> str:
         """Names the exchange, its ranks and its levels per side."""
         return self.options.describe(self.size)
+
+    @property
+    def count_of_remaining(self) -> int:
+        """Collectives of a bucket once a rank has left by ``hvd.join()``."""
+        return len(self.messages)
+
+    @property
+    def branches(self) -> bool:
+        """Whether the result of the first message decides which messages follow."""
+        return False
 
     def to_rehearse(self, bucket: Bucket) -> bool:
         """Whether this rank proposes the rehearsal of ``Terms.rehearses``."""

@@ -29,12 +29,12 @@ from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.among_owners import AmongOwners, Owned
 from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms, first_message
-from hvd_gqsgd.exchanges.collectives import Alltoall, Collective, Max, Sum
+from hvd_gqsgd.exchanges.collectives import Collective, Max
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.parcels import Parcel, exchange_parcels
 from hvd_gqsgd.exchanges.remaining import RemainingSum
 from hvd_gqsgd.layout import Shard, part_identity, shards
-from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
+from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts, one_node
 
 __all__ = ["NodeExchange"]
 
@@ -64,9 +64,7 @@ class NodeExchange(Exchange):
         self.rank, self.size = setup.transport.rank, setup.transport.size
         self._setup, self._nodes, self._takes = setup, nodes, takes
         self._make_flat = flat
-        # Hosts stay the same as long as the ranks do. A rank that gives up a step before it is
-        # told goes the way of the step before.
-        self._told: Nodes | None = None
+        self._told: Nodes | None = None  # hosts stay the same as long as the ranks do
         self._remaining = RemainingSum.of_wide_lanes(setup._replace(header=0))
         self._known: dict[Nodes, AmongOwners] = {}
         self.codec(self.options.most_bits)
@@ -102,6 +100,16 @@ class NodeExchange(Exchange):
         among = self._among(nodes).exchange
         return f"by node: {among.options.describe(among.size, 'nodes')}, of {self.size} ranks"
 
+    @property
+    def count_of_remaining(self) -> int:
+        """See :class:`Exchange`."""
+        return 1 + len(self._remaining.messages)
+
+    @property
+    def branches(self) -> bool:
+        """See :class:`Exchange`."""
+        return self.messages[0] == self._hosts
+
     def to_rehearse(self, bucket: Bucket) -> bool:
         """See :class:`Exchange`."""
         return self._remaining.to_rehearse(bucket)
@@ -109,25 +117,21 @@ class NodeExchange(Exchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         nodes, header = self._nodes, self._setup.header
-        if self.messages[0] == self._hosts:
+        if self.branches:
             hosts = torch.zeros(header + self.size, dtype=torch.int64, device="cpu")
             hosts[header + self.rank] = host_number()
             hosts = yield Max(self._hosts, hosts)
-            if not terms.given_up and not terms.all_here:
-                return (
-                    yield from self._padded(self._remaining.all(bucket, terms), bucket, "norms")
-                )
+            if not terms.all_here:
+                return (yield from self._remaining.all(bucket, terms))
             if nodes is None:
-                if not terms.given_up:
-                    self._told = nodes_of_hosts(tuple(hosts[header:].tolist()))
-                nodes = self._told
-                if nodes is not None and not self._takes(nodes):
+                numbers = tuple(hosts[header:].tolist())
+                if 0 not in numbers:  # as of a rank that gives up before the others tell theirs
+                    self._told = nodes_of_hosts(numbers)
+                nodes = self._told or one_node(self.size)
+                if not self._takes(nodes):
                     return (yield from self._padded(self._flat.run(bucket, terms), bucket))
-        result = None
-        if nodes is None:  # given up before they were known
-            yield from self._nothing(bucket)
-        else:
-            result = yield from self._by_node(bucket, terms, nodes)
+        assert nodes is not None
+        result = yield from self._by_node(bucket, terms, nodes)
         failed = False
         if self._setup.may_give_up:
             # The results reach a node alone: all ranks must lose a bucket, or none.
@@ -193,22 +197,9 @@ class NodeExchange(Exchange):
             ]
         return _ByNode(everyone(self.size), read) if terms.takes_part else None
 
-    def _nothing(self, bucket: Bucket) -> Generator[Collective, Tensor, None]:
-        """The messages of a rank that does not know the nodes."""
-        nothing = torch.empty(0, dtype=torch.int32, device=bucket.device)
-        for message in self.messages[1:]:
-            if message == "norms":
-                yield Max(message, self._no_norms(bucket, bucket.norm_dtype))
-            elif message == "squares":
-                yield Sum(message, self._no_norms(bucket, torch.int64))
-            elif message not in ("told", "rest"):
-                yield Alltoall(message, nothing, [0] * self.size, [0] * self.size)
-
-    def _padded(self, running: Running, bucket: Bucket, pad: str | None = None) -> Running:
-        """An exchange without nodes, in as many messages: Horovod's operations are counted, and
-        once a rank has left, it must remember them, so that ``pad`` names all; see
-        ``exchanges/remaining.py``. Else they have names of their own, as a rank that gives up
-        starts them all at once."""
+    def _padded(self, running: Running, bucket: Bucket) -> Running:
+        """The exchange without nodes, in as many messages: Horovod's operations are counted. They
+        have names of their own, as a rank that gives up starts them all at once."""
         left = len(self.messages) - 1
         collective = next(running)
         result: Result | None = None
@@ -222,16 +213,14 @@ class NodeExchange(Exchange):
                 result = end.value
             except Exception as kept:  # raised once the others have their messages
                 error = kept
+        norms = bucket.layout(self.options.block_size, self.options.most_bits).num_norms
         for number in range(left):
-            yield Max(pad or f"pad.{number}", self._no_norms(bucket, bucket.norm_dtype))
+            zeros = torch.zeros(max(norms, 1), dtype=bucket.norm_dtype, device=bucket.device)
+            yield Max(f"pad.{number}", zeros)
         if result is None:
             assert error is not None
             raise error
         return result
-
-    def _no_norms(self, bucket: Bucket, dtype: torch.dtype) -> Tensor:
-        norms = bucket.layout(self.options.block_size, self.options.most_bits).num_norms
-        return torch.zeros(max(norms, 1), dtype=dtype, device=bucket.device)
 
     def _among(self, nodes: Nodes) -> AmongOwners:
         if nodes not in self._known:

@@ -26,6 +26,8 @@ class Contribution:
     count: int
     ranks: int
     weights: int
+    here: int
+    """Ranks that have not left: with those that sent no codes."""
 
 
 @functools.cache
@@ -38,15 +40,17 @@ def rank_weight(rank: int) -> int:
 def everyone(world_size: int) -> Contribution:
     """The contribution of all ranks."""
     ranks = range(world_size)
-    return Contribution(world_size, sum(ranks), sum(map(rank_weight, ranks)))
+    return Contribution(world_size, sum(ranks), sum(map(rank_weight, ranks)), world_size)
 
 
-def mark(marks: Tensor, rank: int) -> None:
-    """Writes the marks of a rank that takes part."""
-    numbers = torch.tensor([1, rank, rank_weight(rank)], dtype=marks.dtype, device="cpu")
-    marks[:3].copy_(numbers, non_blocking=True)
+def mark(marks: Tensor, rank: int, takes_part: bool) -> None:
+    """Writes the marks of a rank."""
+    own = (1, rank, rank_weight(rank)) if takes_part else (0, 0, 0)
+    numbers = torch.tensor([*own, 1], dtype=marks.dtype, device="cpu")
+    marks[4:MARKS] = 0
+    marks[:4].copy_(numbers, non_blocking=True)
 
 
 def read_marks(marks: Tensor) -> Contribution:
     """The contribution, from summed marks."""
-    return Contribution(*marks[:3].tolist())
+    return Contribution(*marks[:4].tolist())

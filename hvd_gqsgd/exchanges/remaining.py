@@ -23,7 +23,7 @@ from hvd_gqsgd.codecs.bit_schedule import MAX_BITS
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.base import Running, Setup, Terms
-from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
+from hvd_gqsgd.exchanges.collectives import Collective, Sum
 from hvd_gqsgd.exchanges.widths import Widths
 
 __all__ = ["RemainingSum"]
@@ -79,9 +79,7 @@ class RemainingSum(AllreduceExchange):
         self._rehearsed.add(self._full_name(bucket))
 
     def sum(self, bucket: Bucket, terms: Terms, norms: Tensor) -> Running:
-        """Sums a bucket, in two messages after its norms."""
-        # As many messages as in the other exchange: one of the bucket's that Horovod remembers.
-        yield Max(self._first, norms.new_zeros(self._header + norms.numel()))
+        """Sums a bucket, given its norms."""
         return (yield from self._total(bucket, terms, norms))
 
     def to_rehearse(self, bucket: Bucket) -> bool:

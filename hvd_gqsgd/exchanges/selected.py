@@ -66,6 +66,16 @@ class SelectedExchange(Exchange):
         """See :class:`Exchange`."""
         return f"{self._inner.describe()}, 1 of {self.selection.size} elements"
 
+    @property
+    def count_of_remaining(self) -> int:
+        """See :class:`Exchange`."""
+        return len(self.messages) - len(self._inner.messages) + self._inner.count_of_remaining
+
+    @property
+    def branches(self) -> bool:
+        """See :class:`Exchange`."""
+        return self._inner.branches
+
     def to_rehearse(self, bucket: Bucket) -> bool:
         """See :class:`Exchange`."""
         return self._inner.to_rehearse(self._small(bucket))

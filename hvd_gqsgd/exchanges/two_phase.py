@@ -101,6 +101,16 @@ class TwoPhaseExchange(CodedExchange):
             raise AgreementError(GAVE_UP)
         return _Averaged(everyone(self.size), widths, norms, means)
 
+    @property
+    def count_of_remaining(self) -> int:
+        """See :class:`Exchange`."""
+        return len(self.messages) - 1  # a sum instead of two phases
+
+    @property
+    def branches(self) -> bool:
+        """See :class:`Exchange`."""
+        return self._setup.transport.ranks_may_leave
+
     def to_rehearse(self, bucket: Bucket) -> bool:
         """See :class:`Exchange`."""
         return self._remaining.to_rehearse(bucket)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.checks import check_step
 from hvd_gqsgd.codecs import check_compressible, check_unmasked
 from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.compiling import opaque
@@ -100,8 +100,7 @@ def allreduce(
         target = None if result is None or not _can_hold(result, flat) else result.view(-1)
         pipeline = endpoint.pipeline(FRONT_END.options(options), flat.device)
         if step is not None:
-            # With room for those to come.
-            check_int("step", step, 0, 2**30, " or None (the next one)")
+            check_step(step, " or None (the next one)")
         pipeline.begin_step(step)
         scale = 1 / endpoint.transport.size if mean else 1.0
         ticket = pipeline.submit(flat, scale=scale, out=target)

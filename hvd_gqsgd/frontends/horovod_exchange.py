@@ -27,8 +27,8 @@ from hvd_gqsgd.frontends.horovod_probe import (
     PROBE_BYTES,
     Reading,
     disagreement,
+    identity_of,
     make_probe,
-    with_shape,
 )
 from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.options import Options
@@ -157,7 +157,7 @@ class HorovodExchange:
         x = tensor.detach() if tensor.requires_grad else tensor
         like = None if x.is_contiguous() else x
         ticket = self._pipeline.submit(x if like is None else x.contiguous(), name)
-        identity = with_shape(ticket.item.identity, tensor.shape)
+        identity = identity_of(ticket.item.identity, tensor.shape, ticket.bucket.name)
         probe = make_probe(self._pipeline.rank, identity)
         if not self._pipeline.alone:
             self._stats.compressed_bytes_on_wire += PROBE_BYTES
@@ -174,14 +174,17 @@ class HorovodExchange:
         complete = reading.complete(all_ranks)
         if complete:
             contribution = self._pipeline.wait(ctx.ticket)
-        elif not reading.matches(all_ranks):
+        elif reading.same_tensor() and not reading.matches(all_ranks):
             # Either ranks have left by hvd.join(), and the payload tells which, or there is no
             # right answer, and then the ranks of another process set may never send theirs.
             contribution = self._pipeline.wait(ctx.ticket, self._patience)
         if not (complete and contribution == all_ranks):
-            problem = disagreement(reading, contribution, all_ranks)
+            problem = disagreement(reading, contribution)
             if problem is not None or contribution is None:
                 self._pipeline.end_step(Ending.DISAGREEMENT)
+                if not reading.same_tensor():
+                    # Their counts may have differed: all go on from a number in common.
+                    self._operation_names.failures = reading.digest()
                 raise AgreementError(problem)
         scale = reading.scale(contribution.count, ctx.world_size)
         mean = self._pipeline.decode(ctx.ticket, scale)
@@ -224,20 +227,23 @@ class HorovodExchange:
         except (TypeError, ValueError):
             return -1
 
-    def _start(self) -> Pipeline:
-        label, plan = "gqsgd", None
-        if self._names is not None:
-            label = f"gqsgd-{self._names.digest():08x}"
-            plan = self._names.plan(self.options, self._is_large)
-        transport = self.transport
+    @functools.cached_property
+    def _operation_names(self) -> OperationNames:
+        label = "gqsgd" if self._names is None else f"gqsgd-{self._names.digest():08x}"
         # By process set and label: not all ranks are in every process set, and with names two
         # compressors may be used in another order on another rank.
-        key = ("names", transport.process_set, label)
+        key = ("names", self.transport.process_set, label)
+        return of_horovod(key, lambda: OperationNames(label))
+
+    def _start(self) -> Pipeline:
+        transport, plan = self.transport, None
+        if self._names is not None:
+            plan = self._names.plan(self.options, self._is_large)
         return Pipeline(
             self.options,
             transport if transport.takes_gpu_tensors else StagedTransport(transport),
             steps=self.steps,
-            names=of_horovod(key, lambda: OperationNames(label)),
+            names=self._operation_names,
             plan=plan,
             slot_filling=SlotFilling(transport.fill_slot, SLOT_BYTES),
             stats=self._stats,

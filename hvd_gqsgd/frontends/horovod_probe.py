@@ -29,7 +29,7 @@ from hvd_gqsgd.errors import GAVE_UP
 from hvd_gqsgd.exchanges.contribution import Contribution, rank_weight
 from hvd_gqsgd.options import digest
 
-__all__ = ["PROBE_BYTES", "Reading", "disagreement", "make_probe", "with_shape"]
+__all__ = ["PROBE_BYTES", "Reading", "disagreement", "identity_of", "make_probe"]
 
 PROBE_BYTES = 7 * 8
 
@@ -39,9 +39,10 @@ RTOL = 1e-12
 
 
 @functools.lru_cache(maxsize=2**15)  # the same tensors come step after step
-def with_shape(identity: int, shape: tuple[int, ...]) -> int:
-    """31 bits that tell tensors of other shapes apart too."""
-    return digest((identity, *shape))
+def identity_of(tensor: int, shape: tuple[int, ...], bucket: str) -> int:
+    """31 bits that tell tensors of other shapes apart too, and those in buckets of other names,
+    which do not meet."""
+    return digest((tensor, *shape, bucket))
 
 
 def make_probe(rank: int, identity: int) -> Tensor:
@@ -83,6 +84,10 @@ class Reading(NamedTuple):
         one, _, _, a, aa, b, bb = self.slots
         return _close(one * aa, a * a) and _close(one * bb, b * b)
 
+    def digest(self) -> int:
+        """31 bits, the same on all ranks."""
+        return digest(self.slots)
+
     @functools.lru_cache(maxsize=2**15)  # noqa: B019
     def scale(self, contributors: int, world_size: int) -> float:
         """Factor from the sum over the contributors to the requested result.
@@ -96,20 +101,22 @@ class Reading(NamedTuple):
         return scale
 
 
-def disagreement(
-    reading: Reading, contribution: Contribution | None, everyone: Contribution
-) -> str | None:
+def disagreement(reading: Reading, contribution: Contribution | None) -> str | None:
     """Returns the reason that no correct result exists, or None; the same on all ranks."""
-    if contribution != everyone and reading.matches(everyone):
-        return GAVE_UP  # all have sent a probe, and not all a payload
+    if contribution is not None and contribution.count < contribution.here:
+        return GAVE_UP
+    # A product may overflow.
+    if not reading.same_tensor() and math.isfinite(sum(reading.slots)):
+        return (
+            "the ranks compress tensors of different shapes, types or order, or a step was lost on "
+            f"some ranks alone, as on those that had not left by hvd.join(); {ORDER}"
+        )
     if contribution is None or not reading.matches(contribution):
         return (
             "GlobalQSGD needs a linear reduction (op=hvd.Average or hvd.Sum, with any scale "
             "factors) over the ranks of its process_set. Got another one: op=hvd.Min, Max, Product "
             "or Adasum, or a process_set that GlobalQSGD(process_set=...) was not given"
         )
-    if not reading.same_tensor():
-        return f"the ranks compress tensors of different shapes, types or order; {ORDER}"
     return None
 
 

@@ -160,7 +160,7 @@ def _ways(setting: Setting, cluster: Cluster) -> list[Setting]:
         return [setting]
     options = f"{setting.options}, hierarchy="
     flat = replace(setting, name=f"{setting.name}, flat", options=f'{options}"flat"')
-    if cluster.flat or not setting.two_phase:
+    if cluster.flat or not setting.two_phase or setting.keep < 1:
         return [flat]
     name = f"{setting.name}, by node"
     return [flat, replace(setting, name=name, options=f'{options}"node"', by_node=True)]
@@ -184,8 +184,6 @@ def _parts(
         )
     m, nodes, per_node = machine, cluster.nodes, cluster.per_node
     _, each = cost_model.buckets_of(gradients)
-    chosen = cost_model.chosen_stages(setting, each, m, allreduce)
-    each *= setting.keep
     codes, own = each * setting.bits / 8, each / per_node
 
     def within(bytes_: float) -> float:
@@ -193,12 +191,12 @@ def _parts(
 
     cut_and_add = 4 * each * m.copy + (per_node - 1) * 4 * own / m.gamma
     stages = Stages(
-        messages=chosen.messages + allreduce(8 * cluster.ranks) + within(4 * each)
+        messages=allreduce(8 * cluster.ranks) + within(4 * each)
         + allreduce(4 * each / setting.block_size),
-        encode=chosen.encode + cut_and_add + own * (m.norm + m.quantize),
+        encode=cut_and_add + own * (m.norm + m.quantize),
         codes=cost_model.two_phase_seconds(codes, nodes, m) + within(codes),
         between=own * m.dequantize + own / nodes * m.quantize,
-        decode=chosen.decode + each * m.dequantize,
-        operations=(4 + chosen.operations[0], 2),
+        decode=each * m.dequantize,
+        operations=(4, 2),
     )  # fmt: skip
     return cost_model.parts_of_stages(stages, gradients, m, allreduce)
