@@ -5,7 +5,17 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["check_choice", "check_int", "check_number", "check_step", "unknown_option"]
+__all__ = [
+    "MOST_GROUP",
+    "check_choice",
+    "check_int",
+    "check_number",
+    "check_step",
+    "unknown_option",
+]
+
+MOST_GROUP = 2**16
+"""The most elements of which one is exchanged, with ``keep``."""
 
 
 def check_int(name: str, value: object, low: int, high: int, also: str = "") -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from hvd_gqsgd.checks import check_choice, check_int, check_number
+from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS, Registered
@@ -32,7 +32,6 @@ Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
 Select = Literal["random", "leader"]
 
-MOST_GROUP = 2**16
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -19,6 +19,7 @@ __all__ = [
     "FSDP_BF16",
     "FSDP_FP32",
     "FSDP_OURS",
+    "KEPT",
     "OF_AUTO",
     "OPERATORS",
     "OURS",
