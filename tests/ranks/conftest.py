@@ -80,7 +80,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What disturbs later tests goes last: after join() and after errors ranks have counted
     different numbers of unnamed operations, and errors leave some behind that no other rank will
     answer."""
-    last = ("test_semantics", "test_auto.py::test_process_sets", "_join", "test_disagreement")
+    last = (
+        "test_semantics", "test_auto.py::test_process_sets", "_join", "_gives_up",
+        "test_disagreement",
+    )  # fmt: skip
     items.sort(key=lambda item: next((i for i, n in enumerate(last, 1) if n in item.nodeid), 0))
     if config.getoption("--ranks-per-node") is not None:
         items[:] = [item for item in items if not item.get_closest_marker("flat")]

@@ -87,8 +87,8 @@ def test_a_leader(rank, size, several, exchange):
 
 @pytest.mark.core
 @pytest.mark.parametrize("select", ["random", "leader"])
-def test_ranks_that_leave(rank, size, several, select):
-    """By ``hvd.join()``, the leader of a step among them."""
+def test_ranks_leave_by_join(rank, size, several, select):
+    """The leader of a step among them."""
     parameter = nn.Parameter(torch.zeros(5000))
     named = [("x", parameter)]
     compressor = GlobalQSGD(keep=1 / 8, select=select, named_parameters=named)
@@ -104,7 +104,7 @@ def test_ranks_that_leave(rank, size, several, select):
 
 @pytest.mark.few
 @pytest.mark.parametrize("select", ["random", "leader"])
-def test_a_step_that_one_rank_gives_up(rank, size, several, select):
+def test_one_rank_gives_up_a_step(rank, size, several, select):
     """It leaves the residuals of all ranks, and the next step is right."""
     parameters = [nn.Parameter(torch.zeros(9000)) for _ in range(2)]
     named = [(str(i), parameter) for i, parameter in enumerate(parameters)]
