@@ -81,12 +81,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     different numbers of unnamed operations, and errors leave some behind that no other rank will
     answer."""
     last = (
-        "test_semantics", "test_auto.py::test_process_sets", "_join", "_gives_up",
-        "test_disagreement", "once_another_one_has_left",  # after which hvd.join() may crash
+        "test_semantics", "test_auto.py::test_process_sets", "_join", "once_another_one_has_left",
+        "_gives_up", "test_disagreement",
     )  # fmt: skip
-    items.sort(
-        key=lambda item: max((i for i, n in enumerate(last, 1) if n in item.nodeid), default=0)
-    )
+
+    def order(item: pytest.Item) -> int:
+        return max((i for i, name in enumerate(last, 1) if name in item.nodeid), default=0)
+
+    items.sort(key=order)
     if config.getoption("--ranks-per-node") is not None:
         items[:] = [item for item in items if not item.get_closest_marker("flat")]
 

@@ -96,7 +96,7 @@ def test_two_phases_once_all_are_back(rank, size, several, steps):
 def test_a_rank_drops_a_step_once_another_one_has_left(rank, size):
     """The others see it, and all that remain go on. Once all are back they lose a step, as the
     rank that had left knows nothing of it, and no other one. Horovod 0.28.1 may crash in a later
-    ``hvd.join()``, so this is the last test, and for two phases alone."""
+    ``hvd.join()``, so this is the last test with one, and for two phases alone."""
     if size < 3:
         pytest.skip("needs a rank that has left, one that drops a step, and one that sees it")
     compressor = GlobalQSGD(min_numel=0, bucket_mb=0.01, exchange="two_phase")
