@@ -82,7 +82,7 @@ class Steps:
         self._next_step = step
         self._schedule = make_schedule(bits)
         self.residuals = Residuals()
-        """What this rank has not sent yet."""
+        """The parts of this rank's gradients that were not sent yet."""
         self._begin_records()
 
     def _begin_records(self) -> None:

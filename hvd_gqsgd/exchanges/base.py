@@ -27,6 +27,7 @@ __all__ = [
     "Setup",
     "Take",
     "Terms",
+    "WrappingExchange",
     "first_message",
 ]
 
@@ -52,7 +53,7 @@ class Setup(NamedTuple):
     """Whether ranks may give up a step between two collectives; then messages must tell whether
     their rank took part."""
     residuals: Residuals
-    """What this rank has not sent yet, where selections keep it."""
+    """The parts of this rank's gradients that were not sent yet."""
 
 
 def first_message(setup: Setup, name: str) -> str:
@@ -218,6 +219,28 @@ class Exchange(ABC):
                     f"{self.size} ranks, got block_size={self.options.block_size} for {numel} "
                     "elements"
                 )
+
+
+class WrappingExchange(Exchange):
+    """An exchange whose codes are those of another one."""
+
+    @property
+    @abstractmethod
+    def _settled(self) -> Exchange:
+        """The exchange whose lanes a step's width is chosen for."""
+
+    @property
+    def summands(self) -> int:
+        """Those of the other exchange."""
+        return self._settled.summands
+
+    def codec(self, bits: int) -> Codec:
+        """See :class:`Exchange`."""
+        return self._settled.codec(bits)
+
+    def check(self, numel: int) -> None:
+        """See :class:`Exchange`."""
+        self._settled.check(numel)
 
 
 class CodedExchange(Exchange):

@@ -25,10 +25,17 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import Codec
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
 from hvd_gqsgd.exchanges.among_owners import AmongOwners, Owned
-from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms, first_message
+from hvd_gqsgd.exchanges.base import (
+    Exchange,
+    Result,
+    Running,
+    Setup,
+    Terms,
+    WrappingExchange,
+    first_message,
+)
 from hvd_gqsgd.exchanges.collectives import Collective, Max
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.parcels import Parcel, exchange_parcels
@@ -39,7 +46,7 @@ from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts, one_node
 __all__ = ["NodeExchange"]
 
 
-class NodeExchange(Exchange):
+class NodeExchange(WrappingExchange):
     """Sums within nodes, and codes between them.
 
     Args:
@@ -78,19 +85,6 @@ class NodeExchange(Exchange):
             *(("told",) if setup.may_give_up else ()),
             *(("rest",) if self._remaining.at_risk else ()),
         )
-
-    @property
-    def summands(self) -> int:
-        """Those among nodes; before the nodes are known, those of the flat exchange."""
-        return self._settled.summands
-
-    def codec(self, bits: int) -> Codec:
-        """See :class:`Exchange`."""
-        return self._settled.codec(bits)
-
-    def check(self, numel: int) -> None:
-        """See :class:`Exchange`."""
-        self._settled.check(numel)
 
     def describe(self) -> str:
         """See :class:`Exchange`."""
@@ -233,7 +227,7 @@ class NodeExchange(Exchange):
 
     @property
     def _settled(self) -> Exchange:
-        """The exchange whose lanes a step's width is chosen for."""
+        """That among nodes; before the nodes are known, the flat one."""
         return self._flat if self._nodes is None else self._among(self._nodes).exchange
 
 

@@ -1,4 +1,4 @@
-"""A part of every gradient is exchanged, as ``hvd_gqsgd.selections`` choose it.
+"""The exchange of a part of every gradient, chosen by ``hvd_gqsgd.selections``.
 
 A first message settles the step, which the choice depends on; where a rank leads, it tells the
 others its choice in a second one. The chosen elements of a tensor then are a small tensor, which
@@ -18,8 +18,15 @@ from torch import Tensor
 
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import Codec
-from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms, first_message
+from hvd_gqsgd.exchanges.base import (
+    Exchange,
+    Result,
+    Running,
+    Setup,
+    Terms,
+    WrappingExchange,
+    first_message,
+)
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.selections import Chosen, RandomSelection, selection_of
@@ -27,7 +34,7 @@ from hvd_gqsgd.selections import Chosen, RandomSelection, selection_of
 __all__ = ["SelectedExchange"]
 
 
-class SelectedExchange(Exchange):
+class SelectedExchange(WrappingExchange):
     """A selection in front of another exchange.
 
     Args:
@@ -50,17 +57,8 @@ class SelectedExchange(Exchange):
         self.messages = (self._first, *chosen, *self._inner.messages)
 
     @property
-    def summands(self) -> int:
-        """Those of the other exchange."""
-        return self._inner.summands
-
-    def codec(self, bits: int) -> Codec:
-        """See :class:`Exchange`."""
-        return self._inner.codec(bits)
-
-    def check(self, numel: int) -> None:
-        """See :class:`Exchange`."""
-        self._inner.check(numel)
+    def _settled(self) -> Exchange:
+        return self._inner
 
     def describe(self) -> str:
         """See :class:`Exchange`."""
@@ -97,7 +95,7 @@ class SelectedExchange(Exchange):
         return _Spread(self, small, result, pieces, chosen)
 
     def _pieces(self, bucket: Bucket) -> list[Tensor]:
-        """What is chosen from: the gradients, or their shards, with their residuals."""
+        """The gradients to choose from, or their shards, with their residuals."""
         if self.residuals is not None:
             return [
                 self.residuals.added(item.identity, item.x, self.rank, self._setup.take)

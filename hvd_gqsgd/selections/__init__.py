@@ -1,4 +1,4 @@
-"""Which elements of a gradient are exchanged, where few of them are: selections before the codecs.
+"""Selections of the elements of a gradient that are exchanged, in front of the codecs.
 
 A selection cuts a tensor in groups of consecutive units, and takes one unit of each. A unit is an
 element, or a run of elements. All ranks take the same ones, so that their codes can be added.

@@ -316,7 +316,7 @@ def flat_parts(
 def chosen_stages(
     setting: Setting, each: float, machine: Machine, allreduce: Callable[[float], float]
 ) -> Stages:
-    """What a choice of elements adds to the stages of a bucket; nothing if all are kept.
+    """The seconds that a choice of elements adds to a bucket's stages; 0 if all are kept.
 
     Args:
         setting, machine: the exchange.
