@@ -50,17 +50,17 @@ class FrontEnd:
                 f"bits='auto' measures the steps of a training, and {self.name} is none: pass a "
                 "number of bits, or use GlobalQSGD or DDPState"
             )
-        if given.get("select") == "leader" and not self.knows_parameters:
-            raise ValueError(
-                f"select='leader' keeps a residual of each parameter, and {self.name} does not get "
-                "parameters one by one: pass select='random', or use "
-                "GlobalQSGD(named_parameters=...) with Horovod"
-            )
         asked = given.get("exchange", "auto")
         accepted = ("auto", "allreduce", "two_phase", *self.exchanges)
         if asked != "reduce_scatter":
             check_choice("exchange", asked, accepted)
         options = Options(**given)
+        if options.feedback is not None and not self.knows_parameters:
+            raise ValueError(
+                f"{options.of_feedback} keeps a part of the gradient of each parameter, and "
+                f"{self.name} does not get parameters one by one: pass select='random' without "
+                "error_feedback, or use GlobalQSGD(named_parameters=...) with Horovod"
+            )
         if options.exchange not in accepted:
             raise ValueError(
                 "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator; "

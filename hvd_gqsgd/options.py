@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar, get_args
 
-from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
+from hvd_gqsgd.checks import check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS, Registered
-from hvd_gqsgd.plan import check_plan
+from hvd_gqsgd.option_checks import (
+    BLOCK_SIZE,
+    OF_AUTO,
+    ErrorFeedback,
+    Select,
+    check_auto,
+    check_block_bits,
+    check_hierarchy,
+    check_keep,
+)
 
 __all__ = ["OptionKeywords", "Options", "OptionsButBits", "digest"]
 
@@ -30,9 +38,6 @@ Norm = Literal["max", "l2"]
 Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
 Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
-Select = Literal["random", "leader"]
-
-BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -53,6 +58,7 @@ class OptionsButBits(TypedDict, total=False):
     plan: Plan | None
     keep: float
     select: Select
+    error_feedback: ErrorFeedback | None
     low_pass: float
 
 
@@ -116,10 +122,17 @@ class Options:
             65,536, as 1/64; 1 exchanges all of them.
         select: how these are chosen, the same on all ranks. ``"random"`` takes runs of 32 elements
             by the hash of the dither, and multiplies them by ``1 / keep``, which is unbiased.
-            ``"leader"`` takes the elements that are largest on one rank, in turn, and each rank
-            adds what it did not send to its next gradient, as in ScaleCom (arXiv 2104.11125).
-        low_pass: weight of a step in the residual of ``select="leader"``, above 0 and at most 1:
-            ScaleCom's low-pass filter ``beta``. 1 does not filter.
+            ``"leader"`` takes the elements that are largest on one rank, in turn, and needs error
+            feedback, as it is biased (ScaleCom, arXiv 2104.11125).
+        error_feedback: how a rank makes up for the elements that it did not send, with ``keep``
+            below 1. ``"residual"`` adds them to its next gradient; ``"ef21"`` sends what gradients
+            differ from their estimates by, and the result is the mean of all estimates (arXiv
+            2106.05203); ``"econtrol"`` does both (arXiv 2311.05645). The last two take an
+            Allreduce. None is ``"residual"`` with ``select="leader"``, and no error feedback with
+            ``select="random"``. With error feedback, random runs take turns, and are not
+            multiplied.
+        low_pass: weight of a step in the residual of ``error_feedback="residual"``, above 0 and at
+            most 1: ScaleCom's low-pass filter ``beta``. 1 does not filter.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -140,6 +153,7 @@ class Options:
     plan: Plan | None = None
     keep: float = 1
     select: Select = "random"
+    error_feedback: ErrorFeedback | None = None
     low_pass: float = 1
 
     def __post_init__(self) -> None:
@@ -172,7 +186,7 @@ class Options:
         if self.block_size is not None:
             check_int("block_size", self.block_size, 1, 2**31 - 1, " or None (one norm per tensor)")
         if isinstance(self.bits, BlockBits):
-            self._check_block_bits(self.bits)
+            check_block_bits(self, self.bits)
         if not isinstance(self.correlated, bool):
             raise TypeError(f"correlated must be True or False, got {self.correlated!r}")
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
@@ -183,91 +197,8 @@ class Options:
                 f"bucket_mb must be above 0 and at most 2048 megabytes, got {self.bucket_mb!r}"
             )
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
-        self._check_hierarchy()
-        self._check_auto()
-        self._check_keep()
-
-    def _check_auto(self) -> None:
-        if self.bits != "auto":
-            for name in OF_AUTO:
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} has no effect with bits={self.bits!r}: pass bits='auto', or leave "
-                        f"{name} out"
-                    )
-        if self.error is not None:
-            error = check_number("error", self.error, "a relative squared error, or None")
-            if not 0 < error < math.inf:
-                raise ValueError(f"error must be a number above 0, got {self.error!r}")
-            object.__setattr__(self, "error", error)
-        if self.plan is not None:
-            object.__setattr__(self, "plan", check_plan(self.plan))
-
-    def _check_keep(self) -> None:
-        keep = check_number("keep", self.keep, "a share of elements, as 1/64")
-        group = round(1 / keep) if 0 < keep <= 1 else 0
-        if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
-            raise ValueError(
-                f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {keep}"
-            )
-        object.__setattr__(self, "keep", 1 / group)
-        low_pass = check_number("low_pass", self.low_pass, "a weight, as 0.1")
-        if not 0 < low_pass <= 1:
-            raise ValueError(f"low_pass must be above 0 and at most 1, got {low_pass}")
-        object.__setattr__(self, "low_pass", low_pass)
-        if low_pass != 1 and self.select != "leader":
-            raise ValueError(
-                f"low_pass={low_pass} has no effect with select={self.select!r}: pass "
-                "select='leader', or leave low_pass out"
-            )
-        check_choice("select", self.select, get_args(Select))
-        if group == 1:
-            if self.select != "random":
-                raise ValueError(
-                    f"select={self.select!r} has no effect with keep=1, which exchanges all "
-                    "elements: pass keep=1/64, or leave select out"
-                )
-            return
-        if self.bits == "auto":
-            raise ValueError(
-                f"keep={self.keep} does not go with bits='auto', which chooses among exchanges of "
-                "all elements: pass a number of bits"
-            )
-        if self.hierarchy not in ("auto", "flat"):
-            raise ValueError(
-                f"hierarchy={self.hierarchy!r} does not go with keep={self.keep}, which exchanges "
-                "flat: leave hierarchy out"
-            )
-        if self.exchange in ("reduce_scatter", "gather") or (
-            self.exchange == "one_phase" and self.select == "leader"
-        ):
-            raise ValueError(
-                f"select={self.select!r} with keep={self.keep} does not go with "
-                f"exchange={self.exchange!r}: pass keep=1"
-            )
-
-    def _check_block_bits(self, bits: BlockBits) -> None:
-        if self.block_size not in (BLOCK_SIZE, bits.block_size):
-            raise ValueError(
-                "block_size must be left out for bits=BlockBits(...), got "
-                f"{self.block_size}: pass BlockBits(block_size={self.block_size})"
-            )
-        object.__setattr__(self, "block_size", bits.block_size)
-
-    def _check_hierarchy(self) -> None:
-        if isinstance(self.hierarchy, list | tuple):
-            for size in self.hierarchy:
-                check_int("the ranks of each node of hierarchy", size, 1, 2**31 - 1)
-            object.__setattr__(self, "hierarchy", tuple(self.hierarchy))
-        else:
-            sizes = "the number of ranks of each node, as (8, 8)"
-            check_choice("hierarchy", self.hierarchy, ("auto", "flat", "node"), sizes)
-        by_node = self.hierarchy not in ("auto", "flat")
-        if by_node and self.exchange not in ("auto", "allreduce", "two_phase"):
-            raise ValueError(
-                f"hierarchy={self.hierarchy!r} has no effect with exchange={self.exchange!r}: pass "
-                "hierarchy='flat', or leave it out"
-            )
+        for check in (check_hierarchy, check_auto, check_keep):
+            check(self)
 
     @property
     def width(self) -> int | DynamicBits | BlockBits:
@@ -300,6 +231,25 @@ class Options:
             return int(bits.budget)
         return bits.lane_bits if isinstance(bits, BlockBits) else bits
 
+    @property
+    def feedback(self) -> ErrorFeedback | None:
+        """The error feedback, with the default resolved; None: there is none."""
+        if self.error_feedback is None and self.select == "leader":
+            return "residual"
+        return self.error_feedback
+
+    @property
+    def of_feedback(self) -> str:
+        """The option that asks for error feedback, for error messages."""
+        if self.error_feedback is None:
+            return f"select={self.select!r}"
+        return f"error_feedback={self.error_feedback!r}"
+
+    @property
+    def estimates(self) -> bool:
+        """Whether the result is the mean of estimates of gradients."""
+        return self.feedback in ("ef21", "econtrol")
+
     def exchange_for(self, world_size: int) -> Exchange:
         """Returns the exchange for a world size, with ``"auto"`` resolved.
 
@@ -309,6 +259,8 @@ class Options:
         """
         if self.exchange != "auto":
             return self.exchange
+        if self.estimates:
+            return "allreduce"
         if not CODECS[self.dither].added or isinstance(self.bits, BlockBits):
             return "two_phase"
         levels, of_one = (_levels(self._lane_bits, ranks) for ranks in (world_size, 1))
@@ -349,9 +301,7 @@ def _levels(bits: int, summands: int) -> int:
     return ((1 << bits) - 1) // (2 * summands)
 
 
-OF_AUTO = ("error", "plan")
-"""Options that go with ``bits="auto"`` alone."""
-OF_KEEP = ("keep", "select", "low_pass")
+OF_KEEP = ("keep", "select", "error_feedback", "low_pass")
 """Options that have an effect if a part of the elements is exchanged."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 

@@ -156,8 +156,17 @@ class SimulatedRanks:
             ]
         first, *others = self._ranks
         share = 1 / len(self._ranks)
-        if first.steps.learns or shards or first.options.select == "leader":
+        if first.steps.learns or shards or first.options.feedback is not None:
             for rank, own in zip(others, tickets[1:], strict=True):
                 for ticket in own:
                     rank.decode(ticket, share)
         return [first.decode(ticket, share) for ticket in tickets[0]]
+
+    def state_dicts(self) -> list[dict[str, Any]]:
+        """The state of each rank: what the ``state_dict()`` of its compressor has."""
+        return [rank.steps.state_dict() for rank in self._ranks]
+
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Takes over a state for each rank."""
+        for rank, state in zip(self._ranks, states, strict=True):
+            rank.steps.load_state_dict(state)

@@ -105,6 +105,20 @@ def test_norms(gpu: Gpu, dtype: torch.dtype) -> None:
         found.assert_same(l2_norms, what)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_places_of_the_largest(gpu: Gpu, dtype: torch.dtype) -> None:
+    rng = np.random.default_rng(0)
+    for kind, (block, numel) in enumerate([(4, 70), (33, 1000), (256, 1025), (1000, 5003), (9, 0)]):
+        x = several(rng, kind, (1, numel), dtype)[0]
+        x[: numel // 2] = x[: numel // 2].round()  # ties
+        bytes_ = torch.uint8 if block <= 256 else torch.int16
+        expected = torch.empty(-(-numel // block), dtype=bytes_)
+        ops.block_argmax(x, block, expected)
+        found = Buffer(gpu, expected.numel(), bytes_)
+        gpu.ops.block_argmax(on_device(gpu, x, kind % 3), block, found.view)
+        found.assert_same(expected, (block, numel))
+
+
 @pytest.mark.parametrize("code", CODES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_codes(gpu: Gpu, dtype: torch.dtype, code: Code) -> None:

@@ -14,6 +14,7 @@ from hvd_gqsgd.reference.kinds import LINEAR
 
 X = torch.ones(100)
 NORMS = torch.zeros(10, dtype=torch.int32)
+PLACES = torch.zeros(10, dtype=torch.uint8)
 WORDS = torch.zeros(30, dtype=torch.int32)
 TRANSPOSED = torch.ones(10, 10).t()
 DTYPE_MESSAGE = "the tensor must be float16, bfloat16, float32 or float64, got "
@@ -42,6 +43,7 @@ def dequantize(
 def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
     """Or the tests of errors would say little."""
     ops.block_max(X, 10, NORMS.clone())
+    ops.block_argmax(X, 10, PLACES.clone())
     quantize()
     dequantize()
 
@@ -56,6 +58,18 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         (lambda: ops.block_max(X, 10, NORMS[:9]), ValueError, "norms must have 10 elements, got 9"),
         (lambda: ops.block_max(X, 10, NORMS.long()), TypeError, "norms must be Int, got Long"),
         (lambda: ops.block_max(X.double(), 10, NORMS), TypeError, "norms must be Long, got Int"),
+        (lambda: ops.block_argmax(X.int(), 10, PLACES), TypeError, DTYPE_MESSAGE + "Int"),
+        (lambda: ops.block_argmax(X, 0, PLACES), ValueError, "block_size must be at least 1, got"),
+        (
+            lambda: ops.block_argmax(X, 257, PLACES),
+            ValueError, "block_size must be at most 256 for places of Byte, got 257",
+        ),
+        (
+            lambda: ops.block_argmax(X, 65_537, PLACES.short()),
+            ValueError, "block_size must be at most 65536 for places of Short, got 65537",
+        ),
+        (lambda: ops.block_argmax(X, 9, PLACES), ValueError, "places must have 12 elements, got"),
+        (lambda: ops.block_argmax(X, 10, NORMS), TypeError, "places must be Short, got Int"),
         (lambda: quantize(x=X.int()), TypeError, DTYPE_MESSAGE + "Int"),
         (lambda: quantize(x=TRANSPOSED), ValueError, "the tensor must be contiguous"),
         (lambda: quantize(norms=NORMS[:9]), ValueError, "norms must have 10 elements, got 9"),

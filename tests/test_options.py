@@ -41,6 +41,7 @@ def test_defaults() -> None:
         "plan": None,
         "keep": 1,
         "select": "random",
+        "error_feedback": None,
         "low_pass": 1,
     }
 

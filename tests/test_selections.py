@@ -28,7 +28,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def random_choice(numel: int, size: int, step: int = 0, identity: int = 0, seed: int = 0) -> Chosen:
-    return RandomSelection(size, seed, 0, 2).choose([numel], step, [identity], CPU)[0]
+    return RandomSelection(size, seed, 0, 2, False).choose([numel], step, [identity], CPU)[0]
 
 
 def places(chosen: Chosen, numel: int) -> Tensor:
@@ -212,7 +212,7 @@ def test_a_skipped_step_leaves_the_residual() -> None:
     "place", [16, 255], ids=["behind its group", "far"]
 )  # fmt: skip
 def test_an_invalid_choice_is_an_error(place: int) -> None:
-    selection = LeaderSelection(10, 0, 0, 2)
+    selection = LeaderSelection(10, 0, 0, 2, True)
     message = torch.zeros(selection.words([95]), dtype=torch.int32)
     assert len(selection.read(message, [95])) == 1
     message.view(torch.uint8)[3] = place
@@ -225,7 +225,7 @@ def test_an_invalid_choice_is_an_error(place: int) -> None:
 
 def test_the_leader_leaves_less_than_it_had() -> None:
     """|a - C(a)|^2 <= (1 - 1/m) |a|^2 on the leader, with equality where a group is even."""
-    selection = LeaderSelection(8, 0, 0, 2)
+    selection = LeaderSelection(8, 0, 0, 2, True)
     for x in (torch.randn(4096), torch.ones(4096)):
         message = torch.zeros(selection.words([4096]), dtype=torch.int32)
         selection.write([x], message)
@@ -280,7 +280,7 @@ def test_descent_on_a_quadratic_function() -> None:
         ({"keep": 1e-9}, "from 1 to 65536"),
         ({"select": "leader"}, "has no effect with keep=1"),
         ({"keep": 1 / 8, "select": "best"}, "select must be one of"),
-        ({"keep": 1 / 8, "low_pass": 0.5}, "has no effect with select='random'"),
+        ({"keep": 1 / 8, "low_pass": 0.5}, "has no effect with error_feedback=None"),
         ({"keep": 1 / 8, "select": "leader", "low_pass": 0}, "above 0 and at most 1"),
         ({"keep": 1 / 8, "bits": "auto"}, "does not go with bits='auto'"),
         ({"keep": 1 / 8, "hierarchy": "node"}, "hierarchy='node' does not go with keep"),
@@ -311,29 +311,29 @@ def test_text_and_equality() -> None:
 def test_residuals_go_with_a_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     """Those of a rank continue there; another rank drops them, and says so."""
     from hvd_gqsgd.engine.steps import Steps
-    from hvd_gqsgd.selections.residuals import Residuals
 
-    kept = Residuals()
-    own = kept.added(5, torch.arange(4.0), 1, lambda n, dtype, device: torch.empty(n, dtype=dtype))
-    kept.keep(5, own, 1)
     first = Steps(8)
-    first.residuals = kept
+    first.memory.begin(1, 2)
+    first.memory.set("residual", 5, torch.arange(4.0))
     state = first.state_dict()
-    for rank, expected in ((1, [1.0, 2, 3, 4]), (0, [1.0, 1, 1, 1])):
+    for rank, expected in ((1, [0.0, 1, 2, 3]), (0, [0.0] * 4)):
         resumed = Steps(8)
         resumed.load_state_dict(state)
         with caplog.at_level(logging.WARNING, "hvd_gqsgd"):
-            total = resumed.residuals.added(
-                5, torch.ones(4), rank, lambda n, dtype, device: torch.empty(n, dtype=dtype)
-            )
-        assert total.tolist() == expected
-    assert "rank 0 drops the residuals that it has loaded, as they are those of rank 1" in (
-        caplog.text
+            resumed.memory.begin(rank, 2)
+        assert resumed.memory.zeros("residual", 5, torch.ones(4)).tolist() == expected
+    assert (
+        "rank 0 drops the residuals and estimates that it has loaded, as they are those of rank 1"
+        in (caplog.text)
     )
-    assert "residuals" not in Steps(8).state_dict()
-    for broken in ({"rank": 0}, [], {"rank": 0, "tensors": {"a": torch.ones(1)}}):
-        with pytest.raises((TypeError, ValueError), match="residuals must"):
-            Steps(8).load_state_dict(state | {"residuals": broken})
+    assert "memory" not in Steps(8).state_dict()
+    memory = state["memory"]
+    for broken in (
+        {"rank": 0}, [], memory | {"tensors": {"a": {}}}, memory | {"steps": {1: "x"}},
+        memory | {"tensors": {"own": {1: 2}}},
+    ):  # fmt: skip
+        with pytest.raises((TypeError, ValueError), match="memory must"):
+            Steps(8).load_state_dict(state | {"memory": broken})
 
 
 @pytest.mark.parametrize("select", ["random", "leader"])

@@ -49,6 +49,10 @@ def block_max(x: Tensor, block_size: int, norms: Tensor) -> None:
     _store(norms, linear.norms(_of(x), block_size))
 
 
+def block_argmax(x: Tensor, block_size: int, places: Tensor) -> None:
+    _store(places, linear.places_of_largest(_of(x), block_size))
+
+
 def block_squares(x: Tensor, norms: Tensor, squares: Tensor, block_size: int) -> None:
     _store(squares, linear.squares(_of(x), _of(norms), block_size))
 
@@ -209,7 +213,7 @@ def dequantize_means_each(
 
 
 OPERATORS: list[Callable[..., None]] = [
-    block_max, block_squares, l2_norms, quantize, dequantize, sum_codes, requantize,
+    block_max, block_argmax, block_squares, l2_norms, quantize, dequantize, sum_codes, requantize,
     dequantize_means, combine, sum_of_squares, block_max_each, quantize_each, dequantize_each,
     requantize_each, dequantize_means_each,
 ]  # fmt: skip

@@ -20,6 +20,7 @@ from hvd_gqsgd._native.loader import REMEDY, built, load
 
 __all__ = [
     "COMPILED",
+    "block_argmax",
     "block_max",
     "block_max_each",
     "block_squares",
@@ -62,6 +63,7 @@ if COMPILED:
 _library = torch.library.Library("hvd_gqsgd", "DEF")
 
 _library.define("block_max(Tensor x, int block_size, Tensor(a!) norms) -> ()")
+_library.define("block_argmax(Tensor x, int block_size, Tensor(a!) places) -> ()")
 _library.define(
     "quantize(Tensor x, Tensor norms, Tensor(a!) words, int block_size, int kind, int bits, "
     "int levels, int seed, int step, int tensor_id, int rank, int world_size, bool correlated) "
@@ -142,6 +144,7 @@ for _name in (
     "dequantize_means", "combine", "sum_of_squares", "block_max_each", "quantize_each",
     "dequantize_each", "requantize_each", "dequantize_means_each", "block_widths",
     "quantize_blocks", "requantize_blocks", "dequantize_blocks", "sum_codes", "sum_blocks",
+    "block_argmax",
 ):  # fmt: skip
     # They only write to their arguments, so there is no shape to infer.
     torch.library.register_fake(f"hvd_gqsgd::{_name}", lambda *args: None, lib=_library)
@@ -175,6 +178,12 @@ block_max = _ops.block_max.default
 
 ``x``: contiguous floating-point tensor. NaN counts as larger than infinity, infinity as larger than
 any number.
+"""
+
+block_argmax = _ops.block_argmax.default
+"""``block_argmax(x, block_size, places)``: the place in its block of the first element with the
+largest magnitude, NaN before infinity. ``places``: ``uint8`` for blocks of at most 256 elements, or
+``int16``, of unsigned numbers, for at most 65,536.
 """
 
 quantize = _ops.quantize.default

@@ -24,6 +24,7 @@ from hvd_gqsgd.codecs import CodeKind, ExponentialCodec, LinearCodec
 __all__ = ["measure", "passes_on", "show"]
 
 RANKS = 8
+GROUP = 64  # of which `select="leader"` chooses the largest element with keep=1/64
 """Number of ranks whose codes ``requantize`` averages."""
 
 
@@ -113,6 +114,7 @@ def passes_on(
         layout.means_before(tiles, numel, block_size, bits, norm_type),
         dtype=layout.means_dtype(bits, norm_type), device=device,
     )  # fmt: skip
+    places = torch.empty(-(-numel // GROUP), dtype=torch.uint8, device=device)
     ops.block_max(x, block_size, norms)
     ops.quantize(x, norms, words, block_size, *code, *place)
     received = words.expand(RANKS, -1)
@@ -120,6 +122,10 @@ def passes_on(
     calls: dict[str, tuple[Callable[[], object], int]] = {
         "copy": (lambda: out.copy_(x), 2 * data),
         "block_max": (lambda: ops.block_max(x, block_size, norms), data + norms.nbytes),
+        f"block_argmax, {GROUP}": (
+            lambda: ops.block_argmax(x, GROUP, places),
+            data + places.nbytes,
+        ),
         "quantize": (
             lambda: ops.quantize(x, norms, words, block_size, *code, *place),
             data + codes,

@@ -3,7 +3,8 @@
 Block maximum, quantize and dequantize are limited by memory bandwidth, so they are compared with
 the C library's ``memcpy`` of the same number of bytes. For float32 at 8 bits an element has 14: 4
 read; 4 read and 1 written; 1 read and 4 written. ``ratio_to_memcpy`` is the time of the three
-kernels over the time of the copy. Kernels on a GPU are timed in ``bench/gpu.py``.
+kernels over the time of the copy. The choice of the largest of 64 elements reads each element once,
+as block maximum does. Kernels on a GPU are timed in ``bench/gpu.py``.
 """
 
 from __future__ import annotations
@@ -102,6 +103,7 @@ def measure(
     # Written here, so that page faults are not timed.
     copy, out = torch.zeros_like(x), torch.zeros_like(x)
     norms = torch.zeros(-(-numel // block_size), dtype=layout.norm_dtype(x.dtype))
+    places = torch.zeros(-(-numel // gpu.GROUP), dtype=torch.uint8)
     words = torch.zeros(layout.words_for(numel, block_size, bits), dtype=layout.word_dtype(bits))
     place = (0, 0, 0, 0, 1, True)  # seed, step, tensor, rank, world size, correlated
 
@@ -111,11 +113,13 @@ def measure(
         "block_max": size,
         "quantize": size + lane,
         "dequantize": lane + size,
+        "block_argmax": size,
     }
     calls: dict[str, Callable[[], object]] = {
         "block_max": lambda: ops.block_max(x, block_size, norms),
         "quantize": lambda: ops.quantize(x, norms, words, block_size, *code, *place),
         "dequantize": lambda: ops.dequantize(words, norms, out, block_size, *code, 1, 1.0),
+        "block_argmax": lambda: ops.block_argmax(x, gpu.GROUP, places),
     }
     in_use, threads_before = ops.instruction_set(), torch.get_num_threads()
     active = instruction_set or in_use
@@ -126,7 +130,7 @@ def measure(
             passes: dict[tuple[str, str], Callable[[], object]] = {
                 ("", "memcpy"): lambda: _memcpy(copy, x, threads, pool)
             }
-            passes |= {(isa, name): calls[name] for isa in sets for name in KERNELS}
+            passes |= {(isa, name): calls[name] for isa in sets for name in calls}
             seconds = _interleaved(passes, repeats, threads)
     finally:
         ops.use_instruction_set(in_use)
@@ -143,8 +147,8 @@ def measure(
     moved = sum(bytes_per_element[name] for name in KERNELS)
     kernels: dict[str, dict[str, Any]] = {}
     for isa in sets:
-        speeds = {name: speed(isa, name) for name in KERNELS}
-        total = sum(each["ns_per_element"] for each in speeds.values())
+        speeds = {name: speed(isa, name) for name in calls}
+        total = sum(speeds[name]["ns_per_element"] for name in KERNELS)
         kernels[isa] = {**speeds, "ratio_to_memcpy": total * memcpy["gb_per_s"] / moved}
     return {
         "ratio_to_memcpy": kernels[active]["ratio_to_memcpy"],
@@ -208,6 +212,7 @@ def _show(result: dict[str, Any]) -> None:
         rows += [[mark, "block maximum", *_numbers(kernel["block_max"]), ""]]
         rows += [["", name, *_numbers(kernel[name]), ""] for name in ("quantize", "dequantize")]
         rows[-1][-1] = f"{kernel['ratio_to_memcpy']:.2f}"
+        rows += [["", f"largest of {gpu.GROUP}", *_numbers(kernel["block_argmax"]), ""]]
     print(
         f"{result['numel']:,} elements of {result['dtype']}, {result['bits']} bits "
         f"({result['levels']} levels a side), blocks of {result['block_size']}\n"

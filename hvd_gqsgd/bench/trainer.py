@@ -34,6 +34,10 @@ from hvd_gqsgd.simulation import SimulatedRanks
 __all__ = ["FP32", "POWER_SGD", "SETTINGS", "Outcome", "Training", "compare", "show", "train"]
 
 FP32 = "fp32"
+IN_TURN: dict[str, Any] = {"keep": 1 / 8, "error_feedback": "residual"}
+LED: dict[str, Any] = {"keep": 1 / 16, "select": "leader"}
+EF21 = {"error_feedback": "ef21", "exchange": "allreduce"}
+ECONTROL = {"error_feedback": "econtrol", "exchange": "allreduce"}
 SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     FP32: None,
     "8 bits": lambda steps: {"bits": 8},
@@ -55,16 +59,22 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "6 bits per step": lambda steps: {"bits": DynamicBits(6, total_steps=steps)},
     "1/4 at random, 4 bits": lambda steps: {"keep": 1 / 4, "bits": 4},
     "1/8 at random": lambda steps: {"keep": 1 / 8},
+    "1/8 at random, 4 bits": lambda steps: {"keep": 1 / 8, "bits": 4},
+    "1/8 in turn": lambda steps: IN_TURN,
+    "1/8 in turn, 4 bits": lambda steps: IN_TURN | {"bits": 4},
+    "1/8 in turn, EF21": lambda steps: IN_TURN | EF21,
+    "1/8 in turn, EControl": lambda steps: IN_TURN | ECONTROL,
+    "1/64 in turn": lambda steps: IN_TURN | {"keep": 1 / 64},
+    "1/16 by a leader, EF21": lambda steps: LED | EF21,
+    "1/16 by a leader, EControl": lambda steps: LED | ECONTROL,
     "1/64 at random": lambda steps: {"keep": 1 / 64},
-    "1/16 by a leader": lambda steps: {"keep": 1 / 16, "select": "leader"},
-    "1/64 by a leader": lambda steps: {"keep": 1 / 64, "select": "leader"},
-    "1/64 by a leader, low pass": lambda steps: {
-        "keep": 1 / 64,
-        "select": "leader",
-        "low_pass": 0.1,
-    },
+    "1/16 by a leader": lambda steps: LED,
+    "1/64 by a leader": lambda steps: LED | {"keep": 1 / 64},
+    "1/64 by a leader, EF21": lambda steps: LED | EF21 | {"keep": 1 / 64},
+    "1/64 by a leader, low pass": lambda steps: LED | {"keep": 1 / 64, "low_pass": 0.1},
 }
-"""Options by name, given the number of steps; all in two phases. None is float32."""
+"""Options by name, given the number of steps; in two phases, where they have no exchange. None is
+float32."""
 POWER_SGD = {f"PowerSGD, rank {rank}": rank for rank in (1, 4)}
 """Ranks of PowerSGD with error feedback, to compare with; it leaves vectors uncompressed."""
 
@@ -214,7 +224,9 @@ def _run(task: str, setting: str, seed: int, ranks: int) -> Outcome:
     args = module.parse_args([*arguments, "--seed", str(seed)])
     training: Training = module.make_training(args, ranks)
     options = SETTINGS.get(setting)
-    chosen = options and Options(exchange="two_phase", seed=seed, **options(training.steps))
+    chosen = None
+    if options:
+        chosen = Options(seed=seed, **({"exchange": "two_phase"} | options(training.steps)))
     record = getattr(args, "record", None) if setting == FP32 else None
     bits, error = train(training, ranks, chosen, record, POWER_SGD.get(setting))
     return Outcome(

@@ -9,6 +9,7 @@ import torch
 from hvd_gqsgd import layout
 from hvd_gqsgd.bench.block_bits import bytes_of_codes
 from hvd_gqsgd.codecs.block_bits import BlockBits
+from hvd_gqsgd.engine.agreement import HEADER
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import LeaderSelection, selection_of
 
@@ -32,7 +33,7 @@ def wire_bytes(
         blocks = sum(-(-numel // bits.block_size) for numel in numels)
         norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
         codes = bytes_of_codes(numels, bits, norm_dtype, ranks, two_phase)
-        return norm * (16 + blocks) + (8 * blocks if l2 else 0) + codes
+        return norm * (HEADER + blocks) + (8 * blocks if l2 else 0) + codes
     word = 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)
     blocks, words, means = 0, 0, ranks * unit
@@ -45,7 +46,7 @@ def wire_bytes(
                 bytes_of_words = -(-tile // lanes) * word
                 words += bytes_of_words
                 means += unit + -(-bytes_of_words // unit) * unit
-    total = norm * (16 + blocks) + (8 * blocks if l2 else 0)
+    total = norm * (HEADER + blocks) + (8 * blocks if l2 else 0)
     return total + (words // 2 + means // 2 if two_phase else 16 * word + words)
 
 
@@ -56,7 +57,9 @@ def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int) -> int:
     chosen = 0
     if options.keep < 1:
         selection = selection_of(options, 0, ranks)
-        chosen = 8 * 16 - 4 * 16  # the header is a message of its own
+        # The header is a message of its own, in words of 8 bytes in place of 4.
+        history = 2 if options.estimates else 0
+        chosen = 8 * (HEADER + history) - 4 * HEADER
         if isinstance(selection, LeaderSelection):
             chosen += 4 * selection.words(numels)
         numels = [selection.groups(numel).kept for numel in numels]

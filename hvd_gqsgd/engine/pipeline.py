@@ -334,7 +334,7 @@ class Pipeline:
         if self._way_or_none is None:
             self._way_or_none = Way.of(
                 self.options, self._transport, self._protocol_type, self._pool.take, self._settle,
-                self.steps.residuals,
+                self.steps.memory,
             )  # fmt: skip
         return self._way_or_none
 

@@ -20,7 +20,7 @@ from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.schedules import FixedBits, make_schedule
 from hvd_gqsgd.engine.agreement import Agreement
-from hvd_gqsgd.selections.residuals import Residuals
+from hvd_gqsgd.selections.memory import Memory
 
 __all__ = ["StepRecord", "Steps"]
 
@@ -81,8 +81,8 @@ class Steps:
     def __init__(self, bits: int | DynamicBits | BlockBits, step: int = 0) -> None:
         self._next_step = step
         self._schedule = make_schedule(bits)
-        self.residuals = Residuals()
-        """The parts of this rank's gradients that were not sent yet."""
+        self.memory = Memory()
+        """The tensors that this rank keeps for error feedback."""
         self._begin_records()
 
     def _begin_records(self) -> None:
@@ -96,7 +96,7 @@ class Steps:
         return {
             "_next_step": self._next_step,
             "_schedule": self._learned(),
-            "residuals": copy.deepcopy(self.residuals),
+            "memory": copy.deepcopy(self.memory),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,13 +158,13 @@ class Steps:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the next step, the state of the schedule after all complete steps, and the
-        residuals of this rank, if there are any.
+        memory of this rank for error feedback, if it has any.
 
         Changes nothing, so that one rank alone may ask for it.
         """
         state = {"step": self._next_step, "schedule": self._learned().state_dict()}
-        if len(self.residuals):
-            state["residuals"] = self.residuals.state_dict()
+        if len(self.memory):
+            state["memory"] = self.memory.state_dict()
         return state
 
     def _learned(self) -> FixedBits | Schedule:
@@ -193,17 +193,17 @@ class Steps:
         self.check_idle()
         if not isinstance(state, dict):
             raise TypeError(f"a state must be a dict, got {state!r}")
-        if state.keys() - {"residuals"} != {"step", "schedule"}:
+        if state.keys() - {"memory"} != {"step", "schedule"}:
             raise ValueError(
-                "a state must have the keys 'step' and 'schedule', and may have 'residuals', got "
+                "a state must have the keys 'step' and 'schedule', and may have 'memory', got "
                 f"{state!r}"
             )
         check_step(state["step"])
-        residuals = state.get("residuals")
-        if residuals is not None:
-            Residuals.check_state(residuals)
+        memory = state.get("memory")
+        if memory is not None:
+            Memory.check_state(memory)
         self._schedule.load_state_dict(state["schedule"])
-        self.residuals.load_state_dict(residuals)
+        self.memory.load_state_dict(memory)
         for record in self._records:
             record.forget()
         self._next_step = state["step"]

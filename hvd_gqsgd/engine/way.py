@@ -9,7 +9,7 @@ from hvd_gqsgd.engine.agreement import Agreement, AgreementProtocol
 from hvd_gqsgd.exchanges import Exchange, Setup, make_exchange
 from hvd_gqsgd.exchanges.base import Take
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.selections.residuals import Residuals
+from hvd_gqsgd.selections.memory import Memory
 from hvd_gqsgd.transports.base import Transport
 
 __all__ = ["Way"]
@@ -35,7 +35,7 @@ class Way(NamedTuple):
     @classmethod
     def of(
         cls, options: Options, transport: Transport, protocol: type[AgreementProtocol], take: Take,
-        settle: Callable[[Agreement], None], residuals: Residuals,
+        settle: Callable[[Agreement], None], memory: Memory,
     ) -> Way:  # fmt: skip
         """The way of options over a transport.
 
@@ -45,7 +45,7 @@ class Way(NamedTuple):
             protocol: how ranks agree.
             take: the source of memory for messages.
             settle: called with each agreement.
-            residuals: of this rank, where the options ask for them.
+            memory: of this rank, for error feedback.
 
         Raises:
             ValueError: the options leave no levels to this many ranks.
@@ -53,7 +53,7 @@ class Way(NamedTuple):
         setup = Setup(
             options, transport, take, protocol.header_in_norms,
             # Over NCCL the host looks at no message.
-            protocol.may_give_up or transport.nccl is None, residuals,
+            protocol.may_give_up or transport.nccl is None, memory,
         )  # fmt: skip
         exchange = make_exchange(setup)
         agreement = protocol(options, exchange, transport, settle)

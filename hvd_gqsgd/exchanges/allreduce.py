@@ -18,7 +18,7 @@ from hvd_gqsgd.exchanges.collectives import Sum
 from hvd_gqsgd.exchanges.contribution import MARKS, Contribution, everyone, mark, read_marks
 from hvd_gqsgd.exchanges.widths import Widths, widths_of
 
-__all__ = ["AllreduceExchange"]
+__all__ = ["AllreduceExchange", "Summed"]
 
 
 class AllreduceExchange(CodedExchange):
@@ -29,6 +29,7 @@ class AllreduceExchange(CodedExchange):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         # Otherwise all ranks take part.
+        self._keeps_own = setup.keeps_own
         self._marks = MARKS if setup.may_give_up or setup.transport.ranks_may_leave else 0
 
     @property
@@ -58,11 +59,12 @@ class AllreduceExchange(CodedExchange):
         with terms.attempt():
             if terms.takes_part:
                 widths.encode(bucket, norms, message[self._marks : end], terms.step)
+        own = message[self._marks : end].clone() if self._keeps_own else None
         if self._marks:
             mark(message, self.rank, terms.takes_part)
         summed = yield Sum(name, message)
         terms.raise_failure()
-        return self._summed(bucket, widths, norms, summed)
+        return self._summed(bucket, widths, norms, summed, own)
 
     def last_message(self, bucket: Bucket, bits: int) -> LastMessage:
         """See :class:`CodedExchange`."""
@@ -74,7 +76,10 @@ class AllreduceExchange(CodedExchange):
 
         return LastMessage(self._marks + widths.num_words, widths.word_dtype, read)
 
-    def _summed(self, bucket: Bucket, widths: Widths, norms: Tensor, summed: Tensor) -> Result:
+    def _summed(
+        self, bucket: Bucket, widths: Widths, norms: Tensor, summed: Tensor,
+        own: Tensor | None = None,
+    ) -> Result:  # fmt: skip
         contribution = read_marks(summed) if self._marks else everyone(self.size)
         if not 1 <= contribution.count <= self.size:
             raise AgreementError(
@@ -82,16 +87,26 @@ class AllreduceExchange(CodedExchange):
                 f"{self.size}: a rank sent an invalid message"
             )
         words = summed[self._marks : self._marks + widths.num_words]
-        return _Summed(contribution, widths, norms, words)
+        return Summed(contribution, widths, norms, words, own)
 
 
 @dataclass(frozen=True)
-class _Summed:
+class Summed:
+    """The sum of the codes of some ranks."""
+
     contribution: Contribution
     widths: Widths
     norms: Tensor
     words: Tensor
+    own: Tensor | None
+    """The codes of this rank, if they are kept."""
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
+        """See :class:`Result`."""
         count = self.contribution.count
         self.widths.decode_sum(self.words, self.norms, items, outs, count, scale)
+
+    def decode_own(self, items: Sequence[Item], outs: Sequence[Tensor]) -> None:
+        """Writes this rank's part of the sum to ``outs``, for some tensors."""
+        assert self.own is not None
+        self.widths.decode_sum(self.own, self.norms, items, outs, 1, 1.0)

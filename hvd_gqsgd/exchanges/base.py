@@ -16,7 +16,7 @@ from hvd_gqsgd.codecs import Codec, make_codec
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.selections.residuals import Residuals
+from hvd_gqsgd.selections.memory import Memory
 from hvd_gqsgd.transports.base import Transport
 
 __all__ = [
@@ -52,8 +52,10 @@ class Setup(NamedTuple):
     may_give_up: bool
     """Whether ranks may give up a step between two collectives; then messages must tell whether
     their rank took part."""
-    residuals: Residuals
-    """The parts of this rank's gradients that were not sent yet."""
+    memory: Memory
+    """The tensors that this rank keeps for error feedback."""
+    keeps_own: bool = False
+    """Whether results have the codes of this rank too; see ``allreduce.Summed``."""
 
 
 def first_message(setup: Setup, name: str) -> str:

@@ -4,6 +4,11 @@ A first message settles the step, which the choice depends on; where a rank lead
 others its choice in a second one. The chosen elements of a tensor then are a small tensor, which
 any other exchange takes over. Its mean is spread over the result, which is 0 elsewhere.
 
+With error feedback the elements are those of the tensor that it gives. Where the result is an
+estimate, the first message tells whether the estimates of all ranks have the same history. If not
+(a rank is new, has come back from ``hvd.join()``, or has not taken over a step), all ranks begin
+with estimates of zero.
+
 NaN and infinity in elements that are not chosen make the chosen ones NaN, so that no gradient is
 used that would have been skipped.
 """
@@ -18,18 +23,26 @@ from torch import Tensor
 
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
+from hvd_gqsgd.exchanges.allreduce import Summed
 from hvd_gqsgd.exchanges.base import (
     Exchange,
     Result,
     Running,
     Setup,
+    Take,
     Terms,
     WrappingExchange,
     first_message,
 )
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
-from hvd_gqsgd.selections import Chosen, RandomSelection, selection_of
+from hvd_gqsgd.selections import (
+    Chosen,
+    Estimates,
+    RandomSelection,
+    feedback_of,
+    selection_of,
+)
 
 __all__ = ["SelectedExchange"]
 
@@ -46,9 +59,9 @@ class SelectedExchange(WrappingExchange):
         self.options = setup.options
         self.rank, self.size = setup.transport.rank, setup.transport.size
         self._setup = setup
-        self._inner = make(setup._replace(header=0))
+        self.feedback = feedback_of(self.options, setup.memory)
+        self._inner = make(setup._replace(header=0, keeps_own=self.options.estimates))
         self.selection = selection_of(self.options, self.rank, self.size)
-        self.residuals = setup.residuals if self.selection.led else None
         # In one phase a tensor is a shard for each rank.
         self.parts = self.size if self.options.exchange == "one_phase" else 1
         self.counted = self._inner.counted
@@ -76,31 +89,44 @@ class SelectedExchange(WrappingExchange):
 
     def to_rehearse(self, bucket: Bucket) -> bool:
         """See :class:`Exchange`."""
-        return self._inner.to_rehearse(self._small(bucket))
+        return self._inner.to_rehearse(self._small(bucket, _sizes_alone))
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
-        header = max(self._setup.header, 1)
-        yield Max(self._first, torch.zeros(header, dtype=torch.int64, device="cpu"))
+        yield from self._begin(bucket, terms)
         pieces: list[Tensor] = []
         with terms.attempt():
             if terms.takes_part:
                 pieces = self._pieces(bucket)
         chosen = yield from self._choose(bucket, pieces, terms)
-        small = self._small(bucket)
+        small = self._small(bucket, self._setup.take)
         with terms.attempt():
             if terms.takes_part:
                 self._fill(small, pieces, chosen)
         result = yield from self._inner.run(small, terms)
         return _Spread(self, small, result, pieces, chosen)
 
+    def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, None]:
+        """The first message, and the memory of the step."""
+        memory, header = self._setup.memory, max(self._setup.header, 1)
+        message = torch.zeros(header, dtype=torch.int64, device="cpu")
+        if self.feedback is not None:
+            memory.begin(self.rank, self.size)
+        if isinstance(self.feedback, Estimates):
+            # The largest number and the smallest one are the same if all are.
+            own = memory.steps(bucket.identities)
+            message = torch.cat([message, torch.tensor([own, -own])])
+        told = yield Max(self._first, message)
+        if isinstance(self.feedback, Estimates) and not terms.given_up:
+            most, least = told[header:].tolist()
+            if most != -least or most == 0:
+                memory.forget_estimates(bucket.identities)
+
     def _pieces(self, bucket: Bucket) -> list[Tensor]:
-        """The gradients to choose from, or their shards, with their residuals."""
-        if self.residuals is not None:
-            return [
-                self.residuals.added(item.identity, item.x, self.rank, self._setup.take)
-                for item in bucket.items
-            ]
+        """The tensors to choose from: the gradients, their shards, or those of the feedback."""
+        if self.feedback is not None:
+            take = self._setup.take
+            return [self.feedback.given(item.identity, item.x, take) for item in bucket.items]
         return [x for item in bucket.items for x in item.x.view(-1).chunk(self.parts)]
 
     def _numels(self, bucket: Bucket) -> list[int]:
@@ -125,12 +151,12 @@ class SelectedExchange(WrappingExchange):
         told = yield Sum("chosen", message)
         return [] if terms.given_up else selection.read(told, numels)
 
-    def _small(self, bucket: Bucket) -> Bucket:
+    def _small(self, bucket: Bucket, take: Take) -> Bucket:
         """A tensor for the chosen elements of each tensor."""
         small = Bucket(bucket.name, (bucket.norm_dtype, bucket.device), bucket.stream)
         for item in bucket.items:
             kept = self.parts * self.selection.groups(item.numel // self.parts).kept
-            x = self._setup.take(kept, self.selection.dtype(item.dtype), bucket.device)
+            x = take(kept, self.selection.dtype(item.dtype), bucket.device)
             small.add(Item(x, item.position, item.identity))
         small.close()
         return small
@@ -147,6 +173,11 @@ class SelectedExchange(WrappingExchange):
             out.add_(poison)
 
 
+def _sizes_alone(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(numel, dtype=dtype, device="meta")
+
+
 @dataclass(frozen=True)
 class _Spread:
     exchange: SelectedExchange
@@ -154,26 +185,43 @@ class _Spread:
     result: Result
     pieces: Sequence[Tensor]
     chosen: Sequence[Chosen]
-    decoded: set[int] = field(default_factory=set)
+    learned: set[int] = field(default_factory=set)
+    """Places of the tensors that error feedback has taken over."""
 
     @property
     def contribution(self) -> Contribution:
         return self.result.contribution
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
-        exchange, parts = self.exchange, self.exchange.parts
+        exchange, count = self.exchange, self.contribution.count
+        estimates = exchange.feedback if isinstance(exchange.feedback, Estimates) else None
+        means = self._empty(items)
         small = [self.small.items[item.place] for item in items]
-        means = [
-            torch.empty(item.numel // parts, dtype=item.dtype, device=item.device) for item in small
-        ]
-        self.result.decode(small, means, scale)
-        for item, mean, out in zip(items, means, outs, strict=True):
-            place = item.place * parts + (exchange.rank if parts > 1 else 0)
+        self.result.decode(small, means, 1 / count if estimates else scale)
+        owns: Sequence[Tensor | None] = [None] * len(items)
+        if estimates:
+            assert isinstance(self.result, Summed)
+            owns = parts = self._empty(items)
+            self.result.decode_own(small, parts)
+        for item, mean, own, out in zip(items, means, owns, outs, strict=True):
+            place = item.place * exchange.parts + (exchange.rank if exchange.parts > 1 else 0)
             choice = self.chosen[place]
-            choice.spread(exchange.selection.scaled(choice, mean), out)
-            # A result of NaN is skipped on all ranks, and its gradient would stay in the residual.
-            residuals = None if item.place in self.decoded else exchange.residuals
-            if residuals is not None and mean.isfinite().all():
-                self.decoded.add(item.place)
-                unsent = choice.left(self.pieces[place])
-                residuals.keep(item.identity, unsent, exchange.options.low_pass)
+            # A result of NaN is skipped on all ranks, and its gradient would stay in the memory.
+            finite = exchange.feedback is None or bool(mean.isfinite().all())
+            if exchange.feedback is not None and finite and item.place not in self.learned:
+                self.learned.add(item.place)
+                exchange.feedback.learn(item.identity, self.pieces[place], choice, own, mean)
+            if estimates and finite:
+                estimate = estimates.result(item.identity, self.pieces[place])
+                factor = 1.0 if scale == 1 / count else scale * count  # 1/n times n may not be 1
+                torch.mul(estimate, factor, out=out.view(-1))
+            else:
+                choice.spread(exchange.selection.scaled(choice, mean), out)
+
+    def _empty(self, items: Sequence[Item]) -> list[Tensor]:
+        """A tensor for the chosen elements of each item, or of this rank's shard."""
+        small = (self.small.items[item.place] for item in items)
+        return [
+            torch.empty(item.numel // self.exchange.parts, dtype=item.dtype, device=item.device)
+            for item in small
+        ]

@@ -92,10 +92,10 @@ class GlobalQSGD(Compressor):
         if named_parameters is not None:
             named = self._given["named_parameters"] = pairs(named_parameters)
             self._names = ParameterNames(named)
-        elif self.options.select == "leader":
+        elif self.options.feedback is not None:
             raise ValueError(
-                "select='leader' keeps a residual of each parameter, by its name: pass "
-                "GlobalQSGD(named_parameters=model.named_parameters())"
+                f"{self.options.of_feedback} keeps a part of the gradient of each parameter, by "
+                "its name: pass GlobalQSGD(named_parameters=model.named_parameters())"
             )
         if process_set is not None:
             if not is_process_set(process_set):

@@ -90,6 +90,19 @@ def norms(x: Array, block_size: int | None) -> Array:
 
     Such bits order as the numbers do, with infinity above them and NaN on top.
     """
+    bits, size = _magnitudes(x), block_size or max(x.size, 1)
+    return np.array([bits[i : i + size].max() for i in range(0, x.size, size)], bits.dtype)
+
+
+def places_of_largest(x: Array, block_size: int) -> Array:
+    """The place in its block of the first element with the largest magnitude, as ``int64``."""
+    bits = _magnitudes(x)
+    starts = range(0, x.size, block_size)
+    return np.array([bits[i : i + block_size].argmax() for i in starts], np.int64)
+
+
+def _magnitudes(x: Array) -> Array:
+    """The bits of the magnitudes; see ``norms``."""
     if x.dtype == np.float16:
         half = x.view(np.uint16) & np.uint16(0x7FFF)
         number = half.view(np.float16).astype(np.float32).view(np.int32)
@@ -99,8 +112,7 @@ def norms(x: Array, block_size: int | None) -> Array:
         bits = x.view(np.int64) & np.int64(2**63 - 1)
     else:
         bits = widen(x).view(np.int32) & np.int32(2**31 - 1)
-    size = block_size or max(x.size, 1)
-    return np.array([bits[i : i + size].max() for i in range(0, x.size, size)], bits.dtype)
+    return bits
 
 
 def squares(x: Array, norms: Array, block_size: int | None) -> Array:

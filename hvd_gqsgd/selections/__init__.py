@@ -1,7 +1,8 @@
 """Selections of the elements of a gradient that are exchanged, in front of the codecs.
 
 A selection cuts a tensor in groups of consecutive units, and takes one unit of each. A unit is an
-element, or a run of elements. All ranks take the same ones, so that their codes can be added.
+element, or a run of elements. All ranks take the same ones, so that their codes can be added. With
+error feedback each rank keeps what it does not send, for later steps.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvd_gqsgd.selections.base import Chosen, Selection
+from hvd_gqsgd.selections.feedback import Estimates, Feedback, feedback_of
 from hvd_gqsgd.selections.leader import LeaderSelection
+from hvd_gqsgd.selections.memory import Memory
 from hvd_gqsgd.selections.random_runs import RandomSelection
 
 if TYPE_CHECKING:
@@ -18,9 +21,13 @@ if TYPE_CHECKING:
 __all__ = [
     "SELECTIONS",
     "Chosen",
+    "Estimates",
+    "Feedback",
     "LeaderSelection",
+    "Memory",
     "RandomSelection",
     "Selection",
+    "feedback_of",
     "selection_of",
 ]
 
@@ -32,4 +39,5 @@ SELECTIONS: dict[str, type[RandomSelection | LeaderSelection]] = {
 
 def selection_of(options: Options, rank: int, size: int) -> RandomSelection | LeaderSelection:
     """The selection that the options ask for, of one rank."""
-    return SELECTIONS[options.select](round(1 / options.keep), options.seed, rank, size)
+    feedback = options.feedback is not None
+    return SELECTIONS[options.select](round(1 / options.keep), options.seed, rank, size, feedback)

@@ -9,6 +9,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from hvd_gqsgd.selections.memory import Memory
+
 __all__ = ["Chosen", "Groups", "Selection"]
 
 
@@ -69,9 +71,22 @@ class Chosen:
             begin = out.numel() // self.groups.unit * self.groups.unit
             out.view(-1)[begin:] = tail[0, : out.numel() - begin]
 
+    def add(self, kept: Tensor, to: Tensor) -> None:
+        """Adds the kept elements to those at their places in ``to``."""
+        rows, whole, tail = self._parts(to, kept.to(to.dtype))
+        rows.index_add_(0, self.units[: len(whole)], whole)
+        if self.short:
+            begin = to.numel() // self.groups.unit * self.groups.unit
+            to.view(-1)[begin:] += tail[0, : to.numel() - begin]
+
     def left(self, x: Tensor) -> Tensor:
-        """``x`` with zeros in place of the kept elements; for units of one element."""
-        return x.index_fill_(0, self.units, 0)
+        """``x``, which is flat, with zeros in place of the kept elements."""
+        count = self.groups.number - self.short
+        whole = x.numel() // self.groups.unit * self.groups.unit
+        x[:whole].view(-1, self.groups.unit).index_fill_(0, self.units[:count], 0)
+        if self.short:
+            x[whole:] = 0
+        return x
 
     def _parts(self, x: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The whole units of ``x``, and the whole and the short ones that are kept."""
@@ -88,6 +103,7 @@ class Selection(ABC):
         size: units of a group, of which one is kept.
         seed: of the hash.
         rank, world_size: this rank, and the number of ranks.
+        feedback: whether each rank keeps what it does not send, for later steps.
     """
 
     unit: ClassVar[int]
@@ -95,8 +111,8 @@ class Selection(ABC):
     led: ClassVar[bool]
     """Whether a leader chooses, and tells the other ranks."""
 
-    def __init__(self, size: int, seed: int, rank: int, world_size: int) -> None:
-        self.size, self.seed = size, seed
+    def __init__(self, size: int, seed: int, rank: int, world_size: int, feedback: bool) -> None:
+        self.size, self.seed, self.feedback = size, seed, feedback
         self.rank, self.world_size = rank, world_size
 
     def groups(self, numel: int) -> Groups:
@@ -105,7 +121,7 @@ class Selection(ABC):
 
     def dtype(self, of: torch.dtype) -> torch.dtype:
         """Type of the chosen elements of a gradient of this type."""
-        return of
+        return Memory.dtype(of) if self.feedback else of
 
     def scaled(self, chosen: Chosen, mean: Tensor) -> Tensor:
         """The estimate of the mean of a tensor at the chosen places, given that of the chosen

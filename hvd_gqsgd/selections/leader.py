@@ -14,19 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from hvd_gqsgd._native import ops
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.selections.base import Chosen, Groups, Selection
-from hvd_gqsgd.selections.residuals import Residuals
 
 __all__ = ["LeaderSelection"]
-
-
-_PART = 2**16
-"""Elements that are looked at together."""
 
 
 class LeaderSelection(Selection):
@@ -34,10 +29,6 @@ class LeaderSelection(Selection):
 
     unit = 1
     led = True
-
-    def dtype(self, of: torch.dtype) -> torch.dtype:
-        """That of residuals."""
-        return Residuals.dtype(of)
 
     @property
     def lane(self) -> torch.dtype:
@@ -58,14 +49,7 @@ class LeaderSelection(Selection):
         places = message.view(self.lane)
         counts = [self.groups(x.numel()).number for x in xs]
         for x, out in zip(xs, places.split([*counts, len(places) - sum(counts)]), strict=False):
-            whole = x.numel() // self.size
-            flat = x.view(-1)
-            rows = flat[: whole * self.size].view(whole, self.size)
-            step = max(_PART // self.size, 1)
-            for begin in range(0, whole, step):  # magnitudes stay in the cache
-                out[begin : min(begin + step, whole)] = _largest(rows[begin : begin + step])
-            if whole < len(out):
-                out[whole:] = _largest(flat[whole * self.size :][None])
+            ops.block_argmax(x, self.size, out)
 
     def read(self, message: Tensor, numels: Sequence[int]) -> list[Chosen]:
         """The choice for each tensor, from the leader's message.
@@ -94,10 +78,3 @@ class LeaderSelection(Selection):
                 f"the leader chose place {int(low)} to {int(high)} of groups of {self.size} "
                 "elements: a rank sent an invalid message"
             )
-
-
-def _largest(rows: Tensor) -> Tensor:
-    """The place of the largest magnitude of each row; the first NaN, if there is one."""
-    if rows.device.type == "cpu":  # NumPy takes a third of the time of torch
-        return torch.from_numpy(np.abs(rows.numpy()).argmax(1))
-    return rows.abs().argmax(1)

@@ -8,6 +8,9 @@ of a group, of which one is kept,
 
 as for Rand-k (Stich, Cordonnier and Jaggi, arXiv 1809.07599, with k/d = 1/m). The last group of a
 tensor has fewer units, and its factor is their number.
+
+With error feedback the result is not multiplied, and the runs of a group take turns: in m steps
+each is sent once, in an order that begins anew, with a hash, after m steps.
 """
 
 from __future__ import annotations
@@ -41,13 +44,16 @@ class RandomSelection(Selection):
         """The units of tensors in a step, given their elements and identities; the same on all
         ranks."""
         table = _table(tuple(numels), self.size)
+        turn = step // self.size if self.feedback else step
         keys = [
-            tile_keys(1, seed=self.seed, step=step, tensor_id=identity, stream=_STREAM)
+            tile_keys(1, seed=self.seed, step=turn, tensor_id=identity, stream=_STREAM)
             for identity in identities
         ]
         counts = [groups.number for groups in table.groups]
         bits = hash_bits(np.repeat(np.concatenate(keys), counts), table.numbers)
         within = bits.astype(np.uint64) * table.sizes >> np.uint64(32)
+        if self.feedback:
+            within = (within + np.uint64(step % self.size)) % table.sizes
         numbers = table.firsts + within.astype(np.int64)
         units = torch.from_numpy(numbers)
         # A short unit is the last one of the tensor, if it was taken; the host must know.
@@ -59,7 +65,9 @@ class RandomSelection(Selection):
         return [Chosen(*each) for each in zip(table.groups, on_device, short, strict=True)]
 
     def scaled(self, chosen: Chosen, mean: Tensor) -> Tensor:
-        """See :class:`Selection`; times the units of each group."""
+        """See :class:`Selection`; times the units of each group, without feedback."""
+        if self.feedback:
+            return mean
         before = max(chosen.groups.number - 1, 0) * _RUN
         mean[:before].mul_(self.size)
         mean[before:].mul_(chosen.groups.last)

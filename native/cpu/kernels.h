@@ -12,6 +12,10 @@ struct Kernels {
   // Largest magnitude of blocks [begin, end) of x, to norms[begin, end).
   void (*block_max)(DType, const void* x, int64_t numel, int64_t block, void* norms, int64_t begin,
                     int64_t end);
+  // The place in its block of the first element with the largest magnitude, for blocks [begin, end)
+  // of at most 256 elements if places are bytes, and of 65536 if they are not.
+  void (*block_argmax)(DType, const void* x, int64_t numel, int64_t block, void* places, bool bytes,
+                       int64_t begin, int64_t end);
   // Sum of the squares of blocks [begin, end) in units of l2.h, to squares[begin, end). Levels and
   // bits are not looked at.
   void (*block_squares)(const CodeArgs&, const void* x, int64_t* squares, int64_t begin,

@@ -20,6 +20,18 @@ void block_max_any(DType dtype, const void* x, int64_t numel, int64_t block, voi
   });
 }
 
+void block_argmax_any(DType dtype, const void* x, int64_t numel, int64_t block, void* places,
+                      bool bytes, int64_t begin, int64_t end) {
+  with_type(dtype, [&](auto type) {
+    const auto* in = static_cast<const decltype(type)*>(x);
+    if (bytes) {
+      block_argmax(in, numel, block, static_cast<uint8_t*>(places), begin, end);
+    } else {
+      block_argmax(in, numel, block, static_cast<uint16_t*>(places), begin, end);
+    }
+  });
+}
+
 void block_squares_any(const CodeArgs& args, const void* x, int64_t* squares, int64_t begin,
                        int64_t end) {
   with_type(args.dtype, [&](auto type) {
@@ -150,6 +162,7 @@ void dequantize_blocks_any(const CodeArgs& args, const BlockPlan& plan, const vo
 constexpr Kernels make_table(const char* name) {
   return {name,
           block_max_any,
+          block_argmax_any,
           block_squares_any,
           l2_norms_any,
           quantize_any,

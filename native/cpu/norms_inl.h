@@ -10,18 +10,41 @@ namespace gqsgd {
 namespace {
 
 template <class T>
+decltype(magnitude(T{})) largest_magnitude(const T* __restrict x, int64_t size) {
+  decltype(magnitude(T{})) most = 0;
+  for (int64_t i = 0; i < size; ++i) {
+    const auto bits = magnitude(x[i]);
+    most = bits > most ? bits : most;
+  }
+  return most;
+}
+
+template <class T>
 void block_max(const T* x, int64_t numel, int64_t block, typename Traits<T>::Norm* norms,
                int64_t begin, int64_t end) {
-  using Bits = decltype(magnitude(T{}));
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t size = numel - b * block < block ? numel - b * block : block;
+    norms[b] = norm_from_magnitude(T{}, largest_magnitude(x + b * block, size));
+  }
+}
+
+// Looks at a block twice: the second time it is in the cache, and vectors find the place.
+template <class T, class Place>
+void block_argmax(const T* x, int64_t numel, int64_t block, Place* places, int64_t begin,
+                  int64_t end) {
+  constexpr int64_t kTogether = 16;
   for (int64_t b = begin; b < end; ++b) {
     const T* __restrict in = x + b * block;
     const int64_t size = numel - b * block < block ? numel - b * block : block;
-    Bits most = 0;
-    for (int64_t i = 0; i < size; ++i) {
-      const Bits bits = magnitude(in[i]);
-      most = bits > most ? bits : most;
+    const auto most = largest_magnitude(in, size);
+    int64_t place = 0;
+    for (; place + kTogether <= size; place += kTogether) {
+      int found = 0;
+      for (int64_t i = 0; i < kTogether; ++i) found |= magnitude(in[place + i]) == most;
+      if (found) break;
     }
-    norms[b] = norm_from_magnitude(T{}, most);
+    while (magnitude(in[place]) != most) ++place;
+    places[b] = static_cast<Place>(place);
   }
 }
 

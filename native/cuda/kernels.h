@@ -16,6 +16,8 @@ struct CudaKernels {
 
   void block_max(DType, const void* x, int64_t numel, int64_t block, void* norms, int64_t begin,
                  int64_t end) const;
+  void block_argmax(DType, const void* x, int64_t numel, int64_t block, void* places, bool bytes,
+                    int64_t begin, int64_t end) const;
   void block_squares(const CodeArgs&, const void* x, int64_t* squares, int64_t begin,
                      int64_t end) const;
   void l2_norms(DType, void* norms, const int64_t* squares, int64_t begin, int64_t end) const;

@@ -31,6 +31,28 @@ __global__ void block_max_kernel(Layout layout, const T* x, typename Traits<T>::
   });
 }
 
+// A warp a block. Each thread has the first of its own elements, and the warp the first of those.
+template <class T, class Place>
+__global__ void block_argmax_kernel(const T* x, int64_t numel, int64_t block, Place* places,
+                                    int64_t begin, int64_t end) {
+  const int64_t warps = int64_t{gridDim.x} * (kThreads / kWarp);
+  int64_t b = begin + int64_t{blockIdx.x} * (kThreads / kWarp) + threadIdx.x / kWarp;
+  for (; b < end; b += warps) {
+    const int64_t left = numel - b * block;
+    const int64_t size = left < block ? left : block;
+    int64_t place = size;
+    decltype(magnitude(T{})) most = -1;
+    for (int64_t i = threadIdx.x % kWarp; i < size; i += kWarp) {
+      const auto bits = magnitude(x[b * block + i]);
+      place = bits > most ? i : place;
+      most = bits > most ? bits : most;
+    }
+    const auto all = warp_max(most);
+    const int64_t before = warp_max(most == all ? -place : -size);
+    if (threadIdx.x % kWarp == 0) places[b] = static_cast<Place>(-before);
+  }
+}
+
 template <class T>
 __global__ void block_squares_kernel(Layout layout, const T* x,
                                      const typename Traits<T>::Norm* norms, int64_t* squares,
@@ -119,6 +141,23 @@ void CudaKernels::block_max(DType dtype, const void* x, int64_t numel, int64_t b
     const int64_t first = layout.tiles_before(begin), last = layout.tiles_before(end);
     launch(stream, grid_for(last - first, kThreads / kWarp), kThreads, block_max_kernel<T>, layout,
            static_cast<const T*>(x), to, first, last);
+  });
+}
+
+void CudaKernels::block_argmax(DType dtype, const void* x, int64_t numel, int64_t block,
+                               void* places, bool bytes, int64_t begin, int64_t end) const {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const auto choose = [&](auto* to) {
+      using Place = std::remove_pointer_t<decltype(to)>;
+      launch(stream, grid_for(end - begin, kThreads / kWarp), kThreads,
+             block_argmax_kernel<T, Place>, static_cast<const T*>(x), numel, block, to, begin, end);
+    };
+    if (bytes) {
+      choose(static_cast<uint8_t*>(places));
+    } else {
+      choose(static_cast<uint16_t*>(places));
+    }
   });
 }
 

@@ -123,6 +123,22 @@ struct CheckedOps {
                 });
   }
 
+  static void block_argmax(const Tensor& x, int64_t block_size, Tensor places) {
+    check_geometry(x, block_size);
+    const bool bytes = places.scalar_type() == at::kByte;
+    const int64_t most = bytes ? 256 : 65536;
+    TORCH_CHECK_VALUE(block_size <= most, "block_size must be at most ", most, " for places of ",
+                      places.scalar_type(), ", got ", block_size);
+    const int64_t blocks = ceil_div(x.numel(), block_size);
+    check_buffer(places, "places", bytes ? at::kByte : at::kShort, blocks, x.device());
+    const DType dtype = dtype_of(x, "the tensor");
+    Device::run(x, 0, blocks, grain(block_size),
+                [&](const auto& kernels, int64_t begin, int64_t end) {
+                  kernels.block_argmax(dtype, x.const_data_ptr(), x.numel(), block_size,
+                                       places.mutable_data_ptr(), bytes, begin, end);
+                });
+  }
+
   static void block_squares(const Tensor& x, const Tensor& norms, Tensor squares,
                             int64_t block_size) {
     check_geometry(x, block_size);
@@ -246,6 +262,7 @@ struct CheckedOps {
 
   static void register_all(torch::Library& m) {
     m.impl("block_max", &block_max);
+    m.impl("block_argmax", &block_argmax);
     m.impl("block_squares", &block_squares);
     m.impl("l2_norms", &l2_norms);
     m.impl("quantize", &quantize);

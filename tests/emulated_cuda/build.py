@@ -20,9 +20,9 @@ HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "native"
 KERNELS = sorted((NATIVE / "cuda").glob("*.cu"))
 OPS = (
-    "block_max", "block_squares", "l2_norms", "quantize", "dequantize", "requantize",
-    "dequantize_means", "combine", "sum_of_squares", "block_widths", "quantize_blocks",
-    "requantize_blocks", "dequantize_blocks", "sum_codes", "sum_blocks",
+    "block_max", "block_argmax", "block_squares", "l2_norms", "quantize", "dequantize",
+    "requantize", "dequantize_means", "combine", "sum_of_squares", "block_widths",
+    "quantize_blocks", "requantize_blocks", "dequantize_blocks", "sum_codes", "sum_blocks",
 )  # fmt: skip
 
 FLAGS = [

@@ -122,7 +122,7 @@ def test_one_rank_gives_up_a_step(rank, size, several, select):
     else:
         with pytest.raises(AgreementError):
             compressor.decompress(reduced[0], waiting[0][1])
-    assert "residuals" not in compressor.state_dict()
+    assert "memory" not in compressor.state_dict()
     world = SimulatedRanks(size, Options(**options), step=1)
     for _ in range(2):
         parameters[0].grad = everyone[rank].clone()

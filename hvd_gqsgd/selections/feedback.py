@@ -1,0 +1,165 @@
+"""Error feedback: what a rank keeps of a step for the steps to come, where few elements are sent.
+
+With the gradient g of a rank, the part C(.) of it that is exchanged, and its mean over the ranks:
+
+- ``"residual"``: the part not sent is added to the next gradient (Seide et al., 2014; with the
+  low-pass filter ``beta`` of ScaleCom, arXiv 2104.11125, equation 5):
+
+      a = r + g,    r' = (1 - beta) r + beta (a - C(a)),    the result is the mean of C(a)
+
+- ``"ef21"``: ranks send what their gradient differs from its estimate h by, and the result is the
+  mean of all estimates (Richtarik, Sokolov and Fatkhullin, arXiv 2106.05203):
+
+      h' = h + C(g - h),    the result is the mean of h'
+
+- ``"econtrol"``: with a residual e in addition, of which a share is sent (Gao, Islamov and Stich,
+  arXiv 2311.05645):
+
+      h' = h + C(g - h + eta e),    e' = e + g - h',    the result is the mean of h'
+
+Estimates follow the codes that were exchanged, rounding included: their mean over the ranks is the
+same number on all ranks only if each rank adds to its own what the others have decoded from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.selections.base import Chosen
+from hvd_gqsgd.selections.memory import Memory
+
+__all__ = ["Estimates", "Feedback", "Residual", "feedback_of"]
+
+Take = Callable[[int, torch.dtype, torch.device], Tensor]
+
+
+class Feedback(ABC):
+    """Error feedback of one rank.
+
+    Args:
+        memory: of this rank.
+        options: of all ranks.
+    """
+
+    estimates: ClassVar[bool]
+    """Whether the result is an estimate of the whole mean, which all ranks must have alike."""
+
+    def __init__(self, memory: Memory, options: Options) -> None:
+        self.memory = memory
+
+    @abstractmethod
+    def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
+        """The tensor that elements are chosen from, for a gradient ``x``; flat, from ``take``."""
+
+    @abstractmethod
+    def learn(
+        self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
+    ) -> None:
+        """Takes over a step whose result is finite.
+
+        Args:
+            identity: of the gradient.
+            given: the tensor that elements were chosen from, which may be overwritten.
+            choice: of its elements.
+            own: these elements as the others have decoded them from this rank's codes, where
+                ``estimates``.
+            mean: their mean over the ranks.
+        """
+
+
+class Residual(Feedback):
+    """The part not sent is added to the next gradient; rounding, which is unbiased, is not part of
+    it."""
+
+    estimates = False
+
+    def __init__(self, memory: Memory, options: Options) -> None:
+        super().__init__(memory, options)
+        self._beta = options.low_pass
+
+    def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
+        """See :class:`Feedback`."""
+        residual = self.memory.get("residual", identity)
+        total = take(x.numel(), Memory.dtype(x.dtype), x.device)
+        if residual is None:
+            return total.copy_(x.view(-1))
+        return torch.add(residual.to(x.device), x.view(-1), out=total)
+
+    def learn(
+        self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
+    ) -> None:
+        """See :class:`Feedback`."""
+        unsent = choice.left(given)
+        if self._beta < 1:
+            before = self.memory.get("residual", identity)
+            if before is None:
+                unsent.mul_(self._beta)
+            else:
+                unsent = torch.lerp(before.to(unsent.device), unsent, self._beta)
+        self.memory.set("residual", identity, unsent)
+
+
+class Estimates(Feedback):
+    """Estimates of the gradient of this rank and of the mean, as in EF21."""
+
+    estimates = True
+    _share: float = 0
+
+    def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
+        """See :class:`Feedback`."""
+        total = take(x.numel(), Memory.dtype(x.dtype), x.device).copy_(x.view(-1))
+        return total.sub_(self.memory.zeros("own", identity, total))
+
+    def learn(
+        self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
+    ) -> None:
+        """See :class:`Feedback`."""
+        assert own is not None
+        choice.add(own, self.memory.zeros("own", identity, given))
+        choice.add(mean, self.memory.zeros("mean", identity, given))
+        self.memory.count_step(identity)
+
+    def result(self, identity: int, like: Tensor) -> Tensor:
+        """The estimate of the mean."""
+        return self.memory.zeros("mean", identity, like)
+
+
+class Controlled(Estimates):
+    """Estimates and a residual, as in EControl."""
+
+    def __init__(self, memory: Memory, options: Options) -> None:
+        super().__init__(memory, options)
+        self._share = options.keep  # of the order of the compression, as in the paper's theorems
+
+    def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
+        """See :class:`Feedback`."""
+        away = super().given(identity, x, take)
+        return away.add_(self.memory.zeros("residual", identity, away), alpha=self._share)
+
+    def learn(
+        self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
+    ) -> None:
+        """See :class:`Feedback`."""
+        assert own is not None
+        # e + g - h', where g - h is what was given but for its share of e.
+        residual = self.memory.zeros("residual", identity, given)
+        choice.add(own.neg(), residual.mul_(1 - self._share).add_(given))
+        super().learn(identity, given, choice, own, mean)
+
+
+KINDS: dict[str, type[Feedback]] = {
+    "residual": Residual, "ef21": Estimates, "econtrol": Controlled,
+}  # fmt: skip
+"""The class for each value of the option ``error_feedback``."""
+
+
+def feedback_of(options: Options, memory: Memory) -> Feedback | None:
+    """The error feedback that the options ask for; None: there is none."""
+    kind = options.feedback
+    return None if kind is None else KINDS[kind](memory, options)

@@ -1,0 +1,233 @@
+"""Error feedback: what ranks keep of a step, and what the steps to come make of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from helpers import bits_of
+from torch import Tensor, nn
+
+from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, simulate
+from hvd_gqsgd.bench.wire import wire_bytes_of
+from hvd_gqsgd.options import Options
+from hvd_gqsgd.selections import RandomSelection
+from hvd_gqsgd.simulation import SimulatedRanks
+
+CPU = torch.device("cpu")
+ESTIMATES: list[dict[str, Any]] = [
+    {"keep": 1 / 8, "error_feedback": "ef21"},
+    {"keep": 1 / 8, "error_feedback": "econtrol"},
+    {"keep": 1 / 8, "select": "leader", "error_feedback": "ef21"},
+    {"keep": 1 / 8, "select": "leader", "error_feedback": "econtrol", "bits": BlockBits(6)},
+    {"keep": 1 / 4, "error_feedback": "ef21", "bits": DynamicBits(6, total_steps=60)},
+    {"keep": 1 / 4, "error_feedback": "ef21", "norm": "l2", "correlated": False},
+]
+KINDS: list[dict[str, Any]] = [{"keep": 1 / 8, "error_feedback": "residual"}, *ESTIMATES]
+
+
+def ranks(size: int, **options: Any) -> SimulatedRanks:
+    return SimulatedRanks(size, Options(**options))
+
+
+def step(world: SimulatedRanks, rows: Tensor) -> Tensor:
+    """The mean of a step, of one gradient."""
+    (mean,) = world.means([[("x", row.contiguous())] for row in rows])
+    return mean.clone()
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(bits_of(a), bits_of(b))
+
+
+def residuals(world: SimulatedRanks) -> Tensor:
+    return torch.stack([
+        state["memory"]["tensors"]["residual"][key].double()
+        for state in world.state_dicts() for key in state["memory"]["tensors"]["residual"]
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize("numel", [8 * 32 * 5, 8 * 32 * 5 + 3 * 32 + 7])
+def test_runs_take_turns(numel: int) -> None:
+    """In 8 steps each is sent, once in a full group, and in another order than 8 steps later."""
+    selection = RandomSelection(8, 0, 0, 2, True)
+    orders = []
+    for first in (0, 8, 16):
+        units = torch.stack([
+            selection.choose([numel], first + i, [0], CPU)[0].units for i in range(8)
+        ])  # fmt: skip
+        assert set(units.flatten().tolist()) == set(range(math.ceil(numel / 32)))
+        assert all(len(group.unique()) == 8 for group in units.T[:5])
+        orders.append(units.T[:5])
+    assert not torch.equal(orders[0], orders[1])
+    assert not torch.equal(orders[1], orders[2])
+    assert len({int(order[i, 0]) % 8 for order in orders for i in range(5)}) > 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_nothing_is_lost_in_turns(dtype: torch.dtype) -> None:
+    """After 7 steps without a gradient all of the gradients were sent, each element once."""
+    rows = torch.randn(4, 2009).to(dtype)
+    world = ranks(4, keep=1 / 8, error_feedback="residual", bits=16)
+    means = torch.stack([step(world, rows if i == 0 else torch.zeros_like(rows)) for i in range(8)])
+    assert ((means != 0).sum(0) <= 1).all()
+    assert relative(means.double().sum(0), rows.double().mean(0)) < (
+        0.01 if dtype == torch.bfloat16 else 0.002
+    )
+    assert relative(means[0], rows.double().mean(0)) > 0.5
+
+
+@pytest.mark.parametrize("options", ESTIMATES, ids=str)
+def test_estimates_come_to_the_gradient(options: dict[str, Any]) -> None:
+    """Where gradients stay the same, the result becomes their mean, far below the rounding of one
+    step; also after steps with others, as estimates have all that was exchanged."""
+    world = ranks(3, **options)
+    for i in range(20):
+        step(world, torch.randn(3, 5003, generator=torch.Generator().manual_seed(i)))
+    rows = torch.randn(3, 5003)
+    errors = [relative(step(world, rows), rows.mean(0)) for _ in range(200)]
+    plain = relative(
+        simulate(rows, **{k: v for k, v in options.items() if k in ("bits", "norm")}), rows.mean(0)
+    )
+    if options["error_feedback"] == "ef21":
+        assert errors[-1] < 0.02 * plain
+    # EControl sends what is left of the gradients before, in some m^2 steps.
+    assert errors[-1] < 0.2 * errors[0]
+
+
+def test_ef21_by_a_model() -> None:
+    """h' = h + C(g - h), by a model in float64 that is given the choice, at 16 bits."""
+    selection = RandomSelection(4, 0, 0, 2, True)
+    world, own = ranks(2, keep=1 / 4, error_feedback="ef21", bits=16), torch.zeros(2, 2000)
+    rows = torch.randn(12, 2, 2000)
+    for i, gradients in enumerate(rows):
+        units = selection.choose([2000], i, [identity(world)], CPU)[0].units
+        kept = (units[:, None] * 32 + torch.arange(32)).flatten()
+        kept = kept[kept < 2000]
+        own[:, kept] = gradients[:, kept]
+        assert relative(step(world, gradients), own.mean(0)) < 1e-3
+
+
+def identity(world: SimulatedRanks) -> int:
+    """The one that the only gradient has, by which its runs are chosen."""
+    step(probe := ranks(2, keep=1 / 4, error_feedback="ef21"), torch.ones(2, 2000))
+    (found,) = probe.state_dicts()[0]["memory"]["steps"]
+    assert isinstance(found, int)
+    return found
+
+
+@pytest.mark.parametrize("select", ["random", "leader"])
+def test_econtrol_loses_nothing(select: Any) -> None:
+    """The results and the mean of the residuals add up to the means of the gradients."""
+    world = ranks(3, keep=1 / 8, select=select, error_feedback="econtrol")
+    rows = torch.randn(40, 3, 3000)
+    total = torch.stack([step(world, gradients) for gradients in rows]).double().sum(0)
+    exact = rows.double().mean(1).sum(0)
+    assert relative(total + residuals(world).mean(0), exact) < 1e-5
+    assert relative(total, exact) > 0.05
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_a_skipped_step_leaves_the_memory(options: dict[str, Any]) -> None:
+    """A GradScaler drops a step with infinity."""
+    world, twin = ranks(2, **options), ranks(2, **options)
+    first, second = torch.randn(2, 2, 4096)
+    broken = torch.randn(2, 4096)
+    broken[1, 17] = math.inf
+    assert same_bits(step(world, first), step(twin, first))
+    assert step(world, broken).isnan().any()
+    step(twin, torch.full((2, 4096), math.nan))
+    after = step(world, second)
+    assert after.isfinite().all()
+    assert same_bits(after, step(twin, second))
+
+
+@pytest.mark.parametrize("options", ESTIMATES[:3], ids=str)
+def test_a_rank_without_estimates(options: dict[str, Any]) -> None:
+    """It is new, or has loaded nothing: all ranks begin with zeros, and have the same result."""
+    world, rows = ranks(2, **options), torch.randn(6, 2, 3000)
+    for gradients in rows[:3]:
+        step(world, gradients)
+    states = world.state_dicts()
+    del states[1]["memory"]
+    world.load_state_dicts(states)
+    fresh = SimulatedRanks(2, Options(**options), step=3)
+    if options["error_feedback"] == "econtrol":  # rank 0 keeps its residual, and loses nothing
+        assert relative(step(world, rows[3]), step(fresh, rows[3])) > 0
+    else:
+        assert same_bits(step(world, rows[3]), step(fresh, rows[3]))
+    again = world.state_dicts()
+    assert [list(state["memory"]["steps"].values()) for state in again] == [[1], [1]]
+
+
+def test_states_continue() -> None:
+    for options in KINDS:
+        world, rows = ranks(2, **options), torch.randn(6, 2, 3000)
+        for gradients in rows[:3]:
+            step(world, gradients)
+        resumed = ranks(2, **options)
+        resumed.load_state_dicts(world.state_dicts())
+        for gradients in rows[3:]:
+            assert same_bits(step(world, gradients), step(resumed, gradients))
+
+
+@pytest.mark.parametrize("options", ESTIMATES[:3], ids=str)
+def test_descent_to_a_minimum_that_is_no_ranks_own(options: dict[str, Any]) -> None:
+    """Each of 4 ranks has a quadratic function of its own; the distance falls by the same factor in
+    the same steps, where without error feedback it stays."""
+
+    def descend(steps: int, **options: Any) -> float:
+        generator = torch.Generator().manual_seed(0)
+        targets = torch.randn(4, 4096, generator=generator)
+        x, world = torch.zeros(4096), ranks(4, **options)
+        for _ in range(steps):
+            x = x - 0.03 * step(world, x - targets)
+        return relative(x, targets.mean(0))
+
+    half, whole = descend(300, **options), descend(600, **options)
+    assert whole < 0.01
+    assert whole < 0.2 * half
+    assert descend(600, keep=1 / 8, select="leader", low_pass=1e-6) > 0.3
+
+
+@pytest.mark.parametrize("options", KINDS, ids=str)
+def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
+    """As without error feedback, and 16 in a bucket for the history of estimates."""
+    if isinstance(options.get("bits"), DynamicBits):
+        options = options | {"bits": 6}
+    world, numels = ranks(4, **options), [64 * 4096, 10_007, 33]
+    world.means([[(str(n), torch.randn(n)) for n in numels] for _ in range(4)])
+    assert world.stats.compressed_bytes_on_wire == wire_bytes_of(Options(**options), numels, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"error_feedback": "ef21"}, "error_feedback='ef21' has no effect with keep=1"),
+        ({"keep": 1 / 8, "error_feedback": "ef"}, "error_feedback must be one of"),
+        ({"keep": 1 / 8, "error_feedback": "ef21", "low_pass": 0.5}, "no effect with error_feed"),
+        ({"keep": 1 / 8, "error_feedback": "ef21", "exchange": "two_phase"}, "leave exchange out"),
+        ({"keep": 1 / 8, "error_feedback": "ef21", "dither": "exponential"}, "leave dither out"),
+        ({"keep": 1 / 8, "error_feedback": "residual", "exchange": "one_phase"}, "pass keep=1"),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_possible(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Options(**options)
+
+
+def test_error_feedback_needs_names_of_parameters() -> None:
+    with pytest.raises(ValueError, match=r"error_feedback='ef21' keeps .* simulate\(\) does not"):
+        simulate(torch.randn(2, 100), keep=1 / 8, error_feedback="ef21")
+    with pytest.raises(ValueError, match=r"pass GlobalQSGD\(named_parameters"):
+        GlobalQSGD(keep=1 / 8, error_feedback="residual")
+    named = nn.Linear(2, 2).named_parameters()
+    compressor = GlobalQSGD(keep=1 / 8, error_feedback="residual", named_parameters=named)
+    assert "select='random', error_feedback='residual'" in repr(compressor)
