@@ -109,12 +109,12 @@ class Estimates(Feedback):
     """Estimates of the gradient of this rank and of the mean, as in EF21."""
 
     estimates = True
-    _share: float = 0
 
     def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
         """See :class:`Feedback`."""
         total = take(x.numel(), Memory.dtype(x.dtype), x.device).copy_(x.view(-1))
-        return total.sub_(self.memory.zeros("own", identity, total))
+        own = self.memory.get("own", identity)
+        return total if own is None else total.sub_(own.to(x.device))
 
     def learn(
         self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
@@ -139,8 +139,8 @@ class Controlled(Estimates):
 
     def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
         """See :class:`Feedback`."""
-        away = super().given(identity, x, take)
-        return away.add_(self.memory.zeros("residual", identity, away), alpha=self._share)
+        away, residual = super().given(identity, x, take), self.memory.get("residual", identity)
+        return away if residual is None else away.add_(residual.to(x.device), alpha=self._share)
 
     def learn(
         self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor

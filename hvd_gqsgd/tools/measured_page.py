@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def add(records: Sequence[Record], result: Record) -> list[Record]:
     """Returns the records with a result of ``bench step --json``.
 
-    The result replaces one of the same kind on the same processor.
+    The result replaces one of the same kind on the same processor with the same instruction set.
     """
     arms = {
         name: {
@@ -75,10 +75,10 @@ def add(records: Sequence[Record], result: Record) -> list[Record]:
             "command")  # fmt: skip
     record = {key: result[key] for key in keys} | {"arms": arms}
     replaced = [
-        each for each in records
-        if "arms" in each and each["processor"] == record["processor"]
-        and _kind(each) == _kind(record)
-    ]  # fmt: skip
+        each
+        for each in records
+        if "arms" in each and _machine(each) == _machine(record) and _kind(each) == _kind(record)
+    ]
     return [each for each in records if each not in replaced] + [record]
 
 
@@ -136,10 +136,10 @@ def tables_of(contents: str, records: Sequence[Record]) -> str:
     few = "few arms" in kinds
     kinds = [kind for kind in kinds if kind != "few arms"]
     steps = [record for record in records if "arms" in record]
-    processors = list(dict.fromkeys(record["processor"] for record in steps))
+    machines = list(dict.fromkeys(map(_machine, steps)))
     parts = []
-    for processor in processors[:1] if few else processors:
-        found = {_kind(record): record for record in steps if record["processor"] == processor}
+    for machine in machines[:1] if few else machines:
+        found = {_kind(record): record for record in steps if _machine(record) == machine}
         chosen = [found.get(kind) for kind in kinds]
         if any(chosen):
             parts.append(_of_steps(kinds, chosen, few))
@@ -176,7 +176,7 @@ def _columns(kind: str, record: Record | None) -> list[tuple[str, str, str]]:
     sharded = any("gradient_ms" in arm for arm in arms)
     style = ".2f" if sharded else ".1f"
     columns = [(f"{what}, {RATES[rate]}: ms", "ms", ".0f"), ("speedup", "times_faster", style)]
-    if record and record["ranks"] > record["hosts"] and any("link_megabytes" in a for a in arms):
+    if record and record["ranks"] > record["hosts"] and any(a.get("link_megabytes") for a in arms):
         columns.append(("MB on a link", "link_megabytes", ".1f"))
     for part in ("gradient", "weight") if sharded else ():
         columns.append((f"{part}s: ms", f"{part}_ms", ".0f"))

@@ -52,16 +52,22 @@ def test_other_front_ends(rank, size, several):
     assert 0.03 < (gradient != 0).double().mean() < 0.1
 
 
+LED = {"keep": 1 / 16, "select": "leader"}
+EF21 = {"keep": 1 / 16, "error_feedback": "ef21"}
+
+
 @pytest.mark.parametrize(
-    "exchange",
+    "options",
     [
-        pytest.param("allreduce", marks=pytest.mark.few),
-        pytest.param("two_phase", marks=pytest.mark.core),
+        pytest.param(LED | {"exchange": "allreduce", "low_pass": 0.5}, marks=pytest.mark.few),
+        pytest.param(LED | {"exchange": "two_phase"}, marks=pytest.mark.core),
+        pytest.param(EF21, marks=pytest.mark.core),
+        pytest.param(LED | {"error_feedback": "econtrol"}, marks=pytest.mark.few),
     ],
+    ids=str,
 )
-def test_a_leader(rank, size, several, exchange):
-    """With the residuals of all ranks, a step that is skipped for infinity, and a checkpoint."""
-    options = {"keep": 1 / 16, "select": "leader", "exchange": exchange, "low_pass": 0.5}
+def test_error_feedback(rank, size, several, options):
+    """With the memory of all ranks, a step that is skipped for infinity, and a checkpoint."""
     parameter = nn.Parameter(torch.zeros(20_003))
     world = SimulatedRanks(size, Options(**options))
 
@@ -85,30 +91,68 @@ def test_a_leader(rank, size, several, exchange):
         assert torch.equal(mean.nan_to_num(9.0), expected.nan_to_num(9.0))
 
 
+@pytest.mark.few
+@pytest.mark.parametrize("options", [EF21, LED | {"error_feedback": "econtrol"}], ids=str)
+def test_one_rank_has_loaded_its_state(rank, size, several, options):
+    """And the others have not: all begin with estimates of zero, and have the same result."""
+    parameter = nn.Parameter(torch.zeros(5000))
+
+    def new() -> GlobalQSGD:
+        return GlobalQSGD(**options, named_parameters=[("x", parameter)])
+
+    def step(compressor: GlobalQSGD, number: int) -> torch.Tensor:
+        rows = gradients(size, 5000, seed=number)
+        parameter.grad = rows[rank].clone()
+        handle, ctx = compressor.compress(parameter.grad)
+        mean = compressor.decompress(hvd.allreduce(handle, name="probe"), ctx)
+        assert_same_on_all_ranks(mean)
+        return mean
+
+    compressor = new()
+    for number in range(3):
+        step(compressor, number)
+    state = compressor.state_dict()
+    compressor = new()
+    if rank == 0:
+        compressor.load_state_dict(state)
+    mean = step(compressor, 3)
+    if "select" not in options:
+        world = SimulatedRanks(size, Options(**options), step=3)
+        rows = gradients(size, 5000, seed=3)
+        (expected,) = world.means([[("x", row.contiguous())] for row in rows])
+        assert torch.equal(mean, expected)
+    assert list(compressor.state_dict()["memory"]["steps"].values()) == [1]
+
+
 @pytest.mark.core
-@pytest.mark.parametrize("select", ["random", "leader"])
+@pytest.mark.parametrize("select", ["random", "leader", "ef21"])
 def test_ranks_leave_by_join(rank, size, several, select):
     """The leader of a step among them."""
+    chosen = {"error_feedback": "ef21"} if select == "ef21" else {"select": select}
     parameter = nn.Parameter(torch.zeros(5000))
     named = [("x", parameter)]
-    compressor = GlobalQSGD(keep=1 / 8, select=select, named_parameters=named)
+    compressor = GlobalQSGD(keep=1 / 8, **chosen, named_parameters=named)
     for step in range(rank + 2):
         everyone = gradients(size, 5000, seed=step)
         parameter.grad = everyone[rank].clone()
         handle, ctx = compressor.compress(parameter.grad)
         mean = compressor.decompress(hvd.allreduce(handle, name="probe"), ctx)
         assert mean.isfinite().all()
-        assert mean.count_nonzero() <= 5000 / 8 + 32
+        # Estimates begin with zero in each step that a rank is away from.
+        if select != "ef21" or step > 1:
+            assert mean.count_nonzero() <= 5000 / 8 + 32
     hvd.join()
 
 
 @pytest.mark.few
-@pytest.mark.parametrize("select", ["random", "leader"])
-def test_one_rank_gives_up_a_step(rank, size, several, select):
-    """It leaves the residuals of all ranks, and the next step is right."""
+@pytest.mark.parametrize(
+    "chosen", [{"select": "random"}, {"select": "leader"}, {"error_feedback": "ef21"}], ids=str
+)
+def test_one_rank_gives_up_a_step(rank, size, several, chosen):
+    """It leaves the memory of all ranks, and the next step is right."""
     parameters = [nn.Parameter(torch.zeros(9000)) for _ in range(2)]
     named = [(str(i), parameter) for i, parameter in enumerate(parameters)]
-    options = {"keep": 1 / 8, "select": select, "bucket_mb": 0.03}
+    options = {"keep": 1 / 8, "bucket_mb": 0.03} | chosen
     compressor = GlobalQSGD(**options, named_parameters=named)
     everyone = gradients(size, 9000)
     waiting = []
@@ -133,12 +177,10 @@ def test_one_rank_gives_up_a_step(rank, size, several, select):
 
 
 @pytest.mark.few
-@pytest.mark.parametrize("select", ["random", "leader"])
-def test_an_optimizer(rank, size, several, select):
+@pytest.mark.parametrize("options", [{"keep": 1 / 16}, LED, EF21], ids=str)
+def test_an_optimizer(rank, size, several, options):
     model = mlp()
-    compressor = GlobalQSGD(
-        keep=1 / 16, select=select, min_numel=512, named_parameters=model.named_parameters()
-    )
+    compressor = GlobalQSGD(**options, min_numel=512, named_parameters=model.named_parameters())
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(),
         compression=compressor,
