@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from hvd_gqsgd.checks import check_choice, unknown_option
-from hvd_gqsgd.options import OPTIONS, Exchange, Options
+from hvd_gqsgd.option_types import Exchange
+from hvd_gqsgd.options import OPTIONS, Options
 
 __all__ = ["FrontEnd"]
 

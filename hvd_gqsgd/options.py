@@ -1,29 +1,31 @@
-"""The options: types, checks and error messages."""
+"""The options: checks and error messages."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
-from hvd_gqsgd.checks import check_choice, check_int, check_number
+from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
-from hvd_gqsgd.codecs.by_name import CODECS, Registered
-from hvd_gqsgd.option_checks import (
-    BLOCK_SIZE,
-    OF_AUTO,
+from hvd_gqsgd.codecs.by_name import CODECS
+from hvd_gqsgd.option_types import (
+    Bits,
+    Dither,
     ErrorFeedback,
+    Exchange,
+    Hierarchy,
+    Norm,
+    Plan,
     Select,
-    check_auto,
-    check_block_bits,
-    check_hierarchy,
-    check_keep,
 )
+from hvd_gqsgd.plan import check_plan
 
-__all__ = ["OptionKeywords", "Options", "OptionsButBits", "digest"]
+__all__ = ["Options", "digest"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
 WIRE_VERSION = 4
@@ -32,40 +34,9 @@ WIRE_VERSION = 4
 # examples reach the loss of fp32; with 15 (8 ranks) the language model loses 0.7 % of perplexity.
 ENOUGH_LEVELS = 31
 
-Dither = Literal["linear", "exponential"] | Registered
-Exchange = Literal["auto", "allreduce", "two_phase", "one_phase", "gather", "reduce_scatter"]
-Norm = Literal["max", "l2"]
-Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
-Bits = int | DynamicBits | BlockBits | Literal["auto"]
-Plan = Sequence[Sequence[Any]]
+BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-class OptionsButBits(TypedDict, total=False):
-    """The options but ``bits`` as keywords, for a function with its own ``bits``."""
-
-    dither: Dither
-    exchange: Exchange
-    norm: Norm
-    block_size: int | None
-    correlated: bool
-    seed: int
-    min_numel: int
-    bucket_mb: float
-    hierarchy: Hierarchy
-    error: float | None
-    plan: Plan | None
-    keep: float
-    select: Select
-    error_feedback: ErrorFeedback | None
-    low_pass: float
-
-
-class OptionKeywords(OptionsButBits, total=False):
-    """The options as keywords: ``**options: Unpack[OptionKeywords]``."""
-
-    bits: Bits
 
 
 @dataclass(frozen=True)
@@ -186,7 +157,7 @@ class Options:
         if self.block_size is not None:
             check_int("block_size", self.block_size, 1, 2**31 - 1, " or None (one norm per tensor)")
         if isinstance(self.bits, BlockBits):
-            check_block_bits(self, self.bits)
+            self._check_block_bits(self.bits)
         if not isinstance(self.correlated, bool):
             raise TypeError(f"correlated must be True or False, got {self.correlated!r}")
         check_int("seed", self.seed, -(2**63), 2**63 - 1)
@@ -197,8 +168,107 @@ class Options:
                 f"bucket_mb must be above 0 and at most 2048 megabytes, got {self.bucket_mb!r}"
             )
         object.__setattr__(self, "bucket_mb", bucket_mb)  # 25 and 25.0 are the same
-        for check in (check_hierarchy, check_auto, check_keep):
-            check(self)
+        self._check_hierarchy()
+        self._check_auto()
+        self._check_keep()
+
+    def _check_auto(self) -> None:
+        if self.bits != "auto":
+            for name in OF_AUTO:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} has no effect with bits={self.bits!r}: pass bits='auto', or leave "
+                        f"{name} out"
+                    )
+        if self.error is not None:
+            error = check_number("error", self.error, "a relative squared error, or None")
+            if not 0 < error < math.inf:
+                raise ValueError(f"error must be a number above 0, got {self.error!r}")
+            object.__setattr__(self, "error", error)
+        if self.plan is not None:
+            object.__setattr__(self, "plan", check_plan(self.plan))
+
+    def _check_keep(self) -> None:
+        keep = check_number("keep", self.keep, "a share of elements, as 1/64")
+        group = round(1 / keep) if 0 < keep <= 1 else 0
+        if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
+            raise ValueError(
+                f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {keep}"
+            )
+        object.__setattr__(self, "keep", 1 / group)
+        low_pass = check_number("low_pass", self.low_pass, "a weight, as 0.1")
+        if not 0 < low_pass <= 1:
+            raise ValueError(f"low_pass must be above 0 and at most 1, got {low_pass}")
+        object.__setattr__(self, "low_pass", low_pass)
+        check_choice("select", self.select, get_args(Select))
+        if self.error_feedback is not None:
+            check_choice("error_feedback", self.error_feedback, get_args(ErrorFeedback), "None")
+        if group == 1:
+            for name, value, default in (
+                ("select", self.select, "random"), ("error_feedback", self.error_feedback, None),
+            ):  # fmt: skip
+                if value != default:
+                    raise ValueError(
+                        f"{name}={value!r} has no effect with keep=1, which exchanges all "
+                        f"elements: pass keep=1/64, or leave {name} out"
+                    )
+        if low_pass != 1 and self.feedback != "residual":
+            raise ValueError(
+                f"low_pass={low_pass} has no effect with error_feedback={self.feedback!r}: pass "
+                "error_feedback='residual', or leave low_pass out"
+            )
+        if group == 1:
+            return
+        if self.bits == "auto":
+            raise ValueError(
+                f"keep={self.keep} does not go with bits='auto', which chooses among exchanges of "
+                "all elements: pass a number of bits"
+            )
+        if self.hierarchy not in ("auto", "flat"):
+            raise ValueError(
+                f"hierarchy={self.hierarchy!r} does not go with keep={self.keep}, which "
+                "exchanges flat: leave hierarchy out"
+            )
+        if self.exchange in ("reduce_scatter", "gather") or (
+            self.exchange == "one_phase" and self.feedback is not None
+        ):
+            raise ValueError(
+                f"error_feedback={self.feedback!r} with keep={self.keep} does not go with "
+                f"exchange={self.exchange!r}: pass keep=1"
+            )
+        if self.estimates and self.exchange not in ("auto", "allreduce"):
+            raise ValueError(
+                f"error_feedback={self.feedback!r} does not go with exchange={self.exchange!r}, "
+                "whose second rounding is not in the estimates: leave exchange out"
+            )
+        if self.estimates and not CODECS[self.dither].added:
+            raise ValueError(
+                f"error_feedback={self.feedback!r} does not go with dither={self.dither!r}, "
+                "whose codes cannot be added: leave dither out"
+            )
+
+    def _check_block_bits(self, bits: BlockBits) -> None:
+        if self.block_size not in (BLOCK_SIZE, bits.block_size):
+            raise ValueError(
+                "block_size must be left out for bits=BlockBits(...), got "
+                f"{self.block_size}: pass BlockBits(block_size={self.block_size})"
+            )
+        object.__setattr__(self, "block_size", bits.block_size)
+
+    def _check_hierarchy(self) -> None:
+        if isinstance(self.hierarchy, list | tuple):
+            for size in self.hierarchy:
+                check_int("the ranks of each node of hierarchy", size, 1, 2**31 - 1)
+            object.__setattr__(self, "hierarchy", tuple(self.hierarchy))
+        else:
+            sizes = "the number of ranks of each node, as (8, 8)"
+            check_choice("hierarchy", self.hierarchy, ("auto", "flat", "node"), sizes)
+        by_node = self.hierarchy not in ("auto", "flat")
+        if by_node and self.exchange not in ("auto", "allreduce", "two_phase"):
+            raise ValueError(
+                f"hierarchy={self.hierarchy!r} has no effect with exchange={self.exchange!r}: "
+                "pass hierarchy='flat', or leave it out"
+            )
 
     @property
     def width(self) -> int | DynamicBits | BlockBits:
@@ -301,6 +371,8 @@ def _levels(bits: int, summands: int) -> int:
     return ((1 << bits) - 1) // (2 * summands)
 
 
+OF_AUTO = ("error", "plan")
+"""Options that go with ``bits="auto"`` alone."""
 OF_KEEP = ("keep", "select", "error_feedback", "low_pass")
 """Options that have an effect if a part of the elements is exchanged."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))

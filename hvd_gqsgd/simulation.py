@@ -15,7 +15,8 @@ from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.nodes import nodes_of_sizes
-from hvd_gqsgd.options import OptionKeywords, Options
+from hvd_gqsgd.option_types import OptionKeywords
+from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.simulated import SimulatedWorld
 

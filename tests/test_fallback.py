@@ -104,16 +104,6 @@ def test_sums_of_squares(numel: int) -> None:
     assert got.equal(ops.sum_of_squares(x))
 
 
-@pytest.mark.parametrize(("block", "dtype"), [(7, torch.uint8), (300, torch.int16)])
-def test_places_of_the_largest(block: int, dtype: torch.dtype) -> None:
-    x = gradient_like(np.random.default_rng(0), 1000)
-    x[20:25] = torch.nan
-    got, expected = (torch.zeros(-(-1000 // block), dtype=dtype) for _ in range(2))
-    fallback.block_argmax(x, block, got)
-    ops.block_argmax(x, block, expected)
-    assert got.equal(expected)
-
-
 def test_buffers_of_another_length() -> None:
     with pytest.raises(ValueError, match="a buffer must have 2 elements, got 1"):
         fallback.block_max(torch.ones(10), 5, torch.zeros(1, dtype=torch.int32))

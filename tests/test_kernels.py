@@ -87,37 +87,6 @@ def test_same_bits_as_reference(dtype: torch.dtype, bits: int) -> None:
                 assert_same(received, dense, (isa, what))
 
 
-def places(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    dtype = torch.uint8 if block_size <= 256 else torch.int16
-    out = torch.zeros(-(-x.numel() // block_size), dtype=dtype)
-    ops.block_argmax(x, block_size, out)
-    return out
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=name)
-def test_places_of_the_largest(dtype: torch.dtype) -> None:
-    """Of ties the first; NaN before infinity; with all sizes, on every instruction set."""
-    rng = np.random.default_rng(0)
-    kinds = itertools.cycle(range(4))
-    sizes = [*SIZES, 70_000]
-    for block_size, numel in itertools.product([1, 3, 16, 17, 64, 256, 257, 2**16], sizes):
-        x = data(rng, next(kinds), numel, dtype)
-        if numel > 100:
-            x[rng.integers(0, numel, 9)] = torch.tensor([torch.nan, -torch.inf, 3.0] * 3).to(dtype)
-            x[numel // 2 : numel // 2 + 40] = 0
-        expected = reference.places_of_largest(as_numpy(x), block_size)
-        for isa in ops.instruction_sets():
-            with instruction_set(isa):
-                found = places(x, block_size).to(torch.int64) & 0xFFFF
-            assert_same(found, expected, (isa, block_size, numel))
-
-
-def test_the_places_that_are_meant() -> None:
-    x = torch.tensor([1, -3, 3, 2] + [0] * 4 + [torch.inf, -torch.inf, torch.nan, 5] + [7])
-    assert places(x, 4).tolist() == [1, 0, 2, 0]
-    assert places(torch.tensor([0.0] * 65_535 + [1]), 2**16).tolist() == [-1]  # 65,535 in 16 bits
-
-
 @pytest.mark.parametrize("bits", [5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_large_results(dtype: torch.dtype, bits: int) -> None:
@@ -352,7 +321,6 @@ def test_opcheck(dtype: torch.dtype, bits: int) -> None:
     code = linear(bits, 3)
     words = encode(x, maxima, 1024, code)
     torch.library.opcheck(ops.block_max, (x, 1024, torch.zeros_like(maxima)))
-    torch.library.opcheck(ops.block_argmax, (x, 9, torch.zeros(167, dtype=torch.uint8)))
     place = (7, 8, 9, 1, 3, True)
     torch.library.opcheck(ops.quantize, (x, maxima, torch.zeros_like(words), 1024, *code, *place))
     torch.library.opcheck(ops.dequantize, (words, maxima, torch.zeros_like(x), 1024, *code, 1, 0.5))

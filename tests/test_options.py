@@ -17,7 +17,8 @@ from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, allreduce, simulate
 from hvd_gqsgd.codecs import check_device
 from hvd_gqsgd.frontends.ddp import DDPState, GQSGDState
 from hvd_gqsgd.frontends.parameter_names import ParameterNames
-from hvd_gqsgd.options import OptionKeywords, Options, digest
+from hvd_gqsgd.option_types import OptionKeywords
+from hvd_gqsgd.options import Options, digest
 
 MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "
 WEIGHT = torch.ones(3)

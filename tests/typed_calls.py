@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, allreduce, simulate
 from hvd_gqsgd.frontends.ddp import DDPState, GQSGDState, ddp_hook
-from hvd_gqsgd.options import OptionKeywords
+from hvd_gqsgd.option_types import OptionKeywords
 
 X = torch.ones(3)
 

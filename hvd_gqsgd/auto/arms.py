@@ -10,8 +10,7 @@ from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.schedules import budget_of
 from hvd_gqsgd.exchanges import by_node_rule
 from hvd_gqsgd.nodes import Nodes
-from hvd_gqsgd.option_checks import BLOCK_SIZE
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import BLOCK_SIZE, Options
 from hvd_gqsgd.plan import FLAT, SETTING_NAMES, WIDTHS
 from hvd_gqsgd.tools.accuracy import relative_variance
 from hvd_gqsgd.tools.settings import BLOCKS_4, FP32, Setting

@@ -109,15 +109,15 @@ class SelectedExchange(WrappingExchange):
     def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, None]:
         """The first message, and the memory of the step."""
         memory, header = self._setup.memory, max(self._setup.header, 1)
-        message = torch.zeros(header, dtype=torch.int64, device="cpu")
+        history = 2 if isinstance(self.feedback, Estimates) else 0
+        message = torch.zeros(header + history, dtype=torch.int64, device="cpu")
         if self.feedback is not None:
             memory.begin(self.rank, self.size)
-        if isinstance(self.feedback, Estimates):
-            # The largest number and the smallest one are the same if all are.
+        if history:  # the largest number and the smallest one are the same if all are
             own = memory.steps(bucket.identities)
-            message = torch.cat([message, torch.tensor([own, -own])])
+            message[header], message[header + 1] = own, -own
         told = yield Max(self._first, message)
-        if isinstance(self.feedback, Estimates) and not terms.given_up:
+        if history and not terms.given_up:
             most, least = told[header:].tolist()
             if most != -least or most == 0:
                 memory.forget_estimates(bucket.identities)

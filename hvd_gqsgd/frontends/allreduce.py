@@ -15,7 +15,7 @@ from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.endpoint import Endpoint
 from hvd_gqsgd.frontends.reduce_op import ReduceOp, reduction
-from hvd_gqsgd.options import OptionKeywords
+from hvd_gqsgd.option_types import OptionKeywords
 
 if TYPE_CHECKING:
     from mpi4py import MPI

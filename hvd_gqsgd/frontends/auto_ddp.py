@@ -17,7 +17,7 @@ from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
 from hvd_gqsgd.frontends.ddp_exchange import BucketExchange, GroupExchange, average_plainly
-from hvd_gqsgd.option_checks import OF_AUTO
+from hvd_gqsgd.options import OF_AUTO
 from hvd_gqsgd.stats import Stats
 
 __all__ = ["AutoBucketExchange"]

@@ -23,7 +23,7 @@ from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.auto_ddp import AutoBucketExchange
 from hvd_gqsgd.frontends.ddp_exchange import BucketExchange
-from hvd_gqsgd.options import OptionKeywords
+from hvd_gqsgd.option_types import OptionKeywords
 from hvd_gqsgd.stats import Stats
 
 if TYPE_CHECKING:

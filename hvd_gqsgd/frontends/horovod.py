@@ -21,7 +21,8 @@ from hvd_gqsgd.frontends.ddp import DDPState
 from hvd_gqsgd.frontends.fsdp import attach
 from hvd_gqsgd.frontends.horovod_exchange import Compressor, HorovodExchange, is_process_set
 from hvd_gqsgd.frontends.parameter_names import ParameterNames, pairs
-from hvd_gqsgd.options import Bits, Options, OptionsButBits
+from hvd_gqsgd.option_types import Bits, OptionsButBits
+from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class GlobalQSGD(Compressor):
     Raises:
         TypeError: an option is unknown or has the wrong type.
         ValueError: an option is out of range, does not go with another one, or has no effect here;
-            ``named_parameters`` is empty, or is missing with ``select="leader"``.
+            ``named_parameters`` is empty, or is missing with error feedback.
     """
 
     _default_instance: ClassVar[GlobalQSGD]
