@@ -28,7 +28,7 @@ Norm = Literal["max", "l2"]
 Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
 Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
-Select = Literal["random", "leader"]
+Select = Literal["random", "permutation", "leader"]
 ErrorFeedback = Literal["residual", "ef21", "econtrol"]
 
 

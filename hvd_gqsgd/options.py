@@ -93,6 +93,8 @@ class Options:
             65,536, as 1/64; 1 exchanges all of them.
         select: how these are chosen, the same on all ranks. ``"random"`` takes runs of 32 elements
             by the hash of the dither, and multiplies them by ``1 / keep``, which is unbiased.
+            ``"permutation"`` takes other runs on each rank, as far as there are others: with
+            ``keep=1/n`` on n ranks, each element is sent by one of them (PermK, arXiv 2110.03300).
             ``"leader"`` takes the elements that are largest on one rank, in turn, and needs error
             feedback, as it is biased (ScaleCom, arXiv 2104.11125).
         error_feedback: how a rank makes up for the elements that it did not send, with ``keep``
@@ -229,6 +231,11 @@ class Options:
                 f"hierarchy={self.hierarchy!r} does not go with keep={self.keep}, which "
                 "exchanges flat: leave hierarchy out"
             )
+        if self.disjoint and (self.exchange != "auto" or self.estimates):
+            raise ValueError(
+                f"select='permutation' is an Allgather, and does not go with exchange="
+                f"{self.exchange!r} and error_feedback={self.feedback!r}: leave them out"
+            )
         if self.exchange in ("reduce_scatter", "gather") or (
             self.exchange == "one_phase" and self.feedback is not None
         ):
@@ -316,6 +323,11 @@ class Options:
         return f"error_feedback={self.error_feedback!r}"
 
     @property
+    def disjoint(self) -> bool:
+        """Whether each rank sends other elements."""
+        return self.select == "permutation"
+
+    @property
     def estimates(self) -> bool:
         """Whether the result is the mean of estimates of gradients."""
         return self.feedback in ("ef21", "econtrol")
@@ -338,7 +350,7 @@ class Options:
 
     def describe(self, world_size: int, of: str = "ranks") -> str:
         """Describes the exchange and its levels per side for a world size, counted in ``of``."""
-        exchange = self.exchange_for(world_size)
+        exchange = "allgather" if self.disjoint else str(self.exchange_for(world_size))
         summands = world_size if exchange == "allreduce" else 1
         bits = self.width
         if isinstance(bits, DynamicBits):

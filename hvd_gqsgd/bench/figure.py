@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,13 +62,14 @@ def figure_file(text: str) -> Path:
 
 
 def new_figure(
-    height: float = 4.2, rows: int = 1, columns: int = 1
+    height: float = 4.2, rows: int = 1, columns: int = 1, share_x: bool | Literal["col"] = True
 ) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of 7 inches width, and its panels, row by row, which share their axes."""
+    """A figure of 7 inches width, and its panels, row by row, which share their axes; those along x
+    in a column alone with ``share_x="col"``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, height), layout="constrained")
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    panels = figure.subplots(rows, columns, sharex=share_x, sharey=True, squeeze=False)
     for axes in panels.flat:
         axes.grid(color="0.85", linewidth=0.6)
         axes.set_axisbelow(True)

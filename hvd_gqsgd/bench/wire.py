@@ -10,6 +10,8 @@ from hvd_gqsgd import layout
 from hvd_gqsgd.bench.block_bits import bytes_of_codes
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.agreement import HEADER
+from hvd_gqsgd.exchanges.contribution import MARKS
+from hvd_gqsgd.layout import FLAG
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import LeaderSelection, selection_of
 
@@ -19,6 +21,7 @@ __all__ = ["wire_bytes", "wire_bytes_of"]
 def wire_bytes(
     numels: Sequence[int], *, bits: int | BlockBits = 8, block_size: int | None = 1024,
     two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
+    gathered: bool = False,
 ) -> int:  # fmt: skip
     """Bytes of a bucket of tensors, as in ``Stats`` but without probes and filled slots.
 
@@ -27,12 +30,17 @@ def wire_bytes(
         bits, block_size, two_phase, l2: the options.
         double: whether the tensors are float64.
         ranks: number of ranks.
+        gathered: whether ranks gather codes of different elements.
     """
     norm = 8 if double else 4
     if isinstance(bits, BlockBits):
         blocks = sum(-(-numel // bits.block_size) for numel in numels)
         norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
-        codes = bytes_of_codes(numels, bits, norm_dtype, ranks, two_phase)
+        if gathered:  # as one rank's part of an Alltoall, from all ranks, and not as the half of it
+            own = bytes_of_codes(numels, bits, norm_dtype, 1, two_phase=False)
+            codes = ranks * (4 * FLAG + own - 8 * MARKS) // 2
+        else:
+            codes = bytes_of_codes(numels, bits, norm_dtype, ranks, two_phase)
         return norm * (HEADER + blocks) + (8 * blocks if l2 else 0) + codes
     word = 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)
@@ -47,6 +55,8 @@ def wire_bytes(
                 words += bytes_of_words
                 means += unit + -(-bytes_of_words // unit) * unit
     total = norm * (HEADER + blocks) + (8 * blocks if l2 else 0)
+    if gathered:
+        return total + ranks * (word * FLAG + words) // 2
     return total + (words // 2 + means // 2 if two_phase else 16 * word + words)
 
 
@@ -65,5 +75,5 @@ def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int) -> int:
         numels = [selection.groups(numel).kept for numel in numels]
     return chosen + wire_bytes(
         numels, bits=bits, block_size=options.block_size, two_phase=two_phase,
-        l2=options.norm == "l2", ranks=ranks,
+        l2=options.norm == "l2", ranks=ranks, gathered=options.disjoint,
     )  # fmt: skip

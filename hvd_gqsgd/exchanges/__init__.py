@@ -15,6 +15,7 @@ from hvd_gqsgd.exchanges.by_node import NodeExchange
 from hvd_gqsgd.exchanges.gather import GatherExchange
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.one_phase import OnePhaseExchange
+from hvd_gqsgd.exchanges.parts import PartsExchange
 from hvd_gqsgd.exchanges.selected import SelectedExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
 from hvd_gqsgd.nodes import Nodes, nodes_of_sizes
@@ -92,7 +93,7 @@ def _flat(setup: Setup) -> Exchange:
     """The exchange without nodes."""
     options, transport = setup.options, setup.transport
     kind = options.exchange_for(transport.size)
-    make = EXCHANGES[kind]
+    make = PartsExchange if options.disjoint else EXCHANGES[kind]
     one_width = not isinstance(options.bits, BlockBits)
     if options.keep < 1:  # native exchanges take whole gradients
         return make(setup)

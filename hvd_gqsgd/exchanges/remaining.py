@@ -50,8 +50,9 @@ class RemainingSum(AllreduceExchange):
         summed = levels * setup.transport.size
         self._width = min((2 * summed).bit_length(), MAX_BITS)
         options = dataclasses.replace(
-            setup.options, bits=self._width, dither="linear", exchange="allreduce"
-        )
+            setup.options, bits=self._width, dither="linear", exchange="allreduce",
+            select="random" if setup.options.disjoint else setup.options.select,
+        )  # fmt: skip
         super().__init__(setup._replace(options=options))
         self._room = room
         self.at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
@@ -89,18 +90,22 @@ class RemainingSum(AllreduceExchange):
         return self._full_name(bucket) not in self._rehearsed
 
     def rehearse(
-        self, bucket: Bucket, widths: Widths, own: Tensor
+        self, bucket: Bucket, own: Tensor, begin: int, end: int
     ) -> Generator[Collective, Tensor, Tensor]:
-        """Concatenates the means of all ranks, as an Allgather does, by a message like that of
-        :meth:`sum`: each rank adds zeros to the means of the others.
+        """Concatenates tensors of all ranks, as an Allgather does, by a message like that of
+        :meth:`sum`: each rank adds zeros to those of the others.
+
+        Args:
+            bucket: of the message.
+            own: the tensor of this rank.
+            begin, end: its place, and the elements of all ranks.
         """
         message = self._message(bucket, self._widths(bucket, self._width)).zero_()
-        means = message[: message.numel() // 2 * 2].view(widths.means_dtype)
-        begin = widths.means[self.rank]
-        means[begin : begin + own.numel()] = own
+        all_of_them = message[: message.numel() // 2 * 2].view(own.dtype)
+        all_of_them[begin : begin + own.numel()] = own
         yield Sum(self._name(bucket), message)  # in place
         self._rehearsed.add(self._full_name(bucket))
-        return means[: widths.means[-1]]
+        return all_of_them[:end]
 
     def _total(self, bucket: Bucket, terms: Terms, norms: Tensor) -> Running:
         """The sum of codes, in the wide lanes."""

@@ -36,6 +36,7 @@ from hvd_gqsgd.exchanges.base import (
 )
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
+from hvd_gqsgd.exchanges.parts import Parts
 from hvd_gqsgd.selections import (
     Chosen,
     Estimates,
@@ -104,6 +105,9 @@ class SelectedExchange(WrappingExchange):
             if terms.takes_part:
                 self._fill(small, pieces, chosen)
         result = yield from self._inner.run(small, terms)
+        if isinstance(result, Parts):
+            of_ranks = [self._runs(bucket, terms.step, rank) for rank in range(self.size)]
+            return _Gathered(self, small, result, pieces, of_ranks)
         return _Spread(self, small, result, pieces, chosen)
 
     def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, None]:
@@ -139,9 +143,7 @@ class SelectedExchange(WrappingExchange):
         """The choice for each piece, the same on all ranks."""
         selection, numels = self.selection, self._numels(bucket)
         if isinstance(selection, RandomSelection):
-            own = selection.choose(
-                numels[:: self.parts], terms.step, bucket.identities, bucket.device
-            )
+            own = self._runs(bucket, terms.step, self.rank if self._disjoint(terms) else 0)
             return [choice for choice in own for _ in range(self.parts)]
         words = selection.words(numels)
         message = self._setup.take(words, torch.int32, bucket.device).zero_()
@@ -150,6 +152,15 @@ class SelectedExchange(WrappingExchange):
                 selection.write(pieces, message)
         told = yield Sum("chosen", message)
         return [] if terms.given_up else selection.read(told, numels)
+
+    def _disjoint(self, terms: Terms) -> bool:
+        return self.options.disjoint and terms.all_here
+
+    def _runs(self, bucket: Bucket, step: int, rank: int) -> list[Chosen]:
+        """The runs of each tensor that a rank sends."""
+        assert isinstance(self.selection, RandomSelection)
+        numels = [item.numel // self.parts for item in bucket.items]
+        return self.selection.choose(numels, step, bucket.identities, bucket.device, rank)
 
     def _small(self, bucket: Bucket, take: Take) -> Bucket:
         """A tensor for the chosen elements of each tensor."""
@@ -225,3 +236,37 @@ class _Spread:
             torch.empty(item.numel // self.exchange.parts, dtype=item.dtype, device=item.device)
             for item in small
         ]
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    exchange: SelectedExchange
+    small: Bucket
+    result: Parts
+    pieces: Sequence[Tensor]
+    chosen: Sequence[Sequence[Chosen]]
+    """Of each rank."""
+    learned: set[int] = field(default_factory=set)
+
+    @property
+    def contribution(self) -> Contribution:
+        return self.result.contribution
+
+    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
+        exchange = self.exchange
+        for item, out in zip(items, outs, strict=True):
+            small = self.small.items[item.place]
+            part, total = (
+                torch.empty(numel, dtype=small.dtype, device=small.device)
+                for numel in (small.numel, item.numel)
+            )
+            total.zero_()
+            for rank, chosen in enumerate(self.chosen):
+                choice = chosen[item.place]
+                self.result.decode_of(rank, [small], [part])
+                choice.add(exchange.selection.scaled(choice, part), total)
+            torch.mul(total, scale, out=out.view(-1))
+            feedback, own = exchange.feedback, self.chosen[exchange.rank][item.place]
+            if feedback is not None and item.place not in self.learned and total.isfinite().all():
+                self.learned.add(item.place)
+                feedback.learn(item.identity, self.pieces[item.place], own, None, part)

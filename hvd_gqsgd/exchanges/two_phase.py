@@ -73,7 +73,8 @@ class TwoPhaseExchange(CodedExchange):
         del words, received  # their memory is free for the next bucket
         # Among the owners of a shard, another message of the bucket is rehearsed.
         if terms.rehearses and self._setup.transport.ranks_may_leave:
-            means = yield from self._remaining.rehearse(bucket, widths, own)
+            begin, end = widths.means[self.rank], widths.means[-1]
+            means = yield from self._remaining.rehearse(bucket, own, begin, end)
         else:
             means = yield Allgather("means", own, lengths)
         terms.raise_failure()

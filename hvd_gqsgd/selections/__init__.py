@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 SELECTIONS: dict[str, type[RandomSelection | LeaderSelection]] = {
-    "random": RandomSelection, "leader": LeaderSelection,
+    "random": RandomSelection, "permutation": RandomSelection, "leader": LeaderSelection,
 }  # fmt: skip
 """The class for each value of the option ``select``."""
 

@@ -9,6 +9,9 @@ of a group, of which one is kept,
 as for Rand-k (Stich, Cordonnier and Jaggi, arXiv 1809.07599, with k/d = 1/m). The last group of a
 tensor has fewer units, and its factor is their number.
 
+In a permutation rank r has the r-th run after that one, and so other runs than the other ranks, if
+there are not more of them than m: PermK (Szlendak, Tyurin and Richtarik, arXiv 2110.03300).
+
 With error feedback the result is not multiplied, and the runs of a group take turns: in m steps
 each is sent once, in an order that begins anew, with a hash, after m steps.
 """
@@ -39,10 +42,11 @@ class RandomSelection(Selection):
     led = False
 
     def choose(
-        self, numels: Sequence[int], step: int, identities: Sequence[int], device: torch.device
-    ) -> list[Chosen]:
-        """The units of tensors in a step, given their elements and identities; the same on all
-        ranks."""
+        self, numels: Sequence[int], step: int, identities: Sequence[int], device: torch.device,
+        of_rank: int = 0,
+    ) -> list[Chosen]:  # fmt: skip
+        """The units of tensors in a step, given their elements and identities; those of each rank,
+        for a permutation, and else of rank 0 for all of them."""
         table = _table(tuple(numels), self.size)
         turn = step // self.size if self.feedback else step
         keys = [
@@ -52,8 +56,9 @@ class RandomSelection(Selection):
         counts = [groups.number for groups in table.groups]
         bits = hash_bits(np.repeat(np.concatenate(keys), counts), table.numbers)
         within = bits.astype(np.uint64) * table.sizes >> np.uint64(32)
-        if self.feedback:
-            within = (within + np.uint64(step % self.size)) % table.sizes
+        shift = of_rank + (step % self.size if self.feedback else 0)
+        if shift:
+            within = (within + np.uint64(shift)) % table.sizes
         numbers = table.firsts + within.astype(np.int64)
         units = torch.from_numpy(numbers)
         # A short unit is the last one of the tensor, if it was taken; the host must know.
