@@ -206,30 +206,33 @@ class Options:
         if self.error_feedback is not None:
             check_choice("error_feedback", self.error_feedback, get_args(ErrorFeedback), "None")
         if group == 1:
-            for name, value, default in (
-                ("select", self.select, "random"), ("error_feedback", self.error_feedback, None),
-            ):  # fmt: skip
-                if value != default:
-                    raise ValueError(
-                        f"{name}={value!r} has no effect with keep=1, which exchanges all "
-                        f"elements: pass keep=1/64, or leave {name} out"
-                    )
+            if self.select != "random":
+                raise ValueError(
+                    f"select={self.select!r} has no effect with keep=1, which exchanges all "
+                    "elements: pass keep=1/64, or leave select out"
+                )
+            if self.feedback == "residual":
+                raise ValueError(
+                    "error_feedback='residual' has no effect with keep=1, which exchanges all "
+                    "elements: pass keep=1/64 or error_feedback='ef21', or leave it out"
+                )
         if low_pass != 1 and self.feedback != "residual":
             raise ValueError(
                 f"low_pass={low_pass} has no effect with error_feedback={self.feedback!r}: pass "
                 "error_feedback='residual', or leave low_pass out"
             )
-        if group == 1:
+        if not self.selected:
             return
+        this = f"keep={self.keep}" if group > 1 else f"error_feedback={self.feedback!r}"
         if self.bits == "auto":
             raise ValueError(
-                f"keep={self.keep} does not go with bits='auto', which chooses among exchanges of "
-                "all elements: pass a number of bits"
+                f"{this} does not go with bits='auto', which chooses among exchanges of whole "
+                "gradients: pass a number of bits"
             )
         if self.hierarchy not in ("auto", "flat"):
             raise ValueError(
-                f"hierarchy={self.hierarchy!r} does not go with keep={self.keep}, which "
-                "exchanges flat: leave hierarchy out"
+                f"hierarchy={self.hierarchy!r} does not go with {this}, which exchanges "
+                "flat: leave hierarchy out"
             )
         if self.disjoint and (self.exchange != "auto" or self.estimates):
             raise ValueError(
@@ -323,6 +326,11 @@ class Options:
         return f"error_feedback={self.error_feedback!r}"
 
     @property
+    def selected(self) -> bool:
+        """Whether what is exchanged is made from the gradients first."""
+        return self.keep < 1 or self.estimates
+
+    @property
     def disjoint(self) -> bool:
         """Whether each rank sends other elements."""
         return self.select == "permutation"
@@ -373,7 +381,7 @@ class Options:
     def keywords(self, without: Iterable[str] = ()) -> str:
         """Returns the text of the options as keyword arguments, without some of them."""
         of_auto = () if self.bits == "auto" else OF_AUTO
-        of_keep = () if self.keep < 1 else OF_KEEP
+        of_keep = () if self.selected else OF_KEEP
         names = (name for name in OPTIONS if name not in (*without, *of_auto, *of_keep))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, simulate
 from hvd_gqsgd.bench.wire import wire_bytes_of
+from hvd_gqsgd.exchanges import selected
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import RandomSelection
 from hvd_gqsgd.simulation import SimulatedRanks
@@ -22,8 +23,10 @@ ESTIMATES: list[dict[str, Any]] = [
     {"keep": 1 / 8, "error_feedback": "econtrol"},
     {"keep": 1 / 8, "select": "leader", "error_feedback": "ef21"},
     {"keep": 1 / 8, "select": "leader", "error_feedback": "econtrol", "bits": BlockBits(6)},
-    {"keep": 1 / 4, "error_feedback": "ef21", "bits": DynamicBits(6, total_steps=60)},
+    {"keep": 1 / 4, "error_feedback": "ef21", "bits": DynamicBits(6, total_steps=60, min_bits=4)},
     {"keep": 1 / 4, "error_feedback": "ef21", "norm": "l2", "correlated": False},
+    {"error_feedback": "ef21"},
+    {"error_feedback": "econtrol", "bits": 6},
 ]
 KINDS: list[dict[str, Any]] = [{"keep": 1 / 8, "error_feedback": "residual"}, *ESTIMATES]
 
@@ -209,7 +212,9 @@ def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"error_feedback": "ef21"}, "error_feedback='ef21' has no effect with keep=1"),
+        ({"error_feedback": "residual"}, "error_feedback='residual' has no effect with keep=1"),
+        ({"error_feedback": "ef21", "bits": "auto"}, "'ef21' does not go with bits='auto'"),
+        ({"error_feedback": "ef21", "hierarchy": "node"}, "does not go with error_feedback='ef21'"),
         ({"keep": 1 / 8, "error_feedback": "ef"}, "error_feedback must be one of"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "low_pass": 0.5}, "no effect with error_feed"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "exchange": "two_phase"}, "leave exchange out"),
@@ -231,3 +236,27 @@ def test_error_feedback_needs_names_of_parameters() -> None:
     named = nn.Linear(2, 2).named_parameters()
     compressor = GlobalQSGD(keep=1 / 8, error_feedback="residual", named_parameters=named)
     assert "select='random', error_feedback='residual'" in repr(compressor)
+
+
+@pytest.mark.parametrize(("bits", "comes"), [(4, True), (3, False)])
+def test_levels_that_bring_estimates_nearer(
+    bits: int, comes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 levels a side do, and 1 does not, which is an error where it is asked for."""
+    rows, options = torch.randn(3, 8192), {"keep": 1 / 8, "error_feedback": "ef21", "bits": bits}
+    if not comes:
+        with pytest.raises(
+            ValueError, match=r"lanes of 3 bits have 1 for 3 ranks: pass 4 or more as bits"
+        ):
+            step(ranks(3, **options), rows)
+        monkeypatch.setattr(selected, "LEAST_LEVELS", 1)
+    world = ranks(3, **options)
+    errors = [relative(step(world, rows), rows.mean(0)) for _ in range(80)]
+    assert (errors[-1] < 0.1) == comes
+    assert (errors[-1] > 0.8) != comes
+
+
+def test_the_narrowest_lanes_of_a_schedule_count() -> None:
+    world = ranks(3, error_feedback="ef21", bits=DynamicBits(6, total_steps=60, min_bits=3))
+    with pytest.raises(ValueError, match=r"pass 4 or more as DynamicBits\(min_bits=\.\.\.\)"):
+        step(world, torch.randn(3, 8192))

@@ -65,7 +65,7 @@ def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int) -> int:
     bits = options.bits if isinstance(options.bits, BlockBits) else options.most_bits
     two_phase = options.exchange_for(ranks) == "two_phase"
     chosen = 0
-    if options.keep < 1:
+    if options.selected:
         selection = selection_of(options, 0, ranks)
         # The header is a message of its own, in words of 8 bytes in place of 4.
         history = 2 if options.estimates else 0

@@ -50,7 +50,7 @@ def make_exchange(setup: Setup) -> Exchange:
         _say_once(logging.INFO, "one rank: nothing is exchanged, and nothing is rounded")
         return AloneExchange(setup)
     exchange: Exchange
-    if setup.options.keep < 1:
+    if setup.options.selected:
         exchange = SelectedExchange(setup, _flat)
     else:
         exchange = _by_node(setup) or _flat(setup)
@@ -95,7 +95,7 @@ def _flat(setup: Setup) -> Exchange:
     kind = options.exchange_for(transport.size)
     make = PartsExchange if options.disjoint else EXCHANGES[kind]
     one_width = not isinstance(options.bits, BlockBits)
-    if options.keep < 1:  # native exchanges take whole gradients
+    if options.selected:  # native exchanges take whole gradients
         return make(setup)
     if kind == "allreduce" and transport.nccl is not None and one_width:
         make = NcclExchange
