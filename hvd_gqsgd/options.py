@@ -205,17 +205,11 @@ class Options:
         check_choice("select", self.select, get_args(Select))
         if self.error_feedback is not None:
             check_choice("error_feedback", self.error_feedback, get_args(ErrorFeedback), "None")
-        if group == 1:
-            if self.select != "random":
-                raise ValueError(
-                    f"select={self.select!r} has no effect with keep=1, which exchanges all "
-                    "elements: pass keep=1/64, or leave select out"
-                )
-            if self.feedback == "residual":
-                raise ValueError(
-                    "error_feedback='residual' has no effect with keep=1, which exchanges all "
-                    "elements: pass keep=1/64 or error_feedback='ef21', or leave it out"
-                )
+        if group == 1 and (self.select != "random" or self.feedback == "residual"):
+            raise ValueError(
+                f"select={self.select!r} with error_feedback={self.feedback!r} has no effect with "
+                "keep=1, which exchanges all elements: pass keep=1/64, or leave it out"
+            )
         if low_pass != 1 and self.feedback != "residual":
             raise ValueError(
                 f"low_pass={low_pass} has no effect with error_feedback={self.feedback!r}: pass "

@@ -21,6 +21,7 @@ from hvd_gqsgd.tools.settings import (
     SETTINGS,
     TWO_PHASE_8,
     Setting,
+    kept,
     levels,
     possible,
 )
@@ -57,6 +58,18 @@ def test_means_that_are_rounded_once(setting: Setting, ranks: int) -> None:
     rows = normal(ranks)
     found = error_of(simulate(rows, **OPTIONS[setting] | {"exchange": "one_phase"}), rows)
     assert found == pytest.approx(relative_error(setting, ranks, one_phase=True), rel=0.05)
+
+
+@ranks_
+def test_parts_of_the_elements(ranks: int) -> None:
+    """At random, and in a permutation, whose ranks are as different here as they can be."""
+    rows = normal(ranks)
+    for setting in kept(1 / 16, ranks)[:2]:
+        options: dict[str, Any] = {"select": "permutation"} if setting.disjoint else {}
+        found = [
+            error_of(simulate(rows, step=i, keep=1 / 16, **options), rows) ** 2 for i in range(20)
+        ]
+        assert sum(found) / 20 == pytest.approx(squared_error(setting, ranks), rel=0.05)
 
 
 @ranks_

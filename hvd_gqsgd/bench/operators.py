@@ -45,6 +45,7 @@ FLAT = {
 AUTO, AUTO_DDP = "GlobalQSGD auto", "DDP GlobalQSGD auto"
 KEPT: dict[str, dict[str, Any]] = {
     "GlobalQSGD 1/64 at random": {"keep": 1 / 64},
+    "GlobalQSGD 1/64 as a permutation": {"keep": 1 / 64, "select": "permutation"},
     "GlobalQSGD 1/64 by a leader": {"keep": 1 / 64, "select": "leader"},
 }
 """A part of the gradients, which a step makes less progress with: only where asked for."""

@@ -7,7 +7,8 @@ magnitudes, a level is P(n B) / s, and the errors relative to the mean square of
     first rounding, correlated dither    (n+1)/(2n) (P(n B)/s)^2 v(s / P(n B))
     second rounding, variance e before   (P(B)/s)^2 (1+e) v(s / P(B))
     exponential, each rounding           0.082 of the square of the rounded number
-    1 of m elements at random, error e   m - 1 + m e
+    a permutation, one rank's element    (P(n B)/s)^2 v(s / P(n B))
+    1 of m elements, error e             m - 1 + m e
 
 There v(t) is the variance of rounding a normal number with the standard deviation t, both in
 levels: 1/6 for large t. Errors of a width per block follow from the measured ``Setting.gain``.
@@ -65,6 +66,8 @@ def squared_error(setting: Setting, ranks: int, one_phase: bool = False) -> floa
     if side == 0:
         return math.inf
     twice = setting.two_phase and not one_phase
+    if setting.disjoint:
+        return _rounding(side / _peak(ranks * BLOCK))
     if setting.dither == "exponential":
         return EXPONENTIAL * ((2 + EXPONENTIAL) if twice else 1)
     error = (ranks + 1) / (2 * ranks) * _rounding(side / _peak(ranks * BLOCK))

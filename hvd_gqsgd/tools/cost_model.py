@@ -301,14 +301,17 @@ def flat_parts(
         raise ValueError(f"{setting.name} is too narrow for {ranks} ranks")
     _, each = buckets_of(g)
     kept, chosen = each * setting.keep, chosen_stages(setting, each, machine, allreduce)
-    exchange = two_phase if setting.two_phase else allreduce
+    sent, received, twice = kept * setting.bits / 8, kept, setting.two_phase
+    codes = two_phase(sent) if twice else allreduce(sent)
+    if setting.disjoint:  # an Allgather is half of two phases
+        codes, received, twice = two_phase(ranks * sent) / 2, ranks * kept, False
     stages = Stages(
         messages=chosen.messages + allreduce(4 * kept / setting.block_size),
         encode=chosen.encode + kept * (m.norm + m.quantize),
-        codes=exchange(kept * setting.bits / 8),
-        between=kept * (m.dequantize + m.quantize) if setting.two_phase else 0.0,
-        decode=chosen.decode + kept * m.dequantize,
-        operations=(2 + chosen.operations[0], 1 if setting.two_phase else 0),
+        codes=codes,
+        between=kept * (m.dequantize + m.quantize) if twice else 0.0,
+        decode=chosen.decode + received * m.dequantize,
+        operations=(2 + chosen.operations[0], int(twice)),
     )
     return parts_of_stages(stages, g, m, allreduce)
 

@@ -43,6 +43,8 @@ class Setting:
     """Share of the elements that is exchanged."""
     led: bool = False
     """Whether a leader chooses them, and the others are told."""
+    disjoint: bool = False
+    """Whether each rank sends other elements, and all ranks gather them."""
 
     @property
     def compressor(self) -> str:
@@ -94,8 +96,9 @@ def possible(setting: Setting, ranks: int) -> bool:
     return found is None or setting.two_phase or found >= MIN_LEVELS
 
 
-def kept(keep: float, ranks: int) -> tuple[Setting, Setting]:
-    """The settings of 8 bits that exchange a share of the elements, at random and by a leader.
+def kept(keep: float, ranks: int) -> tuple[Setting, Setting, Setting]:
+    """The settings of 8 bits that exchange a share of the elements: at random, as a permutation,
+    and by a leader.
 
     The model does not recommend them, as a step makes less progress.
 
@@ -108,7 +111,11 @@ def kept(keep: float, ranks: int) -> tuple[Setting, Setting]:
         f"1/{size} at random", 8, two_phase=not possible(LINEAR_8, ranks), keep=keep,
         options=f"keep=1/{size}",
     )  # fmt: skip
-    return random, replace(
+    permutation = replace(
+        random, name=f"1/{size} as a permutation", two_phase=True, disjoint=True,
+        options=f'keep=1/{size}, select="permutation"',
+    )  # fmt: skip
+    return random, permutation, replace(
         random, name=f"1/{size} by a leader", led=True,
         options=f'keep=1/{size}, select="leader", named_parameters=model.named_parameters()',
     )  # fmt: skip
