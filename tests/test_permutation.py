@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_selections import MOST, OPTIONS, ranks, steps
+from test_selections import MOST, OPTIONS, random_choice, ranks, steps
 
 from hvd_gqsgd import simulate
 from hvd_gqsgd.options import Options
@@ -27,9 +27,7 @@ def test_ranks_of_a_permutation_have_other_runs(size: int, several: int) -> None
     numel = 32 * size * 9
     units = torch.stack([own_choice(numel, size, rank).units for rank in range(several)])
     assert all(len(group.unique()) == min(size, several) for group in units.T)
-    assert torch.equal(
-        units[0], RandomSelection(size, 0, 0, 2, False).choose([numel], 0, [0], CPU)[0].units
-    )
+    assert torch.equal(units[0], random_choice(numel, size).units)
     assert (units.T // size == torch.arange(9)[:, None]).all()
 
 
