@@ -31,13 +31,16 @@ RANKS = 8
 SETTINGS: dict[str, dict[str, Any] | None] = {
     "float64": None,
     "8 bits": {},
+    "8 bits, EF21": {"error_feedback": "ef21"},
     "1/8 at random": {"keep": 1 / 8},
+    "1/8 as a permutation": {"keep": 1 / 8, "select": "permutation"},
     "1/8 in turn": {"keep": 1 / 8, "error_feedback": "residual"},
     "1/8 in turn, EF21": {"keep": 1 / 8, "error_feedback": "ef21"},
     "1/8 in turn, EControl": {"keep": 1 / 8, "error_feedback": "econtrol"},
     "1/16 by a leader": {"keep": 1 / 16, "select": "leader"},
     "1/16 by a leader, EF21": {"keep": 1 / 16, "select": "leader", "error_feedback": "ef21"},
 }
+DRAWN = [name for name in SETTINGS if name not in ("1/8 in turn, EControl", "1/16 by a leader")]
 
 
 class Problem(NamedTuple):
@@ -134,7 +137,7 @@ def draw(
     figure, panels = new_figure(6.5, len(problems), 2, share_x="col")
     for number, axes in enumerate(panels):
         problem, over_bytes = problems[number // 2], number % 2
-        for name, style in zip(SETTINGS, STYLES, strict=True):
+        for name, style in zip(DRAWN, STYLES, strict=True):
             norms, sent = found[problem.name, name]
             steps = range(1, len(norms) + 1)
             draw_line(

@@ -62,6 +62,8 @@ def settings(steps: int) -> dict[str, dict[str, Any]]:
         "default": {},
         "4 bits, two phases": {"bits": 4, "exchange": "two_phase"},
         "dynamic, 5 bits": {"bits": DynamicBits(5, total_steps=steps)},
+        "1/16 by a leader": {"keep": 1 / 16, "select": "leader"},
+        "1/16 in turn, EF21": {"keep": 1 / 16, "error_feedback": "ef21"},
     }
 
 
@@ -114,7 +116,8 @@ def train(options: dict[str, Any], steps: int, leak: Leak | None) -> tuple[list[
     """Trains with one setting; returns what goes in the table, and what is wrong."""
     model = make_model()
     # Each weight is a bucket, so that several are in flight, and slots are used.
-    compressor = GlobalQSGD(bucket_mb=0.03, **options)
+    names = {"named_parameters": model.named_parameters()} if "keep" in options else {}
+    compressor = GlobalQSGD(bucket_mb=0.03, **names, **options)
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05),
         named_parameters=model.named_parameters(),

@@ -14,14 +14,14 @@ SOAK = [sys.executable, str(HERE / "soak.py")]
 
 
 def test_nothing_grows() -> None:
-    """On two ranks, with three settings."""
-    job = run([*mpirun(2), *SOAK, "--steps", "600"], 60)
+    """On two ranks, with five settings."""
+    job = run([*mpirun(2), *SOAK, "--steps", "1000"], 90)
     assert job.returncode == 0, job.stdout
-    assert len(re.findall(r"^.{20} [01] +200 ", job.stdout, re.MULTILINE)) == 6
+    assert len(re.findall(r"^.{20} [01] +200 ", job.stdout, re.MULTILINE)) == 10
 
 
 def test_leaks_are_found() -> None:
-    job = run([*mpirun(2), *SOAK, "--steps", "150", "--leak"], 60)
+    job = run([*mpirun(2), *SOAK, "--steps", "250", "--leak"], 90)
     assert job.returncode == 1, job.stdout
     for kind in ("memory", "objects", "threads", "files", "in flight"):
-        assert len(re.findall(rf"WRONG on rank \d: {kind}: .* a step", job.stdout)) == 6
+        assert len(re.findall(rf"WRONG on rank \d: {kind}: .* a step", job.stdout)) == 10
