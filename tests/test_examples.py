@@ -118,3 +118,13 @@ def test_the_demo(tmp_path: Path) -> None:
     for said in ('bits="auto"', "share one machine's memory", "ms of computing", "OK: accuracy"):
         assert said in job.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_rates_of_convergence() -> None:
+    """In few steps: one table for each problem, and estimates that do not get in the way."""
+    job = run([sys.executable, str(EXAMPLES / "rates.py"), "--steps", "16"], limit=100)
+    assert job.returncode == 0, job.stdout[-5000:]
+    assert len(re.findall("norm of the gradient, to the first one", job.stdout)) == 2
+    for line in re.findall(r"^│ (?:float64|8 bits).*", job.stdout, re.MULTILINE):
+        numbers = [float(cell) for cell in line.split("│")[3:-1]]
+        assert numbers == sorted(numbers, reverse=True)
