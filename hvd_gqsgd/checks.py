@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from numbers import Real
 
 __all__ = [
     "MOST_GROUP",
@@ -43,9 +44,9 @@ def check_number(name: str, value: object, what: str) -> float:
     """Returns ``value`` as a float, so that 25 and 25.0 are equal; ``what`` describes the option.
 
     Raises:
-        TypeError: it is neither an int nor a float; a bool is neither.
+        TypeError: it is no real number; a bool is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {what}, got {value!r}")
     return float(value)
 

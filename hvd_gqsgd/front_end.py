@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from hvd_gqsgd.checks import check_choice, unknown_option
 from hvd_gqsgd.option_types import Exchange
-from hvd_gqsgd.options import OPTIONS, Options
+from hvd_gqsgd.options import OF_AUTO, OPTIONS, Options
 
 __all__ = ["FrontEnd"]
 
@@ -41,7 +41,20 @@ class FrontEnd:
             TypeError: an option is unknown, has no effect here, or has the wrong type.
             ValueError: an option is out of range, or does not go with another one.
         """
-        for name in given:
+        if not self.knows_parameters and (
+            given.get("error_feedback") is not None or given.get("select") == "leader"
+        ):
+            raise ValueError(
+                f"error feedback, which select='leader' has too, keeps a part of the gradient of "
+                f"each parameter, and {self.name} does not get parameters one by one: leave it "
+                "out, or use Horovod with GlobalQSGD(named_parameters=...)"
+            )
+        for name, value in given.items():
+            if name in OF_AUTO and value is not None and not self.trains:
+                raise TypeError(
+                    f"{self.name} takes no option {name!r}: it goes with bits='auto', which "
+                    "measures the steps of a training"
+                )
             if name in self.without:
                 raise TypeError(f"{self.name} takes no option {name!r}: {self.without[name]}")
             if name not in OPTIONS:
@@ -56,12 +69,6 @@ class FrontEnd:
         if asked != "reduce_scatter":
             check_choice("exchange", asked, accepted)
         options = Options(**given)
-        if options.feedback is not None and not self.knows_parameters:
-            raise ValueError(
-                f"{options.of_feedback} keeps a part of the gradient of each parameter, and "
-                f"{self.name} does not get parameters one by one: pass select='random' without "
-                "error_feedback, or use GlobalQSGD(named_parameters=...) with Horovod"
-            )
         if options.exchange not in accepted:
             raise ValueError(
                 "exchange='reduce_scatter' is for hvd_gqsgd.allreduce on an mpi4py communicator; "
@@ -78,7 +85,9 @@ class FrontEnd:
                 f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
             )
             for f in dataclasses.fields(Options)
-            if f.name not in self.without and f.name not in signature.parameters
+            if f.name not in self.without
+            and f.name not in signature.parameters
+            and not (f.name in OF_AUTO and not self.trains)
         ]
         function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
         return function

@@ -192,7 +192,7 @@ class Options:
 
     def _check_keep(self) -> None:
         keep = check_number("keep", self.keep, "a share of elements, as 1/64")
-        group = round(1 / keep) if 0 < keep <= 1 else 0
+        group = round(1 / keep) if 1e-9 < keep <= 1 else 0
         if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
             raise ValueError(
                 f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {keep}"
@@ -205,19 +205,21 @@ class Options:
         check_choice("select", self.select, get_args(Select))
         if self.error_feedback is not None:
             check_choice("error_feedback", self.error_feedback, get_args(ErrorFeedback), "None")
-        if group == 1 and (self.select != "random" or self.feedback == "residual"):
+        elif self.select == "leader":
+            object.__setattr__(self, "error_feedback", "residual")
+        if group == 1 and (self.select != "random" or self.error_feedback == "residual"):
             raise ValueError(
-                f"select={self.select!r} with error_feedback={self.feedback!r} has no effect with "
-                "keep=1, which exchanges all elements: pass keep=1/64, or leave it out"
+                f"select={self.select!r} with error_feedback={self.error_feedback!r} has no effect "
+                "with keep=1, which exchanges all elements: pass keep=1/64, or leave it out"
             )
-        if low_pass != 1 and self.feedback != "residual":
+        if low_pass != 1 and self.error_feedback != "residual":
             raise ValueError(
-                f"low_pass={low_pass} has no effect with error_feedback={self.feedback!r}: pass "
-                "error_feedback='residual', or leave low_pass out"
+                f"low_pass={low_pass} has no effect with error_feedback={self.error_feedback!r}: "
+                "pass error_feedback='residual', or leave low_pass out"
             )
         if not self.selected:
             return
-        this = f"keep={self.keep}" if group > 1 else f"error_feedback={self.feedback!r}"
+        this = f"keep={self.keep}" if group > 1 else f"error_feedback={self.error_feedback!r}"
         if self.bits == "auto":
             raise ValueError(
                 f"{this} does not go with bits='auto', which chooses among exchanges of whole "
@@ -231,24 +233,24 @@ class Options:
         if self.disjoint and (self.exchange != "auto" or self.estimates):
             raise ValueError(
                 f"select='permutation' is an Allgather, and does not go with exchange="
-                f"{self.exchange!r} and error_feedback={self.feedback!r}: leave them out"
+                f"{self.exchange!r} and error_feedback={self.error_feedback!r}: leave them out"
             )
         if self.exchange in ("reduce_scatter", "gather") or (
-            self.exchange == "one_phase" and self.feedback is not None
+            self.exchange == "one_phase" and self.error_feedback is not None
         ):
             raise ValueError(
-                f"error_feedback={self.feedback!r} with keep={self.keep} does not go with "
-                f"exchange={self.exchange!r}: pass keep=1"
+                f"{this} does not go with exchange={self.exchange!r}"
+                f"{' and error feedback' * (self.error_feedback is not None)}: leave it out"
             )
         if self.estimates and self.exchange not in ("auto", "allreduce"):
             raise ValueError(
-                f"error_feedback={self.feedback!r} does not go with exchange={self.exchange!r}, "
-                "whose second rounding is not in the estimates: leave exchange out"
+                f"error_feedback={self.error_feedback!r} does not go with exchange="
+                f"{self.exchange!r}, whose second rounding is not in the estimates: leave it out"
             )
-        if self.estimates and not CODECS[self.dither].added:
+        if self.estimates and (self.norm == "l2" or not CODECS[self.dither].added):
             raise ValueError(
-                f"error_feedback={self.feedback!r} does not go with dither={self.dither!r}, "
-                "whose codes cannot be added: leave dither out"
+                f"error_feedback={self.error_feedback!r} takes linear codes with norm='max', got "
+                f"dither={self.dither!r} and norm={self.norm!r}: leave them out"
             )
 
     def _check_block_bits(self, bits: BlockBits) -> None:
@@ -306,20 +308,6 @@ class Options:
         return bits.lane_bits if isinstance(bits, BlockBits) else bits
 
     @property
-    def feedback(self) -> ErrorFeedback | None:
-        """The error feedback, with the default resolved; None: there is none."""
-        if self.error_feedback is None and self.select == "leader":
-            return "residual"
-        return self.error_feedback
-
-    @property
-    def of_feedback(self) -> str:
-        """The option that asks for error feedback, for error messages."""
-        if self.error_feedback is None:
-            return f"select={self.select!r}"
-        return f"error_feedback={self.error_feedback!r}"
-
-    @property
     def selected(self) -> bool:
         """Whether what is exchanged is made from the gradients first."""
         return self.keep < 1 or self.estimates
@@ -332,7 +320,7 @@ class Options:
     @property
     def estimates(self) -> bool:
         """Whether the result is the mean of estimates of gradients."""
-        return self.feedback in ("ef21", "econtrol")
+        return self.error_feedback in ("ef21", "econtrol")
 
     def exchange_for(self, world_size: int) -> Exchange:
         """Returns the exchange for a world size, with ``"auto"`` resolved.

@@ -120,7 +120,8 @@ class SimulatedRanks:
         world = SimulatedWorld(size, nodes_of_sizes(nodes, size) if nodes else None)
         self._ranks = [
             Pipeline(
-                options, world.transport(rank), steps=Steps(options.width, step),
+                options, world.transport(rank),
+                steps=Steps(options.width, step, options.error_feedback),
                 stats=None if rank else self.stats,
             )
             for rank in range(size)
@@ -157,7 +158,7 @@ class SimulatedRanks:
             ]
         first, *others = self._ranks
         share = 1 / len(self._ranks)
-        if first.steps.learns or shards or first.options.feedback is not None:
+        if first.steps.learns or shards or first.options.error_feedback is not None:
             for rank, own in zip(others, tickets[1:], strict=True):
                 for ticket in own:
                     rank.decode(ticket, share)

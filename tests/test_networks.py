@@ -136,7 +136,7 @@ def test_no_numbers(text: str) -> None:
 def test_command(script: str, capsys: pytest.CaptureFixture[str]) -> None:
     predict.main(["--parameters", "350M", "--tensors", "300"])
     printed = capsys.readouterr().out
-    assert "network of 350M on 8 ranks" in printed
+    assert "network of 350M parameters on 8 ranks" in printed
     assert "350,000,000 parameters in 300 tensors" in printed
     assert "Compression pays on links of any speed." in printed  # copies of float32 cost more
     predict.main(["--parameters", "10M", "--compute", "500"])

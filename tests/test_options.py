@@ -245,8 +245,8 @@ def test_keywords_are_the_options() -> None:
     [
         (GlobalQSGD, set()),
         (DDPState, {"bucket_mb"}),
-        (simulate, set()),
-        (allreduce, {"bucket_mb", "min_numel"}),
+        (simulate, {"error", "plan"}),
+        (allreduce, {"bucket_mb", "min_numel", "error", "plan"}),
     ],
 )
 def test_signatures_show_the_options(function: Callable[..., Any], missing: set[str]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import bits_of, chi_square_z, threshold
@@ -149,14 +151,14 @@ def test_the_leader_takes_its_largest_elements() -> None:
     first = rows[0, 0]  # rank 0 leads in step 0
     blocks = torch.nn.functional.pad(first.abs(), (0, 9)).view(-1, 10)
     chosen = blocks.argmax(1) + 10 * torch.arange(101)
-    assert means[0].nonzero().flatten().tolist() == chosen.tolist()
+    assert {*means[0].nonzero().flatten().tolist()} <= {*chosen.tolist()}  # one may round to 0
     assert torch.allclose(means[0][chosen], rows[0].mean(0)[chosen], atol=1e-3)
     left = rows[0].clone()
     left[:, chosen] = 0
     second = (left + rows[1])[1]  # rank 1 leads in step 1, with its residual
     blocks = torch.nn.functional.pad(second.abs(), (0, 9)).view(-1, 10)
     again = blocks.argmax(1) + 10 * torch.arange(101)
-    assert means[1].nonzero().flatten().tolist() == again.tolist()
+    assert {*means[1].nonzero().flatten().tolist()} <= {*again.tolist()}
     assert torch.allclose(means[1][again], (left + rows[1]).mean(0)[again], atol=1e-3)
 
 
@@ -278,6 +280,7 @@ def test_descent_on_a_quadratic_function() -> None:
         ({"keep": 2}, "keep must be 1 divided by an int"),
         ({"keep": math.nan}, "keep must be 1 divided by an int"),
         ({"keep": 1e-9}, "from 1 to 65536"),
+        ({"keep": 1e-320}, "from 1 to 65536"),
         ({"select": "leader"}, "has no effect with keep=1, which"),
         ({"keep": 1 / 8, "select": "best"}, "select must be one of"),
         ({"keep": 1 / 8, "low_pass": 0.5}, "has no effect with error_feedback=None"),
@@ -294,7 +297,7 @@ def test_options_that_are_not_possible(options: dict[str, Any], message: str) ->
 
 
 def test_a_leader_needs_names_of_parameters() -> None:
-    with pytest.raises(ValueError, match=r"simulate\(\) does not get parameters one by one"):
+    with pytest.raises(ValueError, match=r"simulate\(\) does not get parameters one"):
         simulate(torch.randn(2, 100), keep=1 / 8, select="leader")
     with pytest.raises(ValueError, match=r"pass GlobalQSGD\(named_parameters"):
         GlobalQSGD(keep=1 / 8, select="leader")
@@ -306,18 +309,23 @@ def test_text_and_equality() -> None:
     named = torch.nn.Linear(2, 2).named_parameters()
     compressor = GlobalQSGD(keep=1 / 8, select="leader", named_parameters=named)
     assert "keep=0.125, select='leader'" in repr(compressor)
+    assert (
+        Options(keep=1 / 8, select="leader").digest()
+        == Options(keep=1 / 8, select="leader", error_feedback="residual").digest()
+    )
+    assert Options(keep=np.float32(1 / 64)) == Options(keep=Fraction(1, 64))
 
 
 def test_residuals_go_with_a_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
     """Those of a rank continue there; another rank drops them, and says so."""
     from hvd_gqsgd.engine.steps import Steps
 
-    first = Steps(8)
+    first = Steps(8, feedback="residual")
     first.memory.begin(1, 2)
     first.memory.set("residual", 5, torch.arange(4.0))
     state = first.state_dict()
     for rank, expected in ((1, [0.0, 1, 2, 3]), (0, [0.0] * 4)):
-        resumed = Steps(8)
+        resumed = Steps(8, feedback="residual")
         resumed.load_state_dict(state)
         with caplog.at_level(logging.WARNING, "hvd_gqsgd"):
             resumed.memory.begin(rank, 2)
@@ -329,7 +337,7 @@ def test_residuals_go_with_a_checkpoint(caplog: pytest.LogCaptureFixture) -> Non
     assert "memory" not in Steps(8).state_dict()
     memory = state["memory"]
     for broken in (
-        {"rank": 0}, [], memory | {"tensors": {"a": {}}}, memory | {"steps": {1: "x"}},
+        {"rank": 0}, [], memory | {"tensors": {"a": 1}}, memory | {"turns": {1: "x"}},
         memory | {"tensors": {"own": {1: 2}}},
     ):  # fmt: skip
         with pytest.raises((TypeError, ValueError), match="memory must"):

@@ -56,7 +56,8 @@ class Network:
         sides = (math.sqrt(each + (i < more)) for i in range(tensors))
         shapes = iter([(side, side) for side in sides])
         modules = iter(lambda: tuple(itertools.islice(shapes, MODULE)), ())
-        return cls(f"network of {parameters / 1e6:,.4g}M", tuple(modules))
+        size = f"{parameters / 1e6:,.4g}M" if parameters >= 10**5 else f"{parameters:,}"
+        return cls(f"network of {size} parameters", tuple(modules))
 
     @classmethod
     def of_module(cls, name: str, module: nn.Module) -> Network:

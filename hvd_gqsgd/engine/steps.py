@@ -20,6 +20,7 @@ from hvd_gqsgd.codecs.bit_schedule import DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.schedules import FixedBits, make_schedule
 from hvd_gqsgd.engine.agreement import Agreement
+from hvd_gqsgd.option_types import ErrorFeedback
 from hvd_gqsgd.selections.memory import Memory
 
 __all__ = ["StepRecord", "Steps"]
@@ -76,12 +77,16 @@ class Steps:
     Args:
         bits: a width, how it follows the training, or how it follows the norms of blocks.
         step: number of the first step.
+        feedback: the option ``error_feedback``.
     """
 
-    def __init__(self, bits: int | DynamicBits | BlockBits, step: int = 0) -> None:
+    def __init__(
+        self, bits: int | DynamicBits | BlockBits, step: int = 0,
+        feedback: ErrorFeedback | None = None,
+    ) -> None:  # fmt: skip
         self._next_step = step
         self._schedule = make_schedule(bits)
-        self.memory = Memory()
+        self.memory = Memory(feedback)
         """The tensors that this rank keeps for error feedback."""
         self._begin_records()
 

@@ -101,7 +101,8 @@ class RemainingSum(AllreduceExchange):
             begin, end: its place, and the elements of all ranks.
         """
         message = self._message(bucket, self._widths(bucket, self._width)).zero_()
-        all_of_them = message[: message.numel() // 2 * 2].view(own.dtype)
+        per = max(own.element_size() // message.element_size(), 1)
+        all_of_them = message[: message.numel() // per * per].view(own.dtype)
         all_of_them[begin : begin + own.numel()] = own
         yield Sum(self._name(bucket), message)  # in place
         self._rehearsed.add(self._full_name(bucket))

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.exchanges.allreduce import Summed
 from hvd_gqsgd.exchanges.base import (
     Exchange,
@@ -66,8 +65,8 @@ class SelectedExchange(WrappingExchange):
         self.rank, self.size = setup.transport.rank, setup.transport.size
         self._setup = setup
         self.feedback = feedback_of(self.options, setup.memory)
-        self._inner = make(setup._replace(header=0, keeps_own=self.options.estimates))
         self._check_levels()
+        self._inner = make(setup._replace(header=0, keeps_own=self.options.estimates))
         self.selection = selection_of(self.options, self.rank, self.size)
         # In one phase a tensor is a shard for each rank.
         self.parts = self.size if self.options.exchange == "one_phase" else 1
@@ -83,16 +82,16 @@ class SelectedExchange(WrappingExchange):
             ValueError: the lanes have too few levels.
         """
         options = self.options
-        if not options.estimates or isinstance(options.bits, BlockBits):
+        if not options.estimates:
             return
         levels = ((1 << options.least_bits) - 1) // (2 * self.size)
         if levels < LEAST_LEVELS:
             name = "bits" if options.dynamic is None else "DynamicBits(min_bits=...)"
             least = (2 * self.size * LEAST_LEVELS).bit_length()
             raise ValueError(
-                f"error_feedback={options.feedback!r} needs {LEAST_LEVELS} levels a side or more, "
-                f"and lanes of {options.least_bits} bits have {levels} for {self.size} ranks: pass "
-                f"{least} or more as {name}"
+                f"error_feedback={options.error_feedback!r} needs {LEAST_LEVELS} levels a side or "
+                f"more, and lanes of {options.least_bits} bits have {levels} for {self.size} ranks: "
+                f"pass {least} or more as {name}"
             )
 
     @property
@@ -119,37 +118,44 @@ class SelectedExchange(WrappingExchange):
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
-        yield from self._begin(bucket, terms)
+        number = yield from self._begin(bucket, terms)
         pieces: list[Tensor] = []
         with terms.attempt():
             if terms.takes_part:
                 pieces = self._pieces(bucket)
-        chosen = yield from self._choose(bucket, pieces, terms)
+        chosen = yield from self._choose(bucket, pieces, terms, number)
         small = self._small(bucket, self._setup.take)
         with terms.attempt():
             if terms.takes_part:
                 self._fill(small, pieces, chosen)
         result = yield from self._inner.run(small, terms)
         if isinstance(result, Parts):
-            of_ranks = [self._runs(bucket, terms.step, rank) for rank in range(self.size)]
+            of_ranks = [self._runs(bucket, number, rank) for rank in range(self.size)]
             return _Gathered(self, small, result, pieces, of_ranks)
         return _Spread(self, small, result, pieces, chosen)
 
-    def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, None]:
-        """The first message, and the memory of the step."""
-        memory, header = self._setup.memory, max(self._setup.header, 1)
-        history = 2 if isinstance(self.feedback, Estimates) else 0
-        message = torch.zeros(header + history, dtype=torch.int64, device="cpu")
+    def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, int]:
+        """Exchanges the first message; returns the number that the choice depends on: that of the
+        step or, with error feedback, of the exchanges of these gradients before."""
+        memory, header, ids = self._setup.memory, max(self._setup.header, 1), bucket.identities
+        own: list[int] = []
         if self.feedback is not None:
             memory.begin(self.rank, self.size)
-        if history:  # the largest number and the smallest one are the same if all are
-            own = memory.steps(bucket.identities)
-            message[header], message[header + 1] = own, -own
+            own = [memory.turn(ids)]
+        if isinstance(self.feedback, Estimates):
+            # The largest number and the smallest one are the same if all are.
+            own += [memory.history(ids), -memory.history(ids)]
+        message = torch.zeros(header + len(own), dtype=torch.int64, device="cpu")
+        for place, number in enumerate(own, header):
+            message[place] = number
         told = yield Max(self._first, message)
-        if history and not terms.given_up:
-            most, least = told[header:].tolist()
-            if most != -least or most == 0:
-                memory.forget_estimates(bucket.identities)
+        if self.feedback is None or terms.given_up:
+            return terms.step
+        turn, *history = told[header:].tolist()
+        memory.begin_turn(ids, turn)
+        if history and (history[0] != -history[1] or history[0] == 0):
+            memory.forget_estimates(ids)
+        return int(turn)
 
     def _pieces(self, bucket: Bucket) -> list[Tensor]:
         """The tensors to choose from: the gradients, their shards, or those of the feedback."""
@@ -163,17 +169,17 @@ class SelectedExchange(WrappingExchange):
         return [item.numel // self.parts for item in bucket.items for _ in range(self.parts)]
 
     def _choose(
-        self, bucket: Bucket, pieces: Sequence[Tensor], terms: Terms
+        self, bucket: Bucket, pieces: Sequence[Tensor], terms: Terms, number: int
     ) -> Generator[Collective, Tensor, list[Chosen]]:
-        """The choice for each piece, the same on all ranks."""
+        """The choice for each piece, the same on all ranks but for a permutation."""
         selection, numels = self.selection, self._numels(bucket)
         if isinstance(selection, RandomSelection):
-            own = self._runs(bucket, terms.step, self.rank if self._disjoint(terms) else 0)
+            own = self._runs(bucket, number, self.rank if self._disjoint(terms) else 0)
             return [choice for choice in own for _ in range(self.parts)]
         words = selection.words(numels)
         message = self._setup.take(words, torch.int32, bucket.device).zero_()
         with terms.attempt():
-            if terms.takes_part and selection.leads(terms.step):
+            if terms.takes_part and selection.leads(number):
                 selection.write(pieces, message)
         told = yield Sum("chosen", message)
         return [] if terms.given_up else selection.read(told, numels)
@@ -181,11 +187,11 @@ class SelectedExchange(WrappingExchange):
     def _disjoint(self, terms: Terms) -> bool:
         return self.options.disjoint and terms.all_here
 
-    def _runs(self, bucket: Bucket, step: int, rank: int) -> list[Chosen]:
+    def _runs(self, bucket: Bucket, number: int, rank: int) -> list[Chosen]:
         """The runs of each tensor that a rank sends."""
         assert isinstance(self.selection, RandomSelection)
         numels = [item.numel // self.parts for item in bucket.items]
-        return self.selection.choose(numels, step, bucket.identities, bucket.device, rank)
+        return self.selection.choose(numels, number, bucket.identities, bucket.device, rank)
 
     def _small(self, bucket: Bucket, take: Take) -> Bucket:
         """A tensor for the chosen elements of each tensor."""
@@ -246,7 +252,8 @@ class _Spread:
             finite = exchange.feedback is None or bool(mean.isfinite().all())
             if exchange.feedback is not None and finite and item.place not in self.learned:
                 self.learned.add(item.place)
-                exchange.feedback.learn(item.identity, self.pieces[place], choice, own, mean)
+                with torch.inference_mode(False), torch.no_grad():
+                    exchange.feedback.learn(item.identity, self.pieces[place], choice, own, mean)
             if estimates and finite:
                 estimate = estimates.result(item.identity, self.pieces[place])
                 factor = 1.0 if scale == 1 / count else scale * count  # 1/n times n may not be 1
@@ -294,4 +301,5 @@ class _Gathered:
             feedback, own = exchange.feedback, self.chosen[exchange.rank][item.place]
             if feedback is not None and item.place not in self.learned and total.isfinite().all():
                 self.learned.add(item.place)
-                feedback.learn(item.identity, self.pieces[item.place], own, None, part)
+                with torch.inference_mode(False), torch.no_grad():
+                    feedback.learn(item.identity, self.pieces[item.place], own, None, part)

@@ -93,10 +93,11 @@ class GlobalQSGD(Compressor):
         if named_parameters is not None:
             named = self._given["named_parameters"] = pairs(named_parameters)
             self._names = ParameterNames(named)
-        elif self.options.feedback is not None:
+        elif self.options.error_feedback is not None:
             raise ValueError(
-                f"{self.options.of_feedback} keeps a part of the gradient of each parameter, by "
-                "its name: pass GlobalQSGD(named_parameters=model.named_parameters())"
+                f"error_feedback={self.options.error_feedback!r} keeps a part of the gradient of "
+                "each parameter, by its name, and is for Horovod: pass "
+                "GlobalQSGD(named_parameters=model.named_parameters()), or leave it out"
             )
         if process_set is not None:
             if not is_process_set(process_set):
@@ -112,7 +113,7 @@ class GlobalQSGD(Compressor):
         if self.options.bits == "auto":
             self._steps = Conductor(self.options, self._stats, self._patience)
         else:
-            self._steps = Steps(self.options.width)
+            self._steps = Steps(self.options.width, feedback=self.options.error_feedback)
         self._exchange = self._new_exchange()
 
     @classmethod

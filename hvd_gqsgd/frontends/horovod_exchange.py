@@ -148,9 +148,9 @@ class HorovodExchange:
         if self._pipeline is None:
             self._pipeline = self._start()
         name = self._names.find(tensor) if self._names is not None else None
-        if name is None and self.options.select == "leader":
+        if name is None and self.options.error_feedback is not None:
             raise ValueError(
-                "select='leader' takes the gradients of named_parameters alone, got another tensor "
+                "error feedback takes the gradients of named_parameters alone, got another tensor "
                 f"of shape {tuple(tensor.shape)}: pass its parameter in named_parameters, or "
                 "reduce it without compression"
             )

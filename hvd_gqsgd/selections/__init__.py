@@ -39,5 +39,5 @@ SELECTIONS: dict[str, type[RandomSelection | LeaderSelection]] = {
 
 def selection_of(options: Options, rank: int, size: int) -> RandomSelection | LeaderSelection:
     """The selection that the options ask for, of one rank."""
-    feedback = options.feedback is not None
+    feedback = options.error_feedback is not None
     return SELECTIONS[options.select](round(1 / options.keep), options.seed, rank, size, feedback)

@@ -35,9 +35,10 @@ class LeaderSelection(Selection):
         """Type of the place of a chosen element in its group."""
         return torch.uint8 if self.size <= 2**8 else torch.int16
 
-    def leads(self, step: int) -> bool:
-        """Whether this rank leads in a step."""
-        return step % self.world_size == self.rank
+    def leads(self, turn: int) -> bool:
+        """Whether this rank leads in an exchange of some gradients, by the number of those
+        before."""
+        return turn % self.world_size == self.rank
 
     def words(self, numels: Sequence[int]) -> int:
         """Elements of the message, of int32, for tensors of so many elements."""

@@ -10,23 +10,35 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd.checks import check_int
+from hvd_gqsgd.option_types import ErrorFeedback
+from hvd_gqsgd.options import digest
 
 __all__ = ["KINDS", "Memory"]
 
 _log = logging.getLogger("hvd_gqsgd")
 
-KINDS = ("residual", "own", "mean")
-"""The tensors that there may be of a gradient: the part not sent yet; the estimate of this rank's
-gradient, and that of the mean, which all ranks have from the codes that were exchanged."""
+KINDS: dict[ErrorFeedback | None, tuple[str, ...]] = {
+    None: (),
+    "residual": ("residual",),
+    "ef21": ("own", "mean"),
+    "econtrol": ("residual", "own", "mean"),
+}
+"""The tensors of a gradient, by the option ``error_feedback``: the part not sent yet; the estimate
+of this rank's gradient, and that of the mean, which all ranks have from the codes exchanged."""
 
 
 class Memory:
     """Flat tensors by kind and by the identity of their gradient; float32, or float64 for such
-    gradients."""
+    gradients.
 
-    def __init__(self) -> None:
-        self._of: dict[str, dict[int, Tensor]] = {kind: {} for kind in KINDS}
-        self._steps: dict[int, int] = {}
+    Args:
+        feedback: the option ``error_feedback``.
+    """
+
+    def __init__(self, feedback: ErrorFeedback | None = None) -> None:
+        self._of: dict[str, dict[int, Tensor]] = {kind: {} for kind in KINDS[feedback]}
+        self._turns: dict[int, int] = {}
+        self._history: dict[int, int] = {}
         self._rank = self._size = 0
         self._loaded = False  # and not used yet, by the rank that they are of
 
@@ -45,40 +57,67 @@ class Memory:
             )  # fmt: skip
             for tensors in self._of.values():
                 tensors.clear()
-            self._steps.clear()
+            self._history.clear()
         if self._size != size:
-            self._steps.clear()
+            self._history.clear()
         self._rank, self._size, self._loaded = rank, size, False
 
-    def get(self, kind: str, identity: int) -> Tensor | None:
-        """The tensor of a gradient; None: there is none yet, which counts as zeros."""
-        return self._of[kind].get(identity)
+    def get(self, kind: str, identity: int, like: Tensor) -> Tensor | None:
+        """The tensor of a gradient, on the device of ``like``, which has as many elements; None:
+        there is none yet, which counts as zeros.
+
+        Raises:
+            ValueError: a tensor of another length was loaded.
+        """
+        found = self._of[kind].get(identity)
+        if found is None:
+            return None
+        if found.numel() != like.numel():
+            raise ValueError(
+                f"the loaded state has {found.numel()} elements for a gradient of {like.numel()}: "
+                "load a state of the same model"
+            )
+        if found.device != like.device:
+            found = self._of[kind][identity] = found.to(like.device)
+        return found
 
     def zeros(self, kind: str, identity: int, like: Tensor) -> Tensor:
-        """The tensor of a gradient on the device of ``like``; zeros if there is none yet."""
-        found = self._of[kind].get(identity)
-        if found is None or found.device != like.device:
-            found = torch.zeros_like(like) if found is None else found.to(like.device)
-            self._of[kind][identity] = found
+        """The same, but zeros that are kept if there is none yet."""
+        found = self.get(kind, identity, like)
+        if found is None:
+            found = self._of[kind][identity] = torch.zeros_like(like)
         return found
 
     def set(self, kind: str, identity: int, x: Tensor) -> None:
         """Replaces the tensor of a gradient."""
         self._of[kind][identity] = x
 
-    def count_step(self, identity: int) -> None:
-        """Counts a step that has changed the estimates of a gradient."""
-        self._steps[identity] = self._steps.get(identity, 0) + 1
+    def turn(self, identities: Iterable[int]) -> int:
+        """How many exchanges of these gradients have begun, as far as this rank knows."""
+        return max((self._turns.get(identity, 0) for identity in identities), default=0)
 
-    def steps(self, identities: Iterable[int]) -> int:
-        """The steps that have changed the estimates of these gradients, added up. Ranks whose
-        estimates belong together have the same number; 0 where the number of ranks has changed."""
-        return sum(self._steps.get(identity, 0) for identity in identities)
+    def begin_turn(self, identities: Iterable[int], turn: int) -> None:
+        """Counts the exchange that comes after ``turn`` others."""
+        for identity in identities:
+            self._turns[identity] = turn + 1
+
+    def history(self, identities: Iterable[int]) -> int:
+        """A number of 62 bits for all exchanges that have changed the estimates of these gradients:
+        the same on ranks whose estimates belong together. 0: there are none, or others ranks."""
+        return sum(self._history.get(identity, 0) for identity in identities) % 2**62
+
+    def extend(self, identity: int, mean: Tensor) -> None:
+        """Adds an exchange, with the mean that all ranks have, to the history of a gradient."""
+        bits = mean.view(torch.int64 if mean.element_size() == 8 else torch.int32)
+        before, now = self._history.get(identity, 0), int(bits.sum(dtype=torch.int64))
+        # Two digests of 31 bits; never 0.
+        high, low = digest(("exchange", before, now)), digest(("change", before, now))
+        self._history[identity] = (high << 31 | low) or 1
 
     def forget_estimates(self, identities: Iterable[int]) -> None:
         """Drops the estimates of some gradients, which begin with zeros again; residuals stay."""
         for identity in identities:
-            self._steps.pop(identity, None)
+            self._history.pop(identity, None)
             for kind in ("own", "mean"):
                 self._of[kind].pop(identity, None)
 
@@ -87,16 +126,17 @@ class Memory:
         return sum(map(len, self._of.values()))
 
     def state_dict(self) -> dict[str, Any]:
-        """The rank, the number of ranks, the counted steps, and copies of the tensors."""
+        """The rank, the number of ranks, the turns and histories, and copies of the tensors."""
         return {
             "rank": self._rank,
             "size": self._size,
-            "steps": dict(self._steps),
+            "turns": dict(self._turns),
+            "history": dict(self._history),
             "tensors": {
                 kind: {key: x.clone() for key, x in tensors.items()}
-                for kind, tensors in self._of.items() if tensors
+                for kind, tensors in self._of.items()
             },
-        }  # fmt: skip
+        }
 
     @staticmethod
     def check_state(state: Any) -> None:
@@ -105,34 +145,53 @@ class Memory:
         Raises:
             TypeError, ValueError: it is not a result of ``state_dict``.
         """
-        if not isinstance(state, dict) or state.keys() != {"rank", "size", "steps", "tensors"}:
-            raise ValueError(
-                f"memory must have the keys 'rank', 'size', 'steps' and 'tensors', got {state!r}"
-            )
+        names = ("rank", "size", "turns", "history", "tensors")
+        if not isinstance(state, dict) or state.keys() != set(names):
+            raise ValueError(f"memory must have the keys {names}, got {state!r}")
         for name in ("rank", "size"):
             check_int(name, state[name], 0, 2**31 - 1)
-        steps, tensors = state["steps"], state["tensors"]
-        if not isinstance(steps, dict) or not all(
-            isinstance(number, int) for pair in steps.items() for number in pair
-        ):
-            raise TypeError(f"memory must count steps by int, got {steps!r}")
+        for name in ("turns", "history"):
+            numbers = state[name]
+            if not isinstance(numbers, dict) or not all(
+                isinstance(number, int) for pair in numbers.items() for number in pair
+            ):
+                raise TypeError(f"memory must have {name} by int, got {numbers!r}")
+        tensors = state["tensors"]
         if not isinstance(tensors, dict) or not all(
-            kind in KINDS and isinstance(of_kind, dict) and all(
-                isinstance(key, int) and isinstance(x, Tensor) and x.dtype.is_floating_point
-                for key, x in of_kind.items()
-            )
-            for kind, of_kind in tensors.items()
-        ):  # fmt: skip
+            isinstance(of_kind, dict) and all(map(_is_kept, of_kind, of_kind.values()))
+            for of_kind in tensors.values()
+        ):
             raise TypeError(
-                f"memory must have float tensors by int for kinds {KINDS}, got {tensors!r}"
+                f"memory must have dense float tensors by kind and int, got {tensors!r}"
             )
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Takes over a state, or none; another rank's is dropped by the next step."""
-        fresh = Memory()
-        if state:
-            for kind, tensors in state["tensors"].items():
-                fresh._of[kind] = {key: x.clone().view(-1) for key, x in tensors.items()}
-            fresh._steps = dict(state["steps"])
-            fresh._rank, fresh._size, fresh._loaded = state["rank"], state["size"], True
-        self.__dict__ |= fresh.__dict__
+        """Takes over a state, or none; another rank's is dropped by the next step, and tensors that
+        this error feedback does not keep at once."""
+        for tensors in self._of.values():
+            tensors.clear()
+        self._turns, self._history = {}, {}
+        self._rank, self._size, self._loaded = 0, 0, False
+        if state is None:
+            return
+        others = [kind for kind in state["tensors"] if kind not in self._of]
+        if others:
+            _log.warning(
+                "dropped %s of the loaded state, which this error_feedback does not keep",
+                " and ".join(others),
+            )
+        for kind, kept in self._of.items():
+            for key, x in state["tensors"].get(kind, {}).items():
+                kept[key] = x.clone().reshape(-1)
+        self._turns = dict(state["turns"])
+        self._history = {} if others else dict(state["history"])
+        self._rank, self._size, self._loaded = state["rank"], state["size"], True
+
+
+def _is_kept(key: object, x: object) -> bool:
+    return (
+        isinstance(key, int)
+        and isinstance(x, Tensor)
+        and x.dtype.is_floating_point
+        and x.layout == torch.strided
+    )

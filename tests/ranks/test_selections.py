@@ -119,11 +119,37 @@ def test_one_rank_has_loaded_its_state(rank, size, several, options):
         compressor.load_state_dict(state)
     mean = step(compressor, 3)
     if "select" not in options:
-        world = SimulatedRanks(size, Options(**options), step=3)
-        rows = gradients(size, 5000, seed=3)
-        (expected,) = world.means([[("x", row.contiguous())] for row in rows])
-        assert torch.equal(mean, expected)
-    assert list(compressor.state_dict()["memory"]["steps"].values()) == [1]
+        kept = mean != 0
+        exact = gradients(size, 5000, seed=3).mean(0)
+        assert 0 < kept.sum() <= 5000 / 16 + 32
+        assert torch.allclose(mean[kept], exact[kept], atol=0.3)
+
+
+@pytest.mark.few
+def test_a_rank_comes_back(rank, size, several):
+    """After as many steps of the others as it has itself: all have the same result."""
+    parameter = nn.Parameter(torch.zeros(5000))
+    compressor = GlobalQSGD(**EF21, named_parameters=[("x", parameter)])
+
+    def step(number: int) -> torch.Tensor:
+        parameter.grad = gradients(size, 5000, seed=number)[rank].clone()
+        handle, ctx = compressor.compress(parameter.grad)
+        return compressor.decompress(hvd.allreduce(handle, name="probe"), ctx)
+
+    step(0)
+    if rank < size - 1:
+        step(1)
+    hvd.join()
+    for number in (2, 3):
+        assert_same_on_all_ranks(step(number))
+
+
+@pytest.mark.few
+def test_a_tensor_without_a_name(rank, size, several):
+    parameter = nn.Parameter(torch.zeros(5000))
+    compressor = GlobalQSGD(**EF21, named_parameters=[("x", parameter)])
+    with pytest.raises(ValueError, match="error feedback takes the gradients of named_parameters"):
+        hvd.allreduce(torch.ones(5000), compression=compressor)
 
 
 @pytest.mark.core
