@@ -307,7 +307,7 @@ def test_error_feedback_needs_names_of_parameters() -> None:
         GlobalQSGD(keep=1 / 8, error_feedback="residual")
     named = nn.Linear(2, 2).named_parameters()
     compressor = GlobalQSGD(keep=1 / 8, error_feedback="residual", named_parameters=named)
-    with pytest.raises(ValueError, match=r"error feedback, .* GlobalQSGD\.ddp_state\(\) does not get"):
+    with pytest.raises(ValueError, match=r"error feedback, .*ddp_state\(\) does not get"):
         compressor.ddp_state()
     assert "select='random', error_feedback='residual'" in repr(compressor)
 

@@ -168,7 +168,7 @@ class Steps:
         Changes nothing, so that one rank alone may ask for it.
         """
         state = {"step": self._next_step, "schedule": self._learned().state_dict()}
-        if len(self.memory):
+        if self.memory:
             state["memory"] = self.memory.state_dict()
         return state
 

@@ -90,8 +90,8 @@ class SelectedExchange(WrappingExchange):
             least = (2 * self.size * LEAST_LEVELS).bit_length()
             raise ValueError(
                 f"error_feedback={options.error_feedback!r} needs {LEAST_LEVELS} levels a side or "
-                f"more, and lanes of {options.least_bits} bits have {levels} for {self.size} ranks: "
-                f"pass {least} or more as {name}"
+                f"more, and lanes of {options.least_bits} bits have {levels} for {self.size} "
+                f"ranks: pass {least} or more as {name}"
             )
 
     @property

@@ -121,9 +121,9 @@ class Memory:
             for kind in ("own", "mean"):
                 self._of[kind].pop(identity, None)
 
-    def __len__(self) -> int:
-        """How many tensors there are."""
-        return sum(map(len, self._of.values()))
+    def __bool__(self) -> bool:
+        """Whether there was a step with error feedback."""
+        return bool(self._turns) or any(self._of.values())
 
     def state_dict(self) -> dict[str, Any]:
         """The rank, the number of ranks, the turns and histories, and copies of the tensors."""
