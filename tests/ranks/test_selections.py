@@ -204,7 +204,7 @@ def test_one_rank_gives_up_a_step(rank, size, several, chosen):
     state = compressor.state_dict()
     assert not any(state.get("memory", {"tensors": {}})["tensors"].values())
     world = SimulatedRanks(size, Options(**options), step=1)
-    world.load_state_dicts([state] * size)  # for the turns
+    world.load_state_dicts([hvd.broadcast_object(state, 0)] * size)  # for the turns
     for _ in range(2):
         parameters[0].grad = everyone[rank].clone()
         probe, context = compressor.compress(parameters[0].grad)
