@@ -122,7 +122,7 @@ def test_one_rank_has_loaded_its_state(rank, size, several, options):
         kept = mean != 0
         exact = gradients(size, 5000, seed=3).mean(0)
         assert 0 < kept.sum() <= 5000 / 16 + 32
-        assert torch.allclose(mean[kept], exact[kept], atol=0.3)
+        assert (mean - exact)[kept].norm() < 0.3 * exact[kept].norm()
 
 
 @pytest.mark.few
