@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -93,11 +94,14 @@ print(json.dumps(hvd_gqsgd.build_info()))
 def python(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs another Python, with the package in ``path``; None: the one that is tested."""
     folder = path or PACKAGE.parent
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *arguments],
         env=dict(os.environ, PYTHONPATH=str(folder)), cwd=folder,
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
+    # PyTorch 2.9 prints how many ranks Gloo has found.
+    done.stdout = re.sub(r"^\[Gloo\] .*\n", "", done.stdout, flags=re.MULTILINE)
+    return done
 
 
 def printed(code: str, path: Path | None = None) -> str:
