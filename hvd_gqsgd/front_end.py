@@ -45,9 +45,9 @@ class FrontEnd:
             given.get("error_feedback") is not None or given.get("select") == "leader"
         ):
             raise ValueError(
-                f"error feedback, which select='leader' has too, keeps a part of the gradient of "
-                f"each parameter, and {self.name} does not get parameters one by one: leave it "
-                "out, or use Horovod with GlobalQSGD(named_parameters=...)"
+                "error_feedback and select='leader' keep a part of the gradient of each parameter, "
+                f"and {self.name} does not get parameters one by one: leave them out, or use "
+                "Horovod with GlobalQSGD(named_parameters=...)"
             )
         for name, value in given.items():
             if name in OF_AUTO and value is not None and not self.trains:

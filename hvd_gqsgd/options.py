@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import get_args
 
 from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
@@ -35,8 +35,6 @@ WIRE_VERSION = 4
 ENOUGH_LEVELS = 31
 
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -91,19 +89,18 @@ class Options:
             plan no time is measured, and the same gradients give the same bits.
         keep: share of the elements of a gradient that is exchanged, 1 divided by an int up to
             65,536, as 1/64; 1 exchanges all of them.
-        select: how these are chosen, the same on all ranks. ``"random"`` takes runs of 32 elements
+        select: how these elements are chosen. ``"random"`` takes runs of 32 elements
             by the hash of the dither, and multiplies them by ``1 / keep``, which is unbiased.
             ``"permutation"`` takes other runs on each rank, as far as there are others: with
             ``keep=1/n`` on n ranks, each element is sent by one of them (PermK, arXiv 2110.03300).
             ``"leader"`` takes the elements that are largest on one rank, in turn, and needs error
             feedback, as it is biased (ScaleCom, arXiv 2104.11125).
-        error_feedback: how a rank makes up for the elements that it did not send, with ``keep``
-            below 1. ``"residual"`` adds them to its next gradient; ``"ef21"`` sends what gradients
-            differ from their estimates by, and the result is the mean of all estimates (arXiv
-            2106.05203); ``"econtrol"`` does both (arXiv 2311.05645). The last two take an
-            Allreduce. None is ``"residual"`` with ``select="leader"``, and no error feedback with
-            ``select="random"``. With error feedback, random runs take turns, and are not
-            multiplied.
+        error_feedback: how a rank makes up for the elements that it did not send. ``"residual"``
+            adds them to its next gradient; ``"ef21"`` sends the differences between gradients and
+            their estimates, and the result is the mean of all estimates (arXiv 2106.05203);
+            ``"econtrol"`` does both (arXiv 2311.05645). The last two take an Allreduce, and go with
+            ``keep=1`` too. None is ``"residual"`` with ``select="leader"``, and no error feedback
+            otherwise. With error feedback, random runs take turns, and are not multiplied.
         low_pass: weight of a step in the residual of ``error_feedback="residual"``, above 0 and at
             most 1: ScaleCom's low-pass filter ``beta``. 1 does not filter.
 
@@ -219,7 +216,11 @@ class Options:
             )
         if not self.selected:
             return
-        this = f"keep={self.keep}" if group > 1 else f"error_feedback={self.error_feedback!r}"
+        this = (
+            f"error_feedback={self.error_feedback!r}"
+            if self.error_feedback
+            else f"keep={self.keep}"
+        )
         if self.bits == "auto":
             raise ValueError(
                 f"{this} does not go with bits='auto', which chooses among exchanges of whole "
@@ -230,17 +231,21 @@ class Options:
                 f"hierarchy={self.hierarchy!r} does not go with {this}, which exchanges "
                 "flat: leave hierarchy out"
             )
-        if self.disjoint and (self.exchange != "auto" or self.estimates):
+        if self.disjoint and self.exchange != "auto":
             raise ValueError(
-                f"select='permutation' is an Allgather, and does not go with exchange="
-                f"{self.exchange!r} and error_feedback={self.error_feedback!r}: leave them out"
+                f"exchange={self.exchange!r} does not go with select='permutation', which is an "
+                "Allgather: leave exchange out"
+            )
+        if self.disjoint and self.estimates:
+            raise ValueError(
+                f"error_feedback={self.error_feedback!r} does not go with select='permutation', "
+                "which is an Allgather: pass error_feedback='residual', or leave it out"
             )
         if self.exchange in ("reduce_scatter", "gather") or (
             self.exchange == "one_phase" and self.error_feedback is not None
         ):
             raise ValueError(
-                f"{this} does not go with exchange={self.exchange!r}"
-                f"{' and error feedback' * (self.error_feedback is not None)}: leave it out"
+                f"exchange={self.exchange!r} does not go with {this}: leave exchange out"
             )
         if self.estimates and self.exchange not in ("auto", "allreduce"):
             raise ValueError(
@@ -309,7 +314,7 @@ class Options:
 
     @property
     def selected(self) -> bool:
-        """Whether what is exchanged is made from the gradients first."""
+        """Whether there is a ``SelectedExchange``: for a part of the elements, or estimates."""
         return self.keep < 1 or self.estimates
 
     @property

@@ -108,7 +108,9 @@ def test_norms(gpu: Gpu, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name)
 def test_places_of_the_largest(gpu: Gpu, dtype: torch.dtype) -> None:
     rng = np.random.default_rng(0)
-    for kind, (block, numel) in enumerate([(4, 70), (33, 1000), (256, 1025), (1000, 5003), (9, 0)]):
+    for kind, (block, numel) in enumerate(
+        [(4, 70), (33, 1000), (256, 1025), (1000, 5003), (9, 0), (65_536, 70_000)]
+    ):
         x = several(rng, kind, (1, numel), dtype)[0]
         x[: numel // 2] = x[: numel // 2].round()  # ties
         bytes_ = torch.uint8 if block <= 256 else torch.int16

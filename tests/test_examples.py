@@ -125,6 +125,8 @@ def test_rates_of_convergence() -> None:
     job = run([sys.executable, str(EXAMPLES / "rates.py"), "--steps", "16"], limit=100)
     assert job.returncode == 0, job.stdout[-5000:]
     assert len(re.findall("norm of the gradient, to the first one", job.stdout)) == 2
-    for line in re.findall(r"^│ (?:float64|8 bits).*", job.stdout, re.MULTILINE):
-        numbers = [float(cell) for cell in line.split("│")[3:-1]]
+    lines = re.findall(r"^[|│] (?:float64|8 bits).*", job.stdout, re.MULTILINE)
+    assert len(lines) == 6
+    for line in lines:
+        numbers = [float(cell) for cell in re.split(r"[|│]", line)[3:-1]]
         assert numbers == sorted(numbers, reverse=True)

@@ -22,7 +22,12 @@ ESTIMATES: list[dict[str, Any]] = [
     {"keep": 1 / 8, "error_feedback": "ef21"},
     {"keep": 1 / 8, "error_feedback": "econtrol"},
     {"keep": 1 / 8, "select": "leader", "error_feedback": "ef21"},
-    {"keep": 1 / 8, "select": "leader", "error_feedback": "econtrol", "bits": BlockBits(6)},
+    {
+        "keep": 1 / 8,
+        "select": "leader",
+        "error_feedback": "econtrol",
+        "bits": BlockBits(6, min_bits=4),
+    },
     {"keep": 1 / 4, "error_feedback": "ef21", "bits": DynamicBits(6, total_steps=60, min_bits=4)},
     {"keep": 1 / 4, "error_feedback": "ef21", "correlated": False, "block_size": None},
     {"error_feedback": "ef21"},
@@ -63,7 +68,7 @@ def test_runs_take_turns(numel: int) -> None:
     orders = []
     for first in (0, 8, 16):
         units = torch.stack([
-            selection.choose([numel], first + i, [0], CPU)[0].units for i in range(8)
+            selection.choose([numel], [first + i], [0], CPU)[0].units for i in range(8)
         ])  # fmt: skip
         assert set(units.flatten().tolist()) == set(range(math.ceil(numel / 32)))
         assert all(len(group.unique()) == 8 for group in units.T[:5])
@@ -108,21 +113,15 @@ def test_ef21_by_a_model() -> None:
     """h' = h + C(g - h), by a model in float64 that is given the choice, at 16 bits."""
     selection = RandomSelection(4, 0, 0, 2, True)
     world, own = ranks(2, keep=1 / 4, error_feedback="ef21", bits=16), torch.zeros(2, 2000)
+    step(probe := ranks(2, keep=1 / 4, error_feedback="ef21"), torch.ones(2, 2000))
+    identities = list(probe.state_dicts()[0]["memory"]["turns"])
     rows = torch.randn(12, 2, 2000)
     for i, gradients in enumerate(rows):
-        units = selection.choose([2000], i, [identity(world)], CPU)[0].units
+        units = selection.choose([2000], [i], identities, CPU)[0].units
         kept = (units[:, None] * 32 + torch.arange(32)).flatten()
         kept = kept[kept < 2000]
         own[:, kept] = gradients[:, kept]
         assert relative(step(world, gradients), own.mean(0)) < 1e-3
-
-
-def identity(world: SimulatedRanks) -> int:
-    """The one that the only gradient has, by which its runs are chosen."""
-    step(probe := ranks(2, keep=1 / 4, error_feedback="ef21"), torch.ones(2, 2000))
-    (found,) = probe.state_dicts()[0]["memory"]["turns"]
-    assert isinstance(found, int)
-    return found
 
 
 @pytest.mark.parametrize("select", ["random", "leader"])
@@ -178,7 +177,6 @@ def test_estimates_that_do_not_belong_together(options: dict[str, Any], other: s
         broken[1] = after_three_steps(rows[3:])[1]
     else:
         broken = after_three_steps(rows[:3], 3)[:2]
-        states = broken
     world, fresh = ranks(2, **options), ranks(2, **options)
     world.load_state_dicts(broken)
     fresh.load_state_dicts([without_estimates(state) for state in broken])
@@ -229,6 +227,23 @@ def test_tensors_that_take_turns_themselves() -> None:
     assert leaders == {"a": {0, 1}, "b": {0, 1}}
 
 
+def test_a_tensor_that_is_in_every_second_bucket() -> None:
+    """Its runs take the turns of its own exchanges, as its leaders do."""
+    world = ranks(2, keep=1 / 8, error_feedback="residual", bits=16)
+    led, rows = ranks(2, keep=1 / 4, select="leader", bits=16), torch.zeros(2, 4096)
+    rows[0, ::4], rows[1, 1::4] = 1, 1
+    sent, leaders = torch.zeros(4096), set()
+    for i in range(16):
+        names = "ab" if i % 2 else "a"
+        means = world.means([[(name, torch.ones(4096)) for name in names] for _ in range(2)])
+        sent += means[-1] != 0 if i % 2 else 0
+        found = led.means([[(name, row.contiguous()) for name in names] for row in rows])
+        if i % 2:
+            leaders.add(int(found[-1].nonzero()[0]) % 4)
+    assert (sent == 1).all()
+    assert leaders == {0, 1}
+
+
 def test_inference_mode() -> None:
     """Estimates that are made in it are changed outside of it."""
     for options in KINDS:
@@ -271,7 +286,7 @@ def test_descent_to_a_minimum_that_is_no_ranks_own(options: dict[str, Any]) -> N
 
 @pytest.mark.parametrize("options", KINDS, ids=str)
 def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
-    """As without error feedback, and 16 in a bucket for the history of estimates."""
+    """As without error feedback, with 8 for the turn of each tensor, and 16 for the history."""
     if isinstance(options.get("bits"), DynamicBits):
         options = options | {"bits": 6}
     world, numels = ranks(4, **options), [64 * 4096, 10_007, 33]
@@ -290,7 +305,10 @@ def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
         ({"keep": 1 / 8, "error_feedback": "ef21", "exchange": "two_phase"}, "leave it out"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "dither": "exponential"}, "leave them out"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "norm": "l2"}, "with norm='max', got"),
-        ({"keep": 1 / 8, "error_feedback": "residual", "exchange": "one_phase"}, "leave it out"),
+        (
+            {"keep": 1 / 8, "error_feedback": "residual", "exchange": "one_phase"},
+            "leave exchange out",
+        ),
         ({"keep": 1 / 8, "exchange": "reduce_scatter"}, "reduce_scatter"),
     ],
     ids=str,
@@ -301,13 +319,13 @@ def test_options_that_are_not_possible(options: dict[str, Any], message: str) ->
 
 
 def test_error_feedback_needs_names_of_parameters() -> None:
-    with pytest.raises(ValueError, match=r"error feedback, .* simulate\(\) does not get"):
+    with pytest.raises(ValueError, match=r"error_feedback and .* simulate\(\) does not get"):
         simulate(torch.randn(2, 100), keep=1 / 8, error_feedback="ef21")
     with pytest.raises(ValueError, match=r"pass GlobalQSGD\(named_parameters"):
         GlobalQSGD(keep=1 / 8, error_feedback="residual")
     named = nn.Linear(2, 2).named_parameters()
     compressor = GlobalQSGD(keep=1 / 8, error_feedback="residual", named_parameters=named)
-    with pytest.raises(ValueError, match=r"error feedback, .*ddp_state\(\) does not get"):
+    with pytest.raises(ValueError, match=r"error_feedback and .*ddp_state\(\) does not get"):
         compressor.ddp_state()
     assert "select='random', error_feedback='residual'" in repr(compressor)
 
@@ -330,7 +348,12 @@ def test_levels_that_bring_estimates_nearer(
     assert (errors[-1] > 0.8) != comes
 
 
-def test_the_narrowest_lanes_of_a_schedule_count() -> None:
+def test_the_narrowest_lanes_count() -> None:
+    """Of a schedule, and of blocks."""
+    world = ranks(3, error_feedback="ef21", bits=BlockBits(4))
+    with pytest.raises(ValueError, match=r"pass 4 or more as min_bits of BlockBits"):
+        step(world, torch.randn(3, 8192))
+    step(ranks(3, error_feedback="ef21", bits=BlockBits(6, min_bits=4)), torch.randn(3, 8192))
     world = ranks(3, error_feedback="ef21", bits=DynamicBits(6, total_steps=60, min_bits=3))
-    with pytest.raises(ValueError, match=r"pass 4 or more as DynamicBits\(min_bits=\.\.\.\)"):
+    with pytest.raises(ValueError, match=r"pass 4 or more as min_bits of DynamicBits"):
         step(world, torch.randn(3, 8192))

@@ -46,11 +46,13 @@ def test_the_places_that_are_meant() -> None:
     assert places(torch.tensor([0.0] * 65_535 + [1]), 2**16).tolist() == [-1]  # 65,535 in 16 bits
 
 
-@pytest.mark.parametrize(("block", "dtype"), [(7, torch.uint8), (300, torch.int16)])
+@pytest.mark.parametrize(
+    ("block", "dtype"), [(7, torch.uint8), (300, torch.int16), (65_536, torch.int16)]
+)
 def test_without_kernels(block: int, dtype: torch.dtype) -> None:
-    x = gradient_like(np.random.default_rng(0), 1000)
-    x[20:25] = torch.nan
-    got, expected = (torch.zeros(-(-1000 // block), dtype=dtype) for _ in range(2))
+    x = gradient_like(np.random.default_rng(0), 70_000)
+    x[60_000:60_005] = torch.nan
+    got, expected = (torch.zeros(-(-70_000 // block), dtype=dtype) for _ in range(2))
     fallback.block_argmax(x, block, got)
     ops.block_argmax(x, block, expected)
     assert got.equal(expected)

@@ -30,7 +30,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def random_choice(numel: int, size: int, step: int = 0, identity: int = 0, seed: int = 0) -> Chosen:
-    return RandomSelection(size, seed, 0, 2, False).choose([numel], step, [identity], CPU)[0]
+    return RandomSelection(size, seed, 0, 2, False).choose([numel], [step], [identity], CPU)[0]
 
 
 def places(chosen: Chosen, numel: int) -> Tensor:
@@ -218,7 +218,7 @@ def test_an_invalid_choice_is_an_error(place: int) -> None:
     message = torch.zeros(selection.words([95]), dtype=torch.int32)
     assert len(selection.read(message, [95])) == 1
     message.view(torch.uint8)[3] = place
-    with pytest.raises(AgreementError, match=f"to {place} of groups of 10"):
+    with pytest.raises(AgreementError, match=f"to {place} in groups of 10"):
         selection.read(message, [95])
     message.zero_().view(torch.uint8)[9] = 7  # the last group has 5 elements
     with pytest.raises(AgreementError, match="invalid message"):

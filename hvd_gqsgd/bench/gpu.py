@@ -24,8 +24,9 @@ from hvd_gqsgd.codecs import CodeKind, ExponentialCodec, LinearCodec
 __all__ = ["measure", "passes_on", "show"]
 
 RANKS = 8
-GROUP = 64  # of which `select="leader"` chooses the largest element with keep=1/64
 """Number of ranks whose codes ``requantize`` averages."""
+GROUP = 64
+"""Elements of a group, of which ``block_argmax`` finds the largest: that of ``keep=1/64``."""
 
 
 def measure(

@@ -68,8 +68,8 @@ def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int) -> int:
     if options.selected:
         selection = selection_of(options, 0, ranks)
         # The header is a message of its own, in words of 8 bytes in place of 4.
-        turn = options.error_feedback is not None
-        chosen = 8 * (HEADER + turn + 2 * options.estimates) - 4 * HEADER
+        turns = len(numels) if options.error_feedback is not None else 0
+        chosen = 8 * (HEADER + turns + 2 * options.estimates) - 4 * HEADER
         if isinstance(selection, LeaderSelection):
             chosen += 4 * selection.words(numels)
         numels = [selection.groups(numel).kept for numel in numels]

@@ -72,7 +72,7 @@ class Pipeline:
     ) -> None:
         self.options = options
         self.stats = stats or Stats()
-        self.steps = steps or Steps(options.width)
+        self.steps = steps or Steps(options.width, feedback=options.error_feedback)
         self.number = 0
         """Of the step's messages, among the pipelines that share names."""
         self.steps_begun = 0

@@ -28,8 +28,8 @@ class AllreduceExchange(CodedExchange):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        # Otherwise all ranks take part.
         self._keeps_own = setup.keeps_own
+        # Otherwise all ranks take part.
         self._marks = MARKS if setup.may_give_up or setup.transport.ranks_may_leave else 0
 
     @property

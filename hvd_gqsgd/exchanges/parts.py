@@ -10,7 +10,6 @@ one has left by ``hvd.join()``, the others send the same elements, and codes are
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +18,10 @@ from torch import Tensor
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import Codec, make_codec
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
-from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
+from hvd_gqsgd.exchanges.base import Running, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
-from hvd_gqsgd.exchanges.remaining import RemainingSum
+from hvd_gqsgd.exchanges.remaining import AllRanksExchange
 from hvd_gqsgd.exchanges.widths import Widths, widths_of
 from hvd_gqsgd.layout import FLAG
 from hvd_gqsgd.options import digest
@@ -30,14 +29,10 @@ from hvd_gqsgd.options import digest
 __all__ = ["Parts", "PartsExchange"]
 
 
-class PartsExchange(CodedExchange):
+class PartsExchange(AllRanksExchange):
     """Max of norms, then Allgather of codes; for all codes and widths per block."""
 
     code_messages = ("parts",)
-
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
-        super().__init__(setup)
 
     @property
     def summands(self) -> int:
@@ -45,7 +40,7 @@ class PartsExchange(CodedExchange):
         return 1
 
     def codec(self, bits: int) -> Codec:
-        """See :class:`Exchange`; a rank's dither is its own, and its tensors are a message."""
+        """The codec of one rank's tensors alone, with a dither of this rank's own."""
         if bits not in self._codecs:
             own = digest(("part", self.options.seed, self.rank))
             options = dataclasses.replace(self.options, seed=own)
@@ -82,27 +77,9 @@ class PartsExchange(CodedExchange):
         layout = bucket.layout(self.options.block_size, bits)
         return widths_of(self.options, self.codec(bits), layout, self._take, bucket.device)
 
-    @property
-    def count_of_remaining(self) -> int:
-        """See :class:`Exchange`."""
-        return len(self.messages)  # a sum instead of the Allgather
-
-    @property
-    def branches(self) -> bool:
-        """See :class:`Exchange`."""
-        return self._setup.transport.ranks_may_leave
-
-    def to_rehearse(self, bucket: Bucket) -> bool:
-        """See :class:`Exchange`."""
-        return self._remaining.to_rehearse(bucket)
-
-    @functools.cached_property
-    def _remaining(self) -> RemainingSum:
-        def room(bucket: Bucket) -> int:
-            widths = self._widths(bucket, self.options.most_bits)
-            return self.size * (FLAG + widths.num_words) * widths.word_dtype.itemsize
-
-        return RemainingSum.of_wide_lanes(self._setup, room)
+    def _room(self, bucket: Bucket) -> int:
+        widths = self._widths(bucket, self.options.most_bits)
+        return self.size * (FLAG + widths.num_words) * widths.word_dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ messages after the norms are ones that Horovod remembers: the sum is rehearsed w
 from __future__ import annotations
 
 import dataclasses
+import functools
+from abc import abstractmethod
 from collections.abc import Callable, Generator
 
 from torch import Tensor
@@ -22,11 +24,11 @@ from hvd_gqsgd.codecs import levels_for
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
-from hvd_gqsgd.exchanges.base import Running, Setup, Terms
+from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Collective, Sum
 from hvd_gqsgd.exchanges.widths import Widths
 
-__all__ = ["RemainingSum"]
+__all__ = ["AllRanksExchange", "RemainingSum"]
 
 # The smallest piece of memory from malloc has room for the 4 bytes of each of so many ranks.
 SAFE_RANKS = 6
@@ -126,3 +128,28 @@ class RemainingSum(AllreduceExchange):
 
     def _full_name(self, bucket: Bucket) -> str:
         return f"{bucket.name}.{self._name(bucket)}"
+
+
+class AllRanksExchange(CodedExchange):
+    """An exchange that needs all ranks: once one has left, the codes of the others are summed."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._setup = setup
+
+    @abstractmethod
+    def _room(self, bucket: Bucket) -> int:
+        """Bytes of the last message, from all ranks, that the sum is to have room for."""
+
+    @property
+    def branches(self) -> bool:
+        """See :class:`Exchange`."""
+        return self._setup.transport.ranks_may_leave
+
+    def to_rehearse(self, bucket: Bucket) -> bool:
+        """See :class:`Exchange`."""
+        return self._remaining.to_rehearse(bucket)
+
+    @functools.cached_property
+    def _remaining(self) -> RemainingSum:
+        return RemainingSum.of_wide_lanes(self._setup, self._room)

@@ -2,7 +2,8 @@
 
 A first message settles the step, which the choice depends on; where a rank leads, it tells the
 others its choice in a second one. The chosen elements of a tensor then are a small tensor, which
-any other exchange takes over. Its mean is spread over the result, which is 0 elsewhere.
+any other exchange takes over. Its mean is spread over the result, which is 0 elsewhere, or added to
+the estimate of the mean.
 
 With error feedback the elements are those of the tensor that it gives. Where the result is an
 estimate, the first message tells whether the estimates of all ranks have the same history. If not
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.exchanges.allreduce import Summed
 from hvd_gqsgd.exchanges.base import (
     Exchange,
@@ -84,14 +86,18 @@ class SelectedExchange(WrappingExchange):
         options = self.options
         if not options.estimates:
             return
-        levels = ((1 << options.least_bits) - 1) // (2 * self.size)
+        blocks = options.bits if isinstance(options.bits, BlockBits) else None
+        bits = options.least_bits if blocks is None else blocks.rule(self.size)[1]
+        levels = ((1 << bits) - 1) // (2 * self.size)
         if levels < LEAST_LEVELS:
-            name = "bits" if options.dynamic is None else "DynamicBits(min_bits=...)"
+            name = "bits"
+            if not isinstance(options.bits, int):
+                name = f"min_bits of {type(options.bits).__name__}"
             least = (2 * self.size * LEAST_LEVELS).bit_length()
             raise ValueError(
                 f"error_feedback={options.error_feedback!r} needs {LEAST_LEVELS} levels a side or "
-                f"more, and lanes of {options.least_bits} bits have {levels} for {self.size} "
-                f"ranks: pass {least} or more as {name}"
+                f"more, and lanes of {bits} bits have {levels} for {self.size} ranks: pass {least} "
+                f"or more as {name}"
             )
 
     @property
@@ -100,7 +106,8 @@ class SelectedExchange(WrappingExchange):
 
     def describe(self) -> str:
         """See :class:`Exchange`."""
-        return f"{self._inner.describe()}, 1 of {self.selection.size} elements"
+        part = f", 1 of {self.selection.size} elements" if self.options.keep < 1 else ""
+        return f"{self._inner.describe()}{part}"
 
     @property
     def count_of_remaining(self) -> int:
@@ -118,44 +125,45 @@ class SelectedExchange(WrappingExchange):
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
-        number = yield from self._begin(bucket, terms)
+        numbers = yield from self._begin(bucket, terms)
         pieces: list[Tensor] = []
         with terms.attempt():
             if terms.takes_part:
                 pieces = self._pieces(bucket)
-        chosen = yield from self._choose(bucket, pieces, terms, number)
+        chosen = yield from self._choose(bucket, pieces, terms, numbers)
         small = self._small(bucket, self._setup.take)
         with terms.attempt():
             if terms.takes_part:
                 self._fill(small, pieces, chosen)
         result = yield from self._inner.run(small, terms)
         if isinstance(result, Parts):
-            of_ranks = [self._runs(bucket, number, rank) for rank in range(self.size)]
+            of_ranks = [self._runs(bucket, numbers, rank) for rank in range(self.size)]
             return _Gathered(self, small, result, pieces, of_ranks)
         return _Spread(self, small, result, pieces, chosen)
 
-    def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, int]:
-        """Exchanges the first message; returns the number that the choice depends on: that of the
-        step or, with error feedback, of the exchanges of these gradients before."""
+    def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, list[int]]:
+        """Exchanges the first message; returns the number for each gradient that its choice depends
+        on: that of the step or, with error feedback, of its exchanges before."""
         memory, header, ids = self._setup.memory, max(self._setup.header, 1), bucket.identities
         own: list[int] = []
         if self.feedback is not None:
             memory.begin(self.rank, self.size)
-            own = [memory.turn(ids)]
+            own = [memory.turn(identity) for identity in ids]
         if isinstance(self.feedback, Estimates):
             # The largest number and the smallest one are the same if all are.
             own += [memory.history(ids), -memory.history(ids)]
         message = torch.zeros(header + len(own), dtype=torch.int64, device="cpu")
-        for place, number in enumerate(own, header):
-            message[place] = number
+        message[header:] = torch.tensor(own, dtype=torch.int64, device="cpu")
         told = yield Max(self._first, message)
         if self.feedback is None or terms.given_up:
-            return terms.step
-        turn, *history = told[header:].tolist()
-        memory.begin_turn(ids, turn)
+            return [terms.step] * len(ids)
+        numbers: list[int] = told[header:].tolist()
+        turns, history = numbers[: len(ids)], numbers[len(ids) :]
+        for identity, turn in zip(ids, turns, strict=True):
+            memory.begin_turn(identity, turn)
         if history and (history[0] != -history[1] or history[0] == 0):
             memory.forget_estimates(ids)
-        return int(turn)
+        return turns
 
     def _pieces(self, bucket: Bucket) -> list[Tensor]:
         """The tensors to choose from: the gradients, their shards, or those of the feedback."""
@@ -169,29 +177,53 @@ class SelectedExchange(WrappingExchange):
         return [item.numel // self.parts for item in bucket.items for _ in range(self.parts)]
 
     def _choose(
-        self, bucket: Bucket, pieces: Sequence[Tensor], terms: Terms, number: int
+        self,
+        bucket: Bucket,
+        pieces: Sequence[Tensor],
+        terms: Terms,
+        numbers: Sequence[int],
     ) -> Generator[Collective, Tensor, list[Chosen]]:
         """The choice for each piece, the same on all ranks but for a permutation."""
         selection, numels = self.selection, self._numels(bucket)
         if isinstance(selection, RandomSelection):
-            own = self._runs(bucket, number, self.rank if self._disjoint(terms) else 0)
+            own = self._runs(bucket, numbers, self.rank if self._disjoint(terms) else 0)
             return [choice for choice in own for _ in range(self.parts)]
         words = selection.words(numels)
         message = self._setup.take(words, torch.int32, bucket.device).zero_()
         with terms.attempt():
-            if terms.takes_part and selection.leads(number):
+            if terms.takes_part and selection.leads(min(numbers, default=0)):
                 selection.write(pieces, message)
         told = yield Sum("chosen", message)
         return [] if terms.given_up else selection.read(told, numels)
 
+    def learn(
+        self, learned: set[int], item: Item, pieces: Sequence[Tensor], choice: Chosen,
+        own: Tensor | None, mean: Tensor,
+    ) -> bool:  # fmt: skip
+        """Lets error feedback take over the result of a gradient, once.
+
+        A result of NaN is skipped on all ranks, and its gradient would stay in the memory.
+
+        Returns:
+            Whether the result is finite; True without error feedback.
+        """
+        if self.feedback is None:
+            return True
+        finite = bool(mean.isfinite().all())
+        if finite and item.place not in learned:
+            learned.add(item.place)
+            with torch.inference_mode(False), torch.no_grad():
+                self.feedback.learn(item.identity, pieces[item.place], choice, own, mean)
+        return finite
+
     def _disjoint(self, terms: Terms) -> bool:
         return self.options.disjoint and terms.all_here
 
-    def _runs(self, bucket: Bucket, number: int, rank: int) -> list[Chosen]:
+    def _runs(self, bucket: Bucket, numbers: Sequence[int], rank: int) -> list[Chosen]:
         """The runs of each tensor that a rank sends."""
         assert isinstance(self.selection, RandomSelection)
         numels = [item.numel // self.parts for item in bucket.items]
-        return self.selection.choose(numels, number, bucket.identities, bucket.device, rank)
+        return self.selection.choose(numels, numbers, bucket.identities, bucket.device, rank)
 
     def _small(self, bucket: Bucket, take: Take) -> Bucket:
         """A tensor for the chosen elements of each tensor."""
@@ -248,13 +280,8 @@ class _Spread:
         for item, mean, own, out in zip(items, means, owns, outs, strict=True):
             place = item.place * exchange.parts + (exchange.rank if exchange.parts > 1 else 0)
             choice = self.chosen[place]
-            # A result of NaN is skipped on all ranks, and its gradient would stay in the memory.
-            finite = exchange.feedback is None or bool(mean.isfinite().all())
-            if exchange.feedback is not None and finite and item.place not in self.learned:
-                self.learned.add(item.place)
-                with torch.inference_mode(False), torch.no_grad():
-                    exchange.feedback.learn(item.identity, self.pieces[place], choice, own, mean)
-            if estimates and finite:
+            learned = exchange.learn(self.learned, item, self.pieces, choice, own, mean)
+            if estimates and learned:
                 estimate = estimates.result(item.identity, self.pieces[place])
                 factor = 1.0 if scale == 1 / count else scale * count  # 1/n times n may not be 1
                 torch.mul(estimate, factor, out=out.view(-1))
@@ -298,8 +325,5 @@ class _Gathered:
                 self.result.decode_of(rank, [small], [part])
                 choice.add(exchange.selection.scaled(choice, part), total)
             torch.mul(total, scale, out=out.view(-1))
-            feedback, own = exchange.feedback, self.chosen[exchange.rank][item.place]
-            if feedback is not None and item.place not in self.learned and total.isfinite().all():
-                self.learned.add(item.place)
-                with torch.inference_mode(False), torch.no_grad():
-                    feedback.learn(item.identity, self.pieces[item.place], own, None, part)
+            own = self.chosen[exchange.rank][item.place]
+            exchange.learn(self.learned, item, self.pieces, own, None, total)

@@ -13,7 +13,6 @@ Alltoall and Allgather need all ranks: once one has left by ``hvd.join()``, code
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,24 +20,20 @@ from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.errors import GAVE_UP, AgreementError
-from hvd_gqsgd.exchanges.base import CodedExchange, LastMessage, Result, Running, Setup, Terms
+from hvd_gqsgd.exchanges.base import LastMessage, Result, Running, Terms
 from hvd_gqsgd.exchanges.collectives import Allgather, Alltoall
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
-from hvd_gqsgd.exchanges.remaining import RemainingSum
+from hvd_gqsgd.exchanges.remaining import AllRanksExchange
 from hvd_gqsgd.exchanges.widths import Widths, widths_of
 from hvd_gqsgd.layout import FLAG
 
 __all__ = ["TwoPhaseExchange"]
 
 
-class TwoPhaseExchange(CodedExchange):
+class TwoPhaseExchange(AllRanksExchange):
     """Max of norms, Alltoall of codes, Allgather of means; for all codes and widths per block."""
 
     code_messages = ("codes", "means")
-
-    def __init__(self, setup: Setup) -> None:
-        super().__init__(setup)
-        self._setup = setup
 
     @property
     def summands(self) -> int:
@@ -107,22 +102,9 @@ class TwoPhaseExchange(CodedExchange):
         """See :class:`Exchange`."""
         return len(self.messages) - 1  # a sum instead of two phases
 
-    @property
-    def branches(self) -> bool:
-        """See :class:`Exchange`."""
-        return self._setup.transport.ranks_may_leave
-
-    def to_rehearse(self, bucket: Bucket) -> bool:
-        """See :class:`Exchange`."""
-        return self._remaining.to_rehearse(bucket)
-
-    @functools.cached_property
-    def _remaining(self) -> RemainingSum:
-        def room(bucket: Bucket) -> int:
-            widths = self._widths(bucket, self.options.most_bits)
-            return widths.means[-1] * widths.means_dtype.itemsize
-
-        return RemainingSum.of_wide_lanes(self._setup, room)
+    def _room(self, bucket: Bucket) -> int:
+        widths = self._widths(bucket, self.options.most_bits)
+        return widths.means[-1] * widths.means_dtype.itemsize
 
 
 @dataclass(frozen=True)

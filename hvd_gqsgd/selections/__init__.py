@@ -1,8 +1,9 @@
 """Selections of the elements of a gradient that are exchanged, in front of the codecs.
 
 A selection cuts a tensor in groups of consecutive units, and takes one unit of each. A unit is an
-element, or a run of elements. All ranks take the same ones, so that their codes can be added. With
-error feedback each rank keeps what it does not send, for later steps.
+element, or a run of elements. All ranks take the same ones, so that their codes can be added,
+except in a permutation, whose codes are gathered. With error feedback each rank keeps tensors
+between steps; see ``feedback``.
 """
 
 from __future__ import annotations

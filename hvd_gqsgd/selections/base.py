@@ -103,7 +103,7 @@ class Selection(ABC):
         size: units of a group, of which one is kept.
         seed: of the hash.
         rank, world_size: this rank, and the number of ranks.
-        feedback: whether each rank keeps what it does not send, for later steps.
+        feedback: whether there is error feedback.
     """
 
     unit: ClassVar[int]

@@ -69,7 +69,7 @@ class Feedback(ABC):
             choice: of its elements.
             own: these elements as the others have decoded them from this rank's codes, where
                 ``estimates``.
-            mean: their mean over the ranks.
+            mean: their mean over the ranks; in a permutation the whole result.
         """
 
 

@@ -1,13 +1,9 @@
 """A leader chooses: ScaleCom's cyclic local top-k (Chen et al., NeurIPS 2020, arXiv 2104.11125).
 
-The ranks lead in turn, one a step. The leader takes the largest element of each group of m, by the
-magnitude of its gradient plus its residual, as in the paper's chunk-wise selection, and tells the
-others. All ranks send the elements at these places, and keep the rest as their residual:
-
-    a = r + g,    sent = a at the chosen places, else 0,    r' = (1 - beta) r + beta (a - sent)
-
-with the low-pass filter ``beta`` of the paper's equation 5. The result is biased; the residuals
-make up for it, as in all error feedback, over the steps to come.
+The ranks lead in turn, one in each exchange of a bucket. The leader takes the largest element of
+each group of m, by the magnitude of the tensor that error feedback gives, as in the paper's
+chunk-wise selection, and tells the others. All ranks send the elements at these places. The result
+is biased; see ``feedback``.
 """
 
 from __future__ import annotations
@@ -74,8 +70,8 @@ class LeaderSelection(Selection):
         if not groups.number:
             return
         low, high = places.aminmax()
-        if not (int(low) >= 0 and int(high) < self.size and int(units[-1]) < groups.numel):
+        if int(high) >= self.size or int(units[-1]) >= groups.numel:
             raise AgreementError(
-                f"the leader chose place {int(low)} to {int(high)} of groups of {self.size} "
-                "elements: a rank sent an invalid message"
+                f"the leader chose places {int(low)} to {int(high)} in groups of {self.size} "
+                f"elements, the last of {groups.last}: a rank sent an invalid message"
             )

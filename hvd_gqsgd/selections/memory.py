@@ -92,18 +92,18 @@ class Memory:
         """Replaces the tensor of a gradient."""
         self._of[kind][identity] = x
 
-    def turn(self, identities: Iterable[int]) -> int:
-        """How many exchanges of these gradients have begun, as far as this rank knows."""
-        return max((self._turns.get(identity, 0) for identity in identities), default=0)
+    def turn(self, identity: int) -> int:
+        """How many exchanges of a gradient have begun, as far as this rank knows."""
+        return self._turns.get(identity, 0)
 
-    def begin_turn(self, identities: Iterable[int], turn: int) -> None:
+    def begin_turn(self, identity: int, turn: int) -> None:
         """Counts the exchange that comes after ``turn`` others."""
-        for identity in identities:
-            self._turns[identity] = turn + 1
+        self._turns[identity] = turn + 1
 
     def history(self, identities: Iterable[int]) -> int:
-        """A number of 62 bits for all exchanges that have changed the estimates of these gradients:
-        the same on ranks whose estimates belong together. 0: there are none, or others ranks."""
+        """A number of 62 bits for all exchanges that have changed the estimates of these
+        gradients: the same on ranks whose estimates belong together. 0: there are none, or the
+        number of ranks has changed."""
         return sum(self._history.get(identity, 0) for identity in identities) % 2**62
 
     def extend(self, identity: int, mean: Tensor) -> None:
@@ -152,10 +152,11 @@ class Memory:
             check_int(name, state[name], 0, 2**31 - 1)
         for name in ("turns", "history"):
             numbers = state[name]
-            if not isinstance(numbers, dict) or not all(
-                isinstance(number, int) for pair in numbers.items() for number in pair
-            ):
-                raise TypeError(f"memory must have {name} by int, got {numbers!r}")
+            if not isinstance(numbers, dict):
+                raise TypeError(f"memory must have a dict of int as {name!r}, got {numbers!r}")
+            for key, number in numbers.items():
+                check_int(f"a gradient in {name!r} of memory", key, 0, 2**31 - 1)
+                check_int(f"a number in {name!r} of memory", number, 0, 2**62)
         tensors = state["tensors"]
         if not isinstance(tensors, dict) or not all(
             isinstance(of_kind, dict) and all(map(_is_kept, of_kind, of_kind.values()))

@@ -1,4 +1,4 @@
-"""Random runs: the same ones on all ranks, from the hash of the dither, so that no indices travel.
+"""Random runs by the hash of the dither, which all ranks can compute, so that no indices travel.
 
 A unit is a run of 32 elements, which costs as much to read as one element. Of each group of m units
 one is kept, every one with probability 1/m, and multiplied by m. So with the sum over the units u
@@ -42,25 +42,29 @@ class RandomSelection(Selection):
     led = False
 
     def choose(
-        self, numels: Sequence[int], step: int, identities: Sequence[int], device: torch.device,
-        of_rank: int = 0,
+        self, numels: Sequence[int], numbers: Sequence[int], identities: Sequence[int],
+        device: torch.device, of_rank: int = 0,
     ) -> list[Chosen]:  # fmt: skip
-        """The units of tensors in a step, given their elements and identities; those of each rank,
-        for a permutation, and else of rank 0 for all of them."""
+        """The units of each tensor that a rank sends.
+
+        Args:
+            numels, identities: of the tensors.
+            numbers: of the step or, with error feedback, of the tensors' exchanges before.
+            device: for the result.
+            of_rank: the rank in a permutation; else 0 for all ranks.
+        """
         table = _table(tuple(numels), self.size)
-        turn = step // self.size if self.feedback else step
+        cycle = self.size if self.feedback else 1  # after which runs take another order
         keys = [
-            tile_keys(1, seed=self.seed, step=turn, tensor_id=identity, stream=_STREAM)
-            for identity in identities
+            tile_keys(1, seed=self.seed, step=number // cycle, tensor_id=identity, stream=_STREAM)
+            for identity, number in zip(identities, numbers, strict=True)
         ]
         counts = [groups.number for groups in table.groups]
         bits = hash_bits(np.repeat(np.concatenate(keys), counts), table.numbers)
         within = bits.astype(np.uint64) * table.sizes >> np.uint64(32)
-        shift = of_rank + (step % self.size if self.feedback else 0)
-        if shift:
-            within = (within + np.uint64(shift)) % table.sizes
-        numbers = table.firsts + within.astype(np.int64)
-        units = torch.from_numpy(numbers)
+        shifts = np.array([of_rank + number % cycle for number in numbers], np.uint64)
+        within = (within + np.repeat(shifts, counts)) % table.sizes
+        units = torch.from_numpy(table.firsts + within.astype(np.int64))
         # A short unit is the last one of the tensor, if it was taken; the host must know.
         short = [
             bool(groups.numel % _RUN) and int(own[-1]) == groups.numel // _RUN

@@ -28,6 +28,17 @@ def test_has_the_bits_of_simulate(rank, size, options, bucket_mb):
         assert_same_on_all_ranks(mean)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("numel", [13, 33])
+def test_two_phases_of_small_blocks(rank, size, dtype, numel):
+    """Where the sum of the remaining ranks is rehearsed, from 7 on, in an odd number of words."""
+    options = {"bits": 4, "exchange": "two_phase", "block_size": 1}
+    everyone = gradients(size, numel, dtype=dtype)
+    mean = hvd.allreduce(everyone[rank], compression=GlobalQSGD(min_numel=0, **options))
+    assert torch.equal(mean, simulate(everyone, **options))
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("numel", [0, 1, 3, 1023, 1024, 1025, 20_000])
 def test_types_and_sizes(rank, size, dtype, numel):
