@@ -26,7 +26,7 @@ ESTIMATES: list[dict[str, Any]] = [
         "keep": 1 / 8,
         "select": "leader",
         "error_feedback": "econtrol",
-        "bits": BlockBits(6, min_bits=4),
+        "bits": BlockBits(6, min_bits=5),
     },
     {"keep": 1 / 4, "error_feedback": "ef21", "bits": DynamicBits(6, total_steps=60, min_bits=4)},
     {"keep": 1 / 4, "error_feedback": "ef21", "correlated": False, "block_size": None},
