@@ -210,9 +210,9 @@ def _show(result: dict[str, Any]) -> None:
     for isa, kernel in result["kernels"].items():
         mark = isa + (" (in use)" if isa == result["instruction_set"] else "")
         rows += [[mark, "block maximum", *_numbers(kernel["block_max"]), ""]]
+        rows += [["", f"largest of {gpu.GROUP}", *_numbers(kernel["block_argmax"]), ""]]
         rows += [["", name, *_numbers(kernel[name]), ""] for name in ("quantize", "dequantize")]
         rows[-1][-1] = f"{kernel['ratio_to_memcpy']:.2f}"
-        rows += [["", f"largest of {gpu.GROUP}", *_numbers(kernel["block_argmax"]), ""]]
     print(
         f"{result['numel']:,} elements of {result['dtype']}, {result['bits']} bits "
         f"({result['levels']} levels a side), blocks of {result['block_size']}\n"

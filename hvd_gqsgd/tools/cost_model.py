@@ -69,7 +69,7 @@ class Machine:
     """Per element."""
     dequantize: float = 0.17e-9
     """Per element."""
-    choose: float = 2.5e-9
+    choose: float = 0.2e-9
     """Choice of the largest element of each group by a leader, per element."""
     cast: float = 0.25e-9
     """Cast to float16 per element; the cast back takes the same."""

@@ -28,22 +28,21 @@ void block_max(const T* x, int64_t numel, int64_t block, typename Traits<T>::Nor
   }
 }
 
-// Looks at a block twice: the second time it is in the cache, and vectors find the place.
+// Looks at all of a block twice, the second time in the cache: without a branch on where the place
+// is, which no processor can predict.
 template <class T, class Place>
 void block_argmax(const T* x, int64_t numel, int64_t block, Place* places, int64_t begin,
                   int64_t end) {
-  constexpr int64_t kTogether = 16;
+  using Index = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   for (int64_t b = begin; b < end; ++b) {
     const T* __restrict in = x + b * block;
-    const int64_t size = numel - b * block < block ? numel - b * block : block;
+    const Index size = static_cast<Index>(numel - b * block < block ? numel - b * block : block);
     const auto most = largest_magnitude(in, size);
-    int64_t place = 0;
-    for (; place + kTogether <= size; place += kTogether) {
-      int found = 0;
-      for (int64_t i = 0; i < kTogether; ++i) found |= magnitude(in[place + i]) == most;
-      if (found) break;
+    Index place = size;
+    for (Index i = 0; i < size; ++i) {
+      const Index found = magnitude(in[i]) == most ? i : size;
+      place = found < place ? found : place;
     }
-    while (magnitude(in[place]) != most) ++place;
     places[b] = static_cast<Place>(place);
   }
 }
