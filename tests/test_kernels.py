@@ -278,7 +278,7 @@ def test_threads_are_used(thread_count: Callable[[int], None]) -> None:
             taken.append(min(rounds))
         (others, alone), shared = taken
         assert others < 0.1 * alone
-        assert min(shared) > 0.3 * alone
+        assert min(shared) > 0.15 * sum(shared)  # which may be less than alone, of cached memory
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
