@@ -25,7 +25,7 @@ from hvd_gqsgd.option_types import (
 )
 from hvd_gqsgd.plan import check_plan
 
-__all__ = ["Options", "digest"]
+__all__ = ["Options", "digest", "levels_of"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
 WIRE_VERSION = 4
@@ -340,7 +340,7 @@ class Options:
             return "allreduce"
         if not CODECS[self.dither].added or isinstance(self.bits, BlockBits):
             return "two_phase"
-        levels, of_one = (_levels(self._lane_bits, ranks) for ranks in (world_size, 1))
+        levels, of_one = (levels_of(self._lane_bits, ranks) for ranks in (world_size, 1))
         return "two_phase" if levels < min(ENOUGH_LEVELS, of_one) else "allreduce"
 
     def describe(self, world_size: int, of: str = "ranks") -> str:
@@ -373,7 +373,7 @@ class Options:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def _levels(bits: int, summands: int) -> int:
+def levels_of(bits: int, summands: int) -> int:
     """Levels a side in a lane that holds the sum of so many codes."""
     return ((1 << bits) - 1) // (2 * summands)
 
@@ -381,7 +381,7 @@ def _levels(bits: int, summands: int) -> int:
 OF_AUTO = ("error", "plan")
 """Options that go with ``bits="auto"`` alone."""
 OF_KEEP = ("keep", "select", "error_feedback", "low_pass")
-"""Options that have an effect if a part of the elements is exchanged."""
+"""Options that have an effect if a part of the elements, or estimates, are exchanged."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 
 

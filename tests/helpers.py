@@ -30,7 +30,7 @@ TWO_PHASE_CODES = [
     *(two_phase_code("linear", bits) for bits in (2, 3, 5, 8, 11, 16)),
 ]
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def name(value: object) -> str | None:
@@ -48,6 +48,11 @@ def as_numpy(x: Tensor) -> Array:
 def bits_of(x: Tensor) -> Tensor:
     """The bits of floats as integers: -0.0 differs from 0.0, and NaN equals itself."""
     return x.view(_INTEGERS[x.element_size()])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """NaN equals itself, and -0.0 differs from 0.0."""
+    return torch.equal(bits_of(a), bits_of(b))
 
 
 def from_bits(bits: Array | Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from helpers import DTYPES, TWO_PHASE_CODES, WIDTHS, name, random_place, several, special_values
+from helpers import (
+    DTYPES,
+    TWO_PHASE_CODES,
+    WIDTHS,
+    name,
+    random_place,
+    same_bits,
+    several,
+    special_values,
+)
 from torch import Tensor
 
 from hvd_gqsgd import BlockBits, layout
@@ -62,12 +71,6 @@ class Buffer:
         assert same_bits(self.view.cpu(), expected), what
         before, after = self._memory[: self._begin], self._memory[self._begin + len(expected) :]
         assert (before == 77).all() and (after == 77).all(), what
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """NaN equals itself, and -0.0 differs from 0.0."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.view(integers), b.view(integers))
 
 
 def on_device(gpu: Gpu, x: Tensor, offset: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import bits_of
+from helpers import same_bits
+from test_selections import ranks
 from torch import Tensor, nn
 
 from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, simulate
@@ -36,10 +37,6 @@ ESTIMATES: list[dict[str, Any]] = [
 KINDS: list[dict[str, Any]] = [{"keep": 1 / 8, "error_feedback": "residual"}, *ESTIMATES]
 
 
-def ranks(size: int, **options: Any) -> SimulatedRanks:
-    return SimulatedRanks(size, Options(**options))
-
-
 def step(world: SimulatedRanks, rows: Tensor) -> Tensor:
     """The mean of a step, of one gradient."""
     (mean,) = world.means([[("x", row.contiguous())] for row in rows])
@@ -48,10 +45,6 @@ def step(world: SimulatedRanks, rows: Tensor) -> Tensor:
 
 def relative(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(bits_of(a), bits_of(b))
 
 
 def residuals(world: SimulatedRanks) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import bits_of, chi_square_z, threshold
+from helpers import chi_square_z, same_bits, threshold
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -23,10 +23,6 @@ from hvd_gqsgd.simulation import SimulatedRanks
 
 CPU = torch.device("cpu")
 MOST = threshold(1e-8)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(bits_of(a), bits_of(b))
 
 
 def random_choice(numel: int, size: int, step: int = 0, identity: int = 0, seed: int = 0) -> Chosen:

@@ -36,7 +36,7 @@ def wire_bytes(
     if isinstance(bits, BlockBits):
         blocks = sum(-(-numel // bits.block_size) for numel in numels)
         norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
-        if gathered:  # as one rank's part of an Alltoall, from all ranks, and not as the half of it
+        if gathered:  # a flag and the codes of each rank, without marks; an Allgather counts half
             own = bytes_of_codes(numels, bits, norm_dtype, 1, two_phase=False)
             codes = ranks * (4 * FLAG + own - 8 * MARKS) // 2
         else:

@@ -29,6 +29,11 @@ class Contribution:
     here: int
     """Ranks that have not left: with those that sent no codes."""
 
+    def of_mean(self, scale: float) -> float:
+        """The factor of the mean over these ranks that is ``scale`` times their sum."""
+        # A share of 1/n, times n, may not be one again.
+        return 1.0 if scale == 1 / self.count else scale * self.count
+
 
 @functools.cache
 def rank_weight(rank: int) -> int:

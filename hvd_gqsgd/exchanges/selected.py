@@ -39,6 +39,7 @@ from hvd_gqsgd.exchanges.base import (
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.exchanges.parts import Parts
+from hvd_gqsgd.options import levels_of
 from hvd_gqsgd.selections import (
     Chosen,
     Estimates,
@@ -88,7 +89,7 @@ class SelectedExchange(WrappingExchange):
             return
         blocks = options.bits if isinstance(options.bits, BlockBits) else None
         bits = options.least_bits if blocks is None else blocks.rule(self.size)[1]
-        levels = ((1 << bits) - 1) // (2 * self.size)
+        levels = levels_of(bits, self.size)
         if levels < LEAST_LEVELS:
             name = "bits"
             if not isinstance(options.bits, int):
@@ -151,17 +152,18 @@ class SelectedExchange(WrappingExchange):
             own = [memory.turn(identity) for identity in ids]
         if isinstance(self.feedback, Estimates):
             # The largest number and the smallest one are the same if all are.
-            own += [memory.history(ids), -memory.history(ids)]
+            history = memory.history(ids)
+            own += [history, -history]
         message = torch.zeros(header + len(own), dtype=torch.int64, device="cpu")
         message[header:] = torch.tensor(own, dtype=torch.int64, device="cpu")
         told = yield Max(self._first, message)
         if self.feedback is None or terms.given_up:
             return [terms.step] * len(ids)
         numbers: list[int] = told[header:].tolist()
-        turns, history = numbers[: len(ids)], numbers[len(ids) :]
+        turns, ends = numbers[: len(ids)], numbers[len(ids) :]
         for identity, turn in zip(ids, turns, strict=True):
             memory.begin_turn(identity, turn)
-        if history and (history[0] != -history[1] or history[0] == 0):
+        if ends and (ends[0] != -ends[1] or ends[0] == 0):
             memory.forget_estimates(ids)
         return turns
 
@@ -267,11 +269,11 @@ class _Spread:
         return self.result.contribution
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
-        exchange, count = self.exchange, self.contribution.count
+        exchange = self.exchange
         estimates = exchange.feedback if isinstance(exchange.feedback, Estimates) else None
         means = self._empty(items)
         small = [self.small.items[item.place] for item in items]
-        self.result.decode(small, means, 1 / count if estimates else scale)
+        self.result.decode(small, means, 1 / self.contribution.count if estimates else scale)
         owns: Sequence[Tensor | None] = [None] * len(items)
         if estimates:
             assert isinstance(self.result, Summed)
@@ -283,8 +285,7 @@ class _Spread:
             learned = exchange.learn(self.learned, item, self.pieces, choice, own, mean)
             if estimates and learned:
                 estimate = estimates.result(item.identity, self.pieces[place])
-                factor = 1.0 if scale == 1 / count else scale * count  # 1/n times n may not be 1
-                torch.mul(estimate, factor, out=out.view(-1))
+                torch.mul(estimate, self.contribution.of_mean(scale), out=out.view(-1))
             else:
                 choice.spread(exchange.selection.scaled(choice, mean), out)
 

@@ -115,7 +115,5 @@ class _Averaged:
     means: Tensor
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
-        # The mean travelled. A share of 1/n, times n, may not be one again.
-        size = self.contribution.count
-        factor = 1.0 if scale == 1 / size else scale * size
+        factor = self.contribution.of_mean(scale)  # the mean travelled
         self.widths.decode(self.means, self.norms, items, outs, factor)

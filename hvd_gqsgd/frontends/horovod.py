@@ -237,13 +237,15 @@ class GlobalQSGD(Compressor):
 
     @ClassOrInstanceMethod
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of the next step and the schedule of ``DynamicBits``.
+        """Returns the number of the next step and the schedule of ``DynamicBits``, and the memory
+        of this rank with error feedback.
 
-        Both are plain numbers. All front ends of the compressor share the state: Horovod, DDP by
-        ``ddp_state()``, and FSDP by ``fsdp()``. The state is the same on all ranks, so saving it on
-        one rank is enough. A resumed training has the bits of an uninterrupted one; under DDP this
-        requires ``find_unused_parameters=True``, as DDP otherwise reorders its buckets after the
-        first step.
+        The number and the schedule are plain numbers, and the same on all ranks, so saving them on
+        one rank is enough. Memory has tensors, and differs: with error feedback, save the state of
+        each rank, and load it on the same rank. All front ends of the compressor share the state:
+        Horovod, DDP by ``ddp_state()``, and FSDP by ``fsdp()``. A resumed training has the bits of
+        an uninterrupted one; under DDP this requires ``find_unused_parameters=True``, as DDP
+        otherwise reorders its buckets after the first step.
         """
         return self._steps.state_dict()
 
