@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
-from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
+from hvd_gqsgd.checks import check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS
@@ -24,6 +24,7 @@ from hvd_gqsgd.option_types import (
     Select,
 )
 from hvd_gqsgd.plan import check_plan
+from hvd_gqsgd.selection_rules import check_selection, checked_keep
 
 __all__ = ["Options", "digest", "levels_of"]
 
@@ -188,13 +189,7 @@ class Options:
             object.__setattr__(self, "plan", check_plan(self.plan))
 
     def _check_keep(self) -> None:
-        keep = check_number("keep", self.keep, "a share of elements, as 1/64")
-        group = round(1 / keep) if 1e-9 < keep <= 1 else 0
-        if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
-            raise ValueError(
-                f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {keep}"
-            )
-        object.__setattr__(self, "keep", 1 / group)
+        object.__setattr__(self, "keep", checked_keep(self.keep))
         low_pass = check_number("low_pass", self.low_pass, "a weight, as 0.1")
         if not 0 < low_pass <= 1:
             raise ValueError(f"low_pass must be above 0 and at most 1, got {low_pass}")
@@ -202,61 +197,9 @@ class Options:
         check_choice("select", self.select, get_args(Select))
         if self.error_feedback is not None:
             check_choice("error_feedback", self.error_feedback, get_args(ErrorFeedback), "None")
-        elif self.select == "leader":
+        check_selection(self)
+        if self.select == "leader" and self.error_feedback is None:
             object.__setattr__(self, "error_feedback", "residual")
-        if group == 1 and (self.select != "random" or self.error_feedback == "residual"):
-            raise ValueError(
-                f"select={self.select!r} with error_feedback={self.error_feedback!r} has no effect "
-                "with keep=1, which exchanges all elements: pass keep=1/64, or leave it out"
-            )
-        if low_pass != 1 and self.error_feedback != "residual":
-            raise ValueError(
-                f"low_pass={low_pass} has no effect with error_feedback={self.error_feedback!r}: "
-                "pass error_feedback='residual', or leave low_pass out"
-            )
-        if not self.selected:
-            return
-        this = (
-            f"error_feedback={self.error_feedback!r}"
-            if self.error_feedback
-            else f"keep={self.keep}"
-        )
-        if self.bits == "auto":
-            raise ValueError(
-                f"{this} does not go with bits='auto', which chooses among exchanges of whole "
-                "gradients: pass a number of bits"
-            )
-        if self.hierarchy not in ("auto", "flat"):
-            raise ValueError(
-                f"hierarchy={self.hierarchy!r} does not go with {this}, which exchanges "
-                "flat: leave hierarchy out"
-            )
-        if self.disjoint and self.exchange != "auto":
-            raise ValueError(
-                f"exchange={self.exchange!r} does not go with select='permutation', which is an "
-                "Allgather: leave exchange out"
-            )
-        if self.disjoint and self.estimates:
-            raise ValueError(
-                f"error_feedback={self.error_feedback!r} does not go with select='permutation', "
-                "which is an Allgather: pass error_feedback='residual', or leave it out"
-            )
-        if self.exchange in ("reduce_scatter", "gather") or (
-            self.exchange == "one_phase" and self.error_feedback is not None
-        ):
-            raise ValueError(
-                f"exchange={self.exchange!r} does not go with {this}: leave exchange out"
-            )
-        if self.estimates and self.exchange not in ("auto", "allreduce"):
-            raise ValueError(
-                f"error_feedback={self.error_feedback!r} does not go with exchange="
-                f"{self.exchange!r}, whose second rounding is not in the estimates: leave it out"
-            )
-        if self.estimates and (self.norm == "l2" or not CODECS[self.dither].added):
-            raise ValueError(
-                f"error_feedback={self.error_feedback!r} takes linear codes with norm='max', got "
-                f"dither={self.dither!r} and norm={self.norm!r}: leave them out"
-            )
 
     def _check_block_bits(self, bits: BlockBits) -> None:
         if self.block_size not in (BLOCK_SIZE, bits.block_size):

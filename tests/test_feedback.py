@@ -295,7 +295,7 @@ def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
         ({"error_feedback": "ef21", "hierarchy": "node"}, "does not go with error_feedback='ef21'"),
         ({"keep": 1 / 8, "error_feedback": "ef"}, "error_feedback must be one of"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "low_pass": 0.5}, "no effect with error_feed"),
-        ({"keep": 1 / 8, "error_feedback": "ef21", "exchange": "two_phase"}, "leave it out"),
+        ({"keep": 1 / 8, "error_feedback": "ef21", "exchange": "two_phase"}, "leave exchange out"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "dither": "exponential"}, "leave them out"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "norm": "l2"}, "with norm='max', got"),
         (

@@ -94,9 +94,10 @@ class GlobalQSGD(Compressor):
             named = self._given["named_parameters"] = pairs(named_parameters)
             self._names = ParameterNames(named)
         elif self.options.error_feedback is not None:
+            name = "error_feedback" if options.get("error_feedback") else "select"
             raise ValueError(
-                f"error_feedback={self.options.error_feedback!r} keeps a part of the gradient of "
-                "each parameter, by its name, and is for Horovod: pass "
+                f"{name}={getattr(self.options, name)!r} keeps a part of the gradient of each "
+                "parameter, by its name, and is for Horovod: pass "
                 "GlobalQSGD(named_parameters=model.named_parameters()), or leave it out"
             )
         if process_set is not None:

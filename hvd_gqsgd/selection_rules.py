@@ -1,0 +1,107 @@
+"""The rules of ``keep``, ``select``, ``error_feedback`` and ``low_pass``: which go with each other,
+and with other options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvd_gqsgd.checks import MOST_GROUP, check_number
+from hvd_gqsgd.codecs.by_name import CODECS
+
+if TYPE_CHECKING:
+    from hvd_gqsgd.options import Options
+
+__all__ = ["check_selection", "checked_keep"]
+
+
+def checked_keep(value: object) -> float:
+    """Returns the option ``keep`` as the float next to 1 divided by an int.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is no such share.
+    """
+    keep = check_number("keep", value, "a share of elements, as 1/64")
+    group = round(1 / keep) if 1e-9 < keep <= 1 else 0
+    if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
+        meant = f": did you mean keep=1/{round(keep)}?" if 1 < keep <= MOST_GROUP else ""
+        raise ValueError(
+            f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {value}{meant}"
+        )
+    return 1 / group
+
+
+def check_selection(options: Options) -> None:
+    """Checks options as a user has given them, each within its range.
+
+    Raises:
+        ValueError: two do not go together, or one has no effect.
+    """
+    feedback, select = options.error_feedback, options.select
+    if options.keep == 1 and (select != "random" or feedback == "residual"):
+        this = f"select={select!r}" if select != "random" else f"error_feedback={feedback!r}"
+        raise ValueError(
+            f"{this} has no effect with keep=1, which exchanges all elements: pass keep=1/64, or "
+            f"leave {this} out"
+        )
+    if options.low_pass != 1 and feedback != "residual" and (feedback or select != "leader"):
+        raise ValueError(
+            f"low_pass={options.low_pass} has no effect with error_feedback={feedback!r}: pass "
+            "error_feedback='residual', or leave low_pass out"
+        )
+    if not options.selected:
+        return
+    this = f"error_feedback={feedback!r}" if feedback else f"keep={options.keep}"
+    if options.bits == "auto":
+        raise ValueError(
+            f"{this} does not go with bits='auto', which chooses among exchanges of whole "
+            "gradients: pass a number of bits"
+        )
+    if options.hierarchy not in ("auto", "flat"):
+        raise ValueError(
+            f"hierarchy={options.hierarchy!r} does not go with {this}, which exchanges flat: "
+            "leave hierarchy out"
+        )
+    biased = feedback is not None or select == "leader"
+    if options.exchange in ("reduce_scatter", "gather") or (
+        options.exchange == "one_phase" and biased
+    ):
+        this = this if feedback or not biased else f"select={select!r}"
+        raise ValueError(
+            f"exchange={options.exchange!r} does not go with {this}: leave exchange out"
+        )
+    if options.disjoint:
+        _check_permutation(options)
+    if options.estimates:
+        _check_estimates(options)
+
+
+def _check_permutation(options: Options) -> None:
+    if options.exchange != "auto":
+        raise ValueError(
+            f"exchange={options.exchange!r} does not go with select='permutation', which is an "
+            "Allgather: leave exchange out"
+        )
+    if options.estimates:
+        raise ValueError(
+            f"error_feedback={options.error_feedback!r} does not go with select='permutation', "
+            "which is an Allgather: pass error_feedback='residual', or leave it out"
+        )
+
+
+def _check_estimates(options: Options) -> None:
+    feedback = options.error_feedback
+    if options.exchange not in ("auto", "allreduce"):
+        raise ValueError(
+            f"error_feedback={feedback!r} does not go with exchange={options.exchange!r}, whose "
+            "second rounding is not in the estimates: leave exchange out"
+        )
+    if options.norm == "l2":
+        raise ValueError(
+            f"error_feedback={feedback!r} takes norm='max', got norm='l2': leave norm out"
+        )
+    if not CODECS[options.dither].added:
+        raise ValueError(
+            f"error_feedback={feedback!r} takes linear codes, got dither={options.dither!r}: leave "
+            "dither out"
+        )
