@@ -3,15 +3,41 @@ and with other options."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from hvd_gqsgd.checks import MOST_GROUP, check_number
 from hvd_gqsgd.codecs.by_name import CODECS
 
-if TYPE_CHECKING:
-    from hvd_gqsgd.options import Options
-
 __all__ = ["check_selection", "checked_keep"]
+
+
+class Options(Protocol):
+    """What is read of :class:`hvd_gqsgd.options.Options`."""
+
+    @property
+    def bits(self) -> Any: ...
+    @property
+    def dither(self) -> str: ...
+    @property
+    def exchange(self) -> str: ...
+    @property
+    def norm(self) -> str: ...
+    @property
+    def hierarchy(self) -> Any: ...
+    @property
+    def keep(self) -> float: ...
+    @property
+    def select(self) -> str: ...
+    @property
+    def error_feedback(self) -> str | None: ...
+    @property
+    def low_pass(self) -> float: ...
+    @property
+    def selected(self) -> bool: ...
+    @property
+    def disjoint(self) -> bool: ...
+    @property
+    def estimates(self) -> bool: ...
 
 
 def checked_keep(value: object) -> float:

@@ -296,8 +296,8 @@ def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
         ({"keep": 1 / 8, "error_feedback": "ef"}, "error_feedback must be one of"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "low_pass": 0.5}, "no effect with error_feed"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "exchange": "two_phase"}, "leave exchange out"),
-        ({"keep": 1 / 8, "error_feedback": "ef21", "dither": "exponential"}, "leave them out"),
-        ({"keep": 1 / 8, "error_feedback": "ef21", "norm": "l2"}, "with norm='max', got"),
+        ({"keep": 1 / 8, "error_feedback": "ef21", "dither": "exponential"}, "leave dither out"),
+        ({"keep": 1 / 8, "error_feedback": "ef21", "norm": "l2"}, "takes norm='max', got"),
         (
             {"keep": 1 / 8, "error_feedback": "residual", "exchange": "one_phase"},
             "leave exchange out",
