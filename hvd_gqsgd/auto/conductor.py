@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
 from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
+from hvd_gqsgd.auto.message import pack, unpack
 from hvd_gqsgd.auto.prediction import predict
 from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
 from hvd_gqsgd.checks import check_int, check_step
@@ -152,15 +154,15 @@ class Conductor:
         """Whether the latest step was begun in the same session of a transport."""
         return transport.session is self._session
 
-    def count(self, numel: int) -> None:
-        """A gradient of this step that an arm may compress, beside those of ``enter``."""
+    def count(self, numel: int, tensors: int = 1) -> None:
+        """Gradients of this step that an arm may compress, beside those of ``enter``."""
         self._numel[0] += numel
-        self._tensors[0] += 1
+        self._tensors[0] += tensors
 
-    def count_small(self, numel: int) -> None:
-        """A gradient is handed in that no arm compresses, in this step or before the next one."""
+    def count_small(self, numel: int, tensors: int = 1) -> None:
+        """Gradients are handed in that no arm compresses, in this step or before the next one."""
         self._numel[1] += numel
-        self._tensors[1] += 1
+        self._tensors[1] += tensors
 
     def enter(self, numel: int, on_gpu: bool = False) -> None:
         """A gradient is handed in."""
@@ -264,22 +266,19 @@ class Conductor:
             return
         if times is not None and self._on_gpu:  # the host only enqueues the work
             times = (times[2],) * 3
-        load = (*self._numel, *self._tensors)
-        words = [1, self.coming, self._taken, *(times or (0, 0, 0)), *load]
-        self._message = self._send(transport, "step", words)
+        words = [1, self.coming, self._taken, *(times or (0, 0, 0)), *self._numel, *self._tensors]
+        rank, size = transport.rank, transport.size
+        self._message = transport.sum_async(pack(words, rank, size), f"{self.label}.step")
         if not self._met:
-            words = [
+            table = np.zeros((size, 5 + len(self._words)), np.int64)
+            table[rank] = [
                 1, self.coming, self._options.digest(), host_number(), self._known_for, *self._words
             ]  # fmt: skip
-            self._state_message = self._send(transport, "state", words)
+            state = torch.from_numpy(table.ravel())
+            self._state_message = transport.sum_async(state, f"{self.label}.state")
 
-    def _send(self, transport: Transport, name: str, words: list[int]) -> Handle:
-        table = np.zeros((transport.size, len(words)), np.int64)
-        table[transport.rank] = words
-        return transport.sum_async(torch.from_numpy(table.ravel()), f"{self.label}.{name}")
-
-    def _received(self, transport: Transport, message: Handle) -> list[list[int]]:
-        """The places of all ranks in a message of the step before."""
+    def _received(self, transport: Transport, message: Handle) -> Tensor:
+        """The sum of a message of the step before."""
         began = time.monotonic()
         while not message.done():
             waited = time.monotonic() - began
@@ -290,8 +289,7 @@ class Conductor:
                     "the same state"
                 )
             transport.idle(waited)
-        rows: list[list[int]] = message.wait().view(transport.size, -1).tolist()
-        return rows
+        return message.wait()
 
     def _adopt(self, rows: list[list[int]], transport: Transport) -> None:
         """Takes over the state of the rank that is furthest, one row for each rank.
@@ -317,23 +315,22 @@ class Conductor:
         if message is None:  # this rank is alone
             return
         assert self._chooser is not None
-        rows = self._received(transport, message)
-        here = [row for row in rows if row[0]]
+        size = transport.size
+        rows = unpack(self._received(transport, message), size)
+        all_here = int(rows[:, 0].sum()) == size
         if state is not None:
             states = self._received(transport, state)
-            self._met = len(here) == len(rows)
-            if self._met:
-                self._adopt(states, transport)
+            self._met = all_here
+            if all_here:
+                self._adopt(states.view(size, -1).tolist(), transport)
             return
-        furthest = max(here, key=lambda row: row[1])
-        ours = self.current
-        if len(here) < len(rows):
+        if not all_here:
             return  # ranks have left: the others keep the arm that these come back with
-        self.coming += furthest[1] - ours
-        if any(row[1:3] != furthest[1:3] for row in here):
+        _, furthest, arm, busy, held, period, *load = rows.max(axis=0).tolist()
+        self.coming += furthest - self.current
+        if (rows[:, 1:3] != rows[0, 1:3]).any():
             self._chooser.restart()  # ranks have come back
             return
-        _, _, arm, busy, held, period, *load = map(max, zip(*here, strict=True))
         self._load = load
         if busy and arm == self._chooser.arm:
             decision = self._chooser.learn(Seen(busy, held, period))

@@ -56,6 +56,7 @@ class AutoCompressor:
         self._handed_out = True
         # Of gradients that pass in this step; None: there are none.
         self._taken: torch.dtype | None = None
+        self._passed: list[int] = []  # elements of those that are not counted yet
         self._transport: Any = None
         self._session: object = None
 
@@ -66,8 +67,22 @@ class AutoCompressor:
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
-        if self._passes(tensor):
-            return tensor, _PASSED if tensor.numel() >= self._min_numel else None
+        if not (  # as for those before it: a step may have hundreds, and must not take longer
+            tensor.dtype is not self._taken
+            or self._handed_out
+            or tensor.is_cuda
+            or tensor.requires_grad
+            or tensor.layout is not torch.strided
+            or not tensor.is_contiguous()
+            or self._transport.session is not self._session
+        ):
+            numel = tensor.numel()
+            self._passed.append(numel)
+            if numel < self._min_numel:
+                return tensor, None
+            self._conductor.go_on()
+            return tensor, _PASSED
+        self._count_passed()
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
@@ -97,37 +112,30 @@ class AutoCompressor:
         conductor.leave()
         return result
 
-    def _passes(self, tensor: Tensor) -> bool:
-        """Whether a step goes on with a gradient as uncompressed as those before, and counts it: a
-        step may have hundreds, beside which a microsecond more for each is seen."""
-        if (
-            self._handed_out
-            or tensor.dtype is not self._taken
-            or tensor.is_cuda
-            or tensor.layout is not torch.strided
-            or tensor.requires_grad
-            or not tensor.is_contiguous()
-            or self._transport.session is not self._session
-        ):
-            return False
-        stats, numel = self._stats, tensor.numel()
-        stats.tensors += 1
-        stats.tensors_bypassed += 1
-        stats.bypassed_bytes += tensor.nbytes
-        if numel < self._min_numel:
-            stats.tensors_small += 1
-            self._conductor.count_small(numel)
-        else:
-            stats.tensors_auto += 1
-            self._conductor.count(numel)
-            self._conductor.go_on()
-        return True
+    def _count_passed(self) -> None:
+        """Counts the gradients of a step that passed as those before them."""
+        if not self._passed:
+            return
+        assert self._taken is not None
+        stats, numel = self._stats, sum(self._passed)
+        small = [each for each in self._passed if each < self._min_numel]
+        tensors = len(self._passed)
+        stats.tensors += tensors
+        stats.tensors_bypassed += tensors
+        stats.tensors_small += len(small)
+        stats.tensors_auto += tensors - len(small)
+        stats.bypassed_bytes += numel * self._taken.itemsize
+        self._conductor.count_small(sum(small), len(small))
+        self._conductor.count(numel - sum(small), tensors - len(small))
+        self._passed.clear()
 
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """See ``GlobalQSGD.decompress``."""
         if ctx is None:
             return tensor
-        self._handed_out = True
+        if not self._handed_out:
+            self._handed_out = True
+            self._count_passed()
         if ctx.exchange is not None:
             tensor = ctx.exchange.decompress(tensor, ctx.inner)
         self._conductor.result()
