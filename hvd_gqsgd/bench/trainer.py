@@ -67,12 +67,14 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "1/64 in turn": lambda steps: IN_TURN | {"keep": 1 / 64},
     "1/16 by a leader, EF21": lambda steps: LED | EF21,
     "1/16 by a leader, EControl": lambda steps: LED | ECONTROL,
+    "1/32 at random, 4 bits": lambda steps: {"keep": 1 / 32, "bits": 4},
     "1/64 at random": lambda steps: {"keep": 1 / 64},
     "1/16 by a leader": lambda steps: LED,
     "1/24 by a leader": lambda steps: LED | {"keep": 1 / 24},
     "1/24 by a leader, EF21": lambda steps: LED | EF21 | {"keep": 1 / 24},
     "1/64 by a leader": lambda steps: LED | {"keep": 1 / 64},
     "1/64 by a leader, EF21": lambda steps: LED | EF21 | {"keep": 1 / 64},
+    "1/128 by a leader": lambda steps: LED | {"keep": 1 / 128},
     "1/64 by a leader, low pass": lambda steps: LED | {"keep": 1 / 64, "low_pass": 0.1},
 }
 """Options by name, given the number of steps; in two phases, where they have no exchange. None is
