@@ -75,7 +75,8 @@ class Options:
         seed: seed of the dither, an int of 64 bits. The same seed and gradients give the same bits.
         min_numel: smallest number of elements to compress, at least 0. Smaller tensors are reduced
             uncompressed by Horovod, unless it cannot reduce them (bfloat16, not contiguous).
-            Smaller buckets of DDP, and modules of FSDP with fewer gradients, are not compressed.
+            Smaller buckets of DDP, and modules of FSDP with fewer gradients, are not compressed;
+            with error feedback, smaller gradients of DDP.
         bucket_mb: size of the buckets in which gradients are exchanged under Horovod, in MiB,
             above 0 and at most 2048.
         hierarchy: ``"node"`` sums gradients in full precision within each node, and exchanges codes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -11,7 +12,7 @@ from helpers import same_bits
 from test_selections import ranks
 from torch import Tensor, nn
 
-from hvd_gqsgd import BlockBits, DynamicBits, GlobalQSGD, simulate
+from hvd_gqsgd import BlockBits, DDPState, DynamicBits, GlobalQSGD, simulate
 from hvd_gqsgd.bench.wire import wire_bytes_of
 from hvd_gqsgd.exchanges import selected
 from hvd_gqsgd.options import Options
@@ -318,9 +319,28 @@ def test_error_feedback_needs_names_of_parameters() -> None:
         GlobalQSGD(keep=1 / 8, error_feedback="residual")
     named = nn.Linear(2, 2).named_parameters()
     compressor = GlobalQSGD(keep=1 / 8, error_feedback="residual", named_parameters=named)
-    with pytest.raises(ValueError, match=r"error_feedback and .*ddp_state\(\) does not get"):
-        compressor.ddp_state()
+    assert compressor.ddp_state().options == compressor.options
     assert "select='random', error_feedback='residual'" in repr(compressor)
+
+
+@pytest.mark.parametrize("options", [{"error_feedback": "ef21"}, {"select": "leader"}], ids=str)
+def test_a_state_of_ddp_needs_them_for_error_feedback_alone(options: dict[str, Any]) -> None:
+    """Before there is a process group, as where Lightning makes its strategy."""
+    (option, value), *_ = options.items()
+    model, options = nn.Linear(2, 2), options | {"keep": 1 / 8}
+    with pytest.raises(ValueError, match=f"{option}='{value}' keeps .*: pass named_parameters="):
+        DDPState(**options)
+    with pytest.raises(TypeError, match="named_parameters must be pairs"):
+        DDPState(named_parameters=3, **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="yield nothing"):
+        DDPState(named_parameters=[], **options)
+    with pytest.raises(TypeError, match=r"takes no option 'named_parameters': .*; leave it out"):
+        DDPState(keep=1 / 8, named_parameters=model.named_parameters())
+    with pytest.raises(ValueError, match="does not go with bits='auto'"):
+        DDPState(bits="auto", named_parameters=model.named_parameters(), **options)
+    state = DDPState(named_parameters=model.named_parameters(), **options)
+    assert "named_parameters=<2 of them>" in repr(state)
+    assert repr(copy.deepcopy(state)) == repr(state)
 
 
 @pytest.mark.parametrize(("bits", "comes"), [(4, True), (3, False)])
