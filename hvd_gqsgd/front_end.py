@@ -32,7 +32,8 @@ class FrontEnd:
     trains: bool = False
     """Whether its calls are steps of a training, which ``bits="auto"`` measures."""
     knows_parameters: bool = False
-    """Whether it gets the gradients of parameters one by one, by name."""
+    """Whether it gets the gradients of parameters one by one, by name. Where ``named_parameters``
+    is among ``without``, it goes with error feedback alone, which needs it."""
 
     def options(self, given: Mapping[str, Any]) -> Options:
         """Returns the options of a call.
@@ -41,14 +42,7 @@ class FrontEnd:
             TypeError: an option is unknown, has no effect here, or has the wrong type.
             ValueError: an option is out of range, or does not go with another one.
         """
-        if not self.knows_parameters and (
-            given.get("error_feedback") is not None or given.get("select") == "leader"
-        ):
-            raise ValueError(
-                "error_feedback and select='leader' keep a part of the gradient of each parameter, "
-                f"and {self.name} does not get parameters one by one: leave them out, or use "
-                "Horovod with GlobalQSGD(named_parameters=...)"
-            )
+        given = self._without_names(given)
         for name, value in given.items():
             if name in OF_AUTO and value is not None and not self.trains:
                 raise TypeError(
@@ -75,6 +69,30 @@ class FrontEnd:
                 f"take exchange='two_phase' for {self.name}"
             )
         return options
+
+    def _without_names(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The keywords without ``named_parameters`` where these go with error feedback.
+
+        Raises:
+            ValueError: error feedback is not possible here, or has no names.
+        """
+        rest = dict(given)
+        feedback = given.get("error_feedback") is not None or given.get("select") == "leader"
+        if not feedback:
+            return rest
+        if not self.knows_parameters:
+            raise ValueError(
+                "error_feedback and select='leader' keep a part of the gradient of each parameter, "
+                f"and {self.name} does not get parameters one by one: leave them out, or use "
+                "GlobalQSGD(named_parameters=...) with Horovod or DDP"
+            )
+        if "named_parameters" in self.without and rest.pop("named_parameters", None) is None:
+            name = "error_feedback" if given.get("error_feedback") is not None else "select"
+            raise ValueError(
+                f"{name}={given[name]!r} keeps a part of the gradient of each parameter, by its "
+                "name: pass named_parameters=model.named_parameters(), or leave it out"
+            )
+        return rest
 
     def documented(self, function: Function) -> Function:
         """Replaces ``**options`` in the signature of a function by the options."""

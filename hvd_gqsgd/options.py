@@ -7,7 +7,7 @@ import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 from hvd_gqsgd.checks import check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
@@ -29,7 +29,7 @@ from hvd_gqsgd.selection_rules import check_selection, checked_keep
 __all__ = ["Options", "digest", "levels_of"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 # Fewer levels a side than that, and exchange="auto" takes two phases. With 31 (8 bits, 4 ranks) the
 # examples reach the loss of fp32; with 15 (8 ranks) the language model loses 0.7 % of perplexity.
@@ -75,7 +75,8 @@ class Options:
         seed: seed of the dither, an int of 64 bits. The same seed and gradients give the same bits.
         min_numel: smallest number of elements to compress, at least 0. Smaller tensors are reduced
             uncompressed by Horovod, unless it cannot reduce them (bfloat16, not contiguous).
-            Smaller buckets of DDP, and modules of FSDP with fewer gradients, are not compressed.
+            Smaller buckets of DDP, and modules of FSDP with fewer gradients, are not compressed;
+            with error feedback, smaller gradients of DDP.
         bucket_mb: size of the buckets in which gradients are exchanged under Horovod, in MiB,
             above 0 and at most 2048.
         hierarchy: ``"node"`` sums gradients in full precision within each node, and exchanges codes
@@ -257,7 +258,7 @@ class Options:
 
     @property
     def selected(self) -> bool:
-        """Whether there is a ``SelectedExchange``: for a part of the elements, or estimates."""
+        """Whether a part of the elements, or estimates, are exchanged."""
         return self.keep < 1 or self.estimates
 
     @property
@@ -303,6 +304,10 @@ class Options:
     def bucket_bytes(self) -> int:
         """Gradient bytes at which a bucket is full."""
         return int(self.bucket_mb * 2**20)
+
+    def values(self) -> dict[str, tuple[Any, Any]]:
+        """The value and the default of each option, those of subclasses too."""
+        return {f.name: (getattr(self, f.name), f.default) for f in dataclasses.fields(self)}
 
     def digest(self) -> int:
         """Returns 31 bits that differ between different options, with probability 1 - 2^-31."""

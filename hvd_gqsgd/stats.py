@@ -39,7 +39,8 @@ class Stats:
     steps: int = 0
     """Exchanges: one per training step, and one per plain ``hvd.allreduce``."""
     tensors: int = 0
-    """Tensors handed to the compressor; under DDP, buckets; under FSDP, modules."""
+    """Tensors handed to the compressor; under DDP, buckets, or gradients with error feedback; under
+    FSDP, modules."""
     tensors_bypassed: int = 0
     """Tensors that were not compressed: small, sparse, of an integer type, of a single rank, or
     needed by autograd."""

@@ -15,6 +15,7 @@ import os
 import re
 import socket
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +102,9 @@ def names(code: str) -> dict[str, Any]:
         model = DistributedDataParallel(model)
     if ".fsdp(" in statements and "fully_shard(" not in statements:
         model = fully_shard(model)
+    folder = tempfile.TemporaryDirectory()  # deleted with the names
     return {
+        "checkpoints": Path(folder.name), "_folder": folder,
         "DistributedDataParallel": DistributedDataParallel, "MPI": MPI, "comm": MPI.COMM_WORLD,
         "fully_shard": fully_shard, "hvd": hvd, "model": model, "optimizer": sgd, "sgd": sgd,
         "torch": torch, "x": torch.randn(5000),

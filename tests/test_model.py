@@ -278,6 +278,9 @@ def test_files_that_are_something_else(
     (["--compute", "inf"], "--compute a number of at least 0, got 8 and inf"),
     (["--measured", "x.json", "--plot", "x.png"], "--plot draws predictions for many ranks"),
     (["--ranks", "8", "--per-node", "3"], "--per-node must be a number that divides --ranks, got"),
+    (["--keep", "1"], "--keep: must be a share from 1/2 to 1/65536, as 1/64, or 64 for 1 of 64"),
+    (["--keep", "1/70000"], "or 64 for 1 of 64 elements, got '1/70000'"),
+    (["--measured", "x.json", "--keep", "64"], "pass it without --keep"),
     (["--per-node", "0"], "--per-node must be a number that divides --ranks, got 0 and 8"),
     (["--per-node", "2", "--plot", "x.png"], "--plot and --plot-links draw one rank a node"),
     (["--measured", "x.json", "--plot-nodes", "x.png"], "--plot draws predictions for many ranks"),
@@ -288,6 +291,20 @@ def test_arguments_without_a_meaning(
     with pytest.raises(SystemExit, match="2"):
         predict.main(given)
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("share", ["1/64", "64"])
+def test_a_part_of_the_elements(share: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a share or the number of elements; a dash stands where there is no number."""
+    predict.main(["--keep", share, "--preset", "200mbit"])
+    printed = capsys.readouterr().out
+    rows = {"1/64 at random", "1/64 by a leader", "1/64 as a permutation, 4 bits"}
+    assert all(row in printed for row in rows)
+    assert "790%" in printed
+    assert "e+0" not in printed
+    assert "- with a leader, whose error feedback" in printed
+    predict.main(["--preset", "200mbit"])
+    assert "leader" not in capsys.readouterr().out
 
 
 def test_one_rank(capsys: pytest.CaptureFixture[str]) -> None:

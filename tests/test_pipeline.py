@@ -28,6 +28,7 @@ from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.operation_names import OperationNames
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.exchanges.contribution import MARKS, rank_weight
+from hvd_gqsgd.option_differences import mark_words
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.reference import linear as reference
 from hvd_gqsgd.transports.base import Handle
@@ -210,17 +211,31 @@ def test_other_types_without_a_plan() -> None:
         {"correlated": False},
         {"seed": 1},
         {"min_numel": 1},
-        {"bucket_mb": 24},
+        {"bucket_mb": 24.0},
     ],
     ids=str,
 )
 def test_other_options(other: dict[str, Any]) -> None:
-    """Any option that differs on one rank is an error on all, which shows each its own."""
+    """Any option that differs on one rank is an error on all, which shows each its own value."""
     tensors = gradients(3, [(None, 1000)])
     messages = Group(3, options=[{}, other, {}]).errors(tensors)
+    ((name, value),) = other.items()
     for rank, message in enumerate(messages):
-        assert "the ranks use different options" in message
-        assert str(Options(**(other if rank == 1 else {}))) in message
+        own = value if rank == 1 else getattr(Options(), name)
+        assert f"the ranks use different options: {name}; pass" in message
+        assert message.endswith(f"This rank has {name}={own!r}")
+
+
+def test_two_other_options() -> None:
+    """And values that look alike in the header."""
+    tensors = gradients(2, [(None, 1000)])
+    for message in Group(2, options=[{"seed": 1}, {"bits": 4}]).errors(tensors):
+        assert "the ranks use different options: bits, seed; pass" in message
+    first = mark_words(Options(seed=1))
+    alike = next(seed for seed in range(2, 40) if mark_words(Options(seed=seed)) == first)
+    for message in Group(2, options=[{"seed": 1}, {"seed": alike}]).errors(tensors):
+        assert "the ranks use different options, or builds that exchange in" in message
+        assert "This rank has bits=8, dither='linear'" in message
 
 
 def test_two_pipelines_at_once() -> None:

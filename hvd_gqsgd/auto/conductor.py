@@ -31,6 +31,7 @@ from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
 from hvd_gqsgd.checks import check_int, check_step
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
+from hvd_gqsgd.option_differences import apart, digests, message
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.plan import SETTING_NAMES as NAMES
 from hvd_gqsgd.plan import Plan, check_plan
@@ -270,12 +271,15 @@ class Conductor:
         rank, size = transport.rank, transport.size
         self._message = transport.sum_async(pack(words, rank, size), f"{self.label}.step")
         if not self._met:
-            table = np.zeros((size, 5 + len(self._words)), np.int64)
-            table[rank] = [
-                1, self.coming, self._options.digest(), host_number(), self._known_for, *self._words
+            state = [
+                1, self.coming, host_number(), self._known_for,
+                *digests(self._options), *self._words,
             ]  # fmt: skip
-            state = torch.from_numpy(table.ravel())
-            self._state_message = transport.sum_async(state, f"{self.label}.state")
+            table = np.zeros((size, len(state)), np.int64)
+            table[rank] = state
+            self._state_message = transport.sum_async(
+                torch.from_numpy(table.ravel()), f"{self.label}.state"
+            )
 
     def _received(self, transport: Transport, message: Handle) -> Tensor:
         """The sum of a message of the step before."""
@@ -297,14 +301,15 @@ class Conductor:
         Raises:
             AgreementError: ranks have different options.
         """
-        _, step, digest, _, known_for, *words = max(rows, key=lambda row: row[1])
-        if any(row[2] != digest for row in rows):
+        own = digests(self._options)
+        columns = zip(*(row[4 : 4 + len(own)] for row in rows), strict=True)
+        same = [len({*column}) == 1 for column in columns]
+        if not all(same):
             self._session = None  # compare again, if the program goes on
-            raise AgreementError(
-                "ranks have different options with bits='auto': this one has "
-                f"{self._options.keywords()}"
-            )
-        self._find_arms(transport.nodes or nodes_of_hosts(tuple(row[3] for row in rows)))
+            raise AgreementError(message(self._options, apart(self._options, same)))
+        _, step, _, known_for, *words = max(rows, key=lambda row: row[1])
+        words = words[len(own) :]
+        self._find_arms(transport.nodes or nodes_of_hosts(tuple(row[2] for row in rows)))
         self._chooser = self._adopted(words, known_for)
         self.coming = step + 1
 

@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _plot(network, machine, options)
     compute = options.compute / 1e3
     exchange = (options.ranks, machine, compute, options.per_node)
-    result = predict(network.gradients, *exchange, 1 / options.keep)
+    result = predict(network.gradients, *exchange, 1 / (options.keep or 1))
     sharded = predict_sharded(network.module_sizes, *exchange)
     result |= {"fsdp2": sharded["steps"], "fsdp2_advice": sharded["advice"]}
     if options.json:
@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         help="forward and backward pass of one rank alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--keep", type=int, default=1, metavar="M",
-        help="also predict settings that exchange 1 of M elements; they are not recommended, as a "
-        "step makes less progress",
+        "--keep", type=_group, metavar="1/M",
+        help="also predict settings that exchange 1 of M elements, as --keep 1/64 or --keep 64; "
+        "they are not recommended, as a step makes less progress",
     )  # fmt: skip
     parser.add_argument(
         "--measured", type=Path, metavar="FILE",
@@ -123,6 +123,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _group(text: str) -> int:
+    """The value of ``--keep``: of how many elements one is exchanged."""
+    size = text.removeprefix("1/").strip()
+    if not size.isdecimal() or not 2 <= int(size) <= MOST_GROUP:
+        raise argparse.ArgumentTypeError(
+            f"must be a share from 1/2 to 1/{MOST_GROUP}, as 1/64, or 64 for 1 of 64 elements, got "
+            f"{text!r}"
+        )
+    return int(size)
+
+
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Checks what argparse does not."""
     if options.ranks < 1 or not 0 <= options.compute < math.inf:
@@ -130,8 +141,6 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             "--ranks must be at least 1, and --compute a number of at least 0, got "
             f"{options.ranks} and {options.compute:g}"
         )
-    if not 1 <= options.keep <= MOST_GROUP:
-        parser.error(f"--keep must be from 1 to {MOST_GROUP}, got {options.keep}")
     if options.per_node < 1 or options.ranks % options.per_node:
         parser.error(
             "--per-node must be a number that divides --ranks, got "
@@ -144,6 +153,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         if not 1 <= options.tensors <= most:
             parser.error(f"--tensors must be from 1 to {most:,}, got {options.tensors:,}")
     if options.measured is not None:
+        if options.keep is not None:
+            parser.error("--measured has the settings of its measurement: pass it without --keep")
         if options.plot or options.plot_links or options.plot_nodes:
             parser.error("--plot draws predictions for many ranks: pass it without --measured")
         if options.parameters is not None or options.module is not None:
@@ -215,18 +226,25 @@ def _show(network: Network, result: dict[str, Any], options: argparse.Namespace)
     show_table(header, rows)
     print(result["fsdp2_advice"])
     print(
-        "levels: on each side of zero, per block those of the mean width; error: expected error of "
-        "the mean gradient, relative to it, for normal gradients that are independent between ranks"
-    )
+        "levels: on each side of zero, per block those of the mean width; - without quantization.\n"
+        "error: expected error of the mean gradient, relative to it, for normal gradients that are "
+        "independent between ranks"
+        + ("; - with a leader, whose error feedback makes up for it in later steps.\nAn error "
+           "above 100% is that of elements that are not exchanged: small steps average it out."
+           if options.keep else ".")
+    )  # fmt: skip
 
 
 def _accuracy(step: dict[str, Any]) -> list[str]:
     levels, error = step["levels"], step["relative_error"]
-    return ["" if levels is None else str(levels), "" if error is None else _percent(error)]
+    return ["-" if levels is None else str(levels), "-" if error is None else _percent(error)]
 
 
 def _percent(share: float) -> str:
-    return "0%" if share < 1e-6 else f"{100 * share:.2g}%"
+    """Of two significant digits."""
+    if share < 1:
+        return "0%" if share < 1e-6 else f"{100 * share:.2g}%"
+    return f"{float(f'{100 * share:.2g}'):,.0f}%"
 
 
 if __name__ == "__main__":

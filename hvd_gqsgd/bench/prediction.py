@@ -63,7 +63,9 @@ def predict(
         }
 
     steps = steps_on(machine)
-    shown = steps | (steps_on(machine, kept(keep, ranks)) if keep < 1 else {})
+    shown = dict(steps)
+    if keep < 1:
+        shown |= steps_on(machine, [*kept(keep, ranks), *kept(keep, ranks, 4)])
     return {
         "steps": {setting.name: row(setting, seconds) for setting, seconds in shown.items()},
         "recommended": recommended(steps, ranks).name,

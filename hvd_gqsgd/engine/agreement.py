@@ -11,7 +11,6 @@ of its own; the transport must tell ranks when their messages differ in length, 
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from hvd_gqsgd.exchanges.base import Running
 from hvd_gqsgd.exchanges.collectives import Kept, Max
 from hvd_gqsgd.exchanges.contribution import everyone
 from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
+from hvd_gqsgd.option_differences import apart, digests, mark_words, marked_apart, message
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.transports.base import Transport
 
@@ -102,6 +102,7 @@ class AgreementProtocol(ABC):
         # By name too, as one host may lack a native part that another one has.
         names = type(exchange).__name__, type(transport).__name__
         self._digest = digest((options.digest(), *names))
+        self._marks = mark_words(options)
 
     @abstractmethod
     def run(self, bucket: Bucket, proposal: Agreement, terms: Terms) -> Running:
@@ -119,19 +120,17 @@ class AgreementProtocol(ABC):
                 *(*_pair(self._digest), *_pair(digest(items))),
                 # A rank that has left puts 0 in place of the first one.
                 *(-1 - proposal.behind, int(terms.rehearses)),
-                *(proposal.step, proposal.bits, *proposal.schedule),
+                *(proposal.step, proposal.bits, *self._marks, *proposal.schedule),
             ],
         )
 
     def _read(self, header: Tensor, bucket: Bucket, proposal: Agreement, terms: Terms) -> None:
         """Verifies a reduced header, and sets the terms accordingly."""
         numbers = header.tolist()
+        layout, no_layout, present, rehearses, step, bits, mark, no_mark, *more = numbers[2:]
         if not _agrees(numbers):
-            raise AgreementError(
-                f"{bucket.name}: the ranks use different options: pass the same options on all "
-                f"ranks. This rank has {self._options}, and {type(self._exchange).__name__}"
-            )
-        layout, no_layout, present, rehearses, step, bits, *more = numbers[2:]
+            text = message(self._options, marked_apart(self._options, (mark, no_mark)))
+            raise AgreementError(f"{bucket.name}: {text}")
         if layout + no_layout != _FULL:
             raise AgreementError(
                 f"{bucket.name}: the ranks handed in different tensors, or in another order; "
@@ -239,17 +238,11 @@ def check(transport: Transport, options: Options, name: str) -> None:
     if _agrees(header.tolist()):
         return
     # All ranks have come here.
-    given = dataclasses.asdict(options)
-    digests = [_pair(digest(repr(value))) for value in given.values()]
-    pairs = torch.tensor(digests, dtype=torch.int64, device="cpu")
+    numbers = [_pair(number) for number in digests(options)]
+    pairs = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     _max(transport, pairs, name)
-    differing = [
-        key for key, sum_ in zip(given, pairs.sum(1).tolist(), strict=True) if sum_ != _FULL
-    ]
-    raise AgreementError(
-        f"the ranks use different options: {', '.join(differing) or 'other builds'}; this rank has "
-        f"{options}"
-    )
+    same = [both == _FULL for both in pairs.sum(1).tolist()]
+    raise AgreementError(message(options, apart(options, same)))
 
 
 def find_nodes(transport: Transport, name: str) -> Nodes:

@@ -204,7 +204,8 @@ class SelectedExchange(WrappingExchange):
     ) -> bool:  # fmt: skip
         """Lets error feedback take over the result of a gradient, once.
 
-        A result of NaN is skipped on all ranks, and its gradient would stay in the memory.
+        A result of NaN is skipped on all ranks, and its gradient would stay in the memory; memory
+        that made it NaN is dropped.
 
         Returns:
             Whether the result is finite; True without error feedback.
@@ -212,6 +213,8 @@ class SelectedExchange(WrappingExchange):
         if self.feedback is None:
             return True
         finite = bool(mean.isfinite().all())
+        if not finite:
+            self.feedback.memory.drop_non_finite(item.identity)
         if finite and item.place not in learned:
             learned.add(item.place)
             with torch.inference_mode(False), torch.no_grad():

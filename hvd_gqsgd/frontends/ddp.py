@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.auto_ddp import AutoBucketExchange
 from hvd_gqsgd.frontends.ddp_exchange import BucketExchange
+from hvd_gqsgd.frontends.ddp_gradients import gradients_of
+from hvd_gqsgd.frontends.parameter_names import names_in
 from hvd_gqsgd.option_types import OptionKeywords
 from hvd_gqsgd.stats import Stats
 
@@ -35,14 +37,15 @@ _log = logging.getLogger("hvd_gqsgd")
 
 FRONT_END = FrontEnd(
     "DDPState()",
-    own=("process_group",),
+    own=("process_group", "named_parameters"),
     without={
         "bucket_mb": "DDP makes the buckets; give bucket_cap_mb to DistributedDataParallel",
-        "named_parameters": "DDP passes buckets, not parameters; leave it out",
+        "named_parameters": "that is for error_feedback and select='leader' here; leave it out",
         "process_set": "that is Horovod's; give a process_group",
         "patience": "DDP waits for the timeout of its process group; give that to the group",
     },
     trains=True,
+    knows_parameters=True,
 )
 NO_BACKWARD = -1
 """PyTorch's number of a backward pass outside of any, as under DDP's ``join``."""
@@ -60,6 +63,9 @@ class DDPState:
     DDP's buckets replace tensors: ``min_numel`` is compared with the size of a whole bucket, and
     DDP's ``bucket_cap_mb`` replaces ``bucket_mb``. ``GQSGDState`` is the same class.
 
+    With error feedback the tensors are gradients, as under Horovod: ``min_numel`` is compared with
+    each, and the smaller ones of a bucket are averaged together, uncompressed.
+
     All ranks of the process group must create their states together: a state opens its own
     connections, one for each kind of message. Connections have the timeout of the process group.
     Without a default group, as when Lightning creates its strategy, the first bucket opens the
@@ -70,13 +76,15 @@ class DDPState:
 
     Args:
         process_group: the process group of the model; None for the default group.
+        named_parameters: ``model.named_parameters()``, for error feedback alone, which needs it.
         options: see :class:`hvd_gqsgd.options.Options`. ``bucket_mb`` is not accepted.
 
     Raises:
         TypeError: an option is unknown, has no effect here, or has the wrong type, or
             ``process_group`` is no process group.
-        ValueError: an option is out of range, the lanes are too narrow for the world size, or this
-            process is not in the process group.
+        ValueError: an option is out of range, the lanes are too narrow for the world size, this
+            process is not in the process group, or ``named_parameters`` is empty, or is missing
+            with error feedback.
         AgreementError: on all ranks, if options differ; on all other ranks, if one rank raises an
             error about its options.
         RuntimeError: NCCL could not be initialized.
@@ -87,9 +95,16 @@ class DDPState:
     def __init__(
         self,
         process_group: dist.ProcessGroup | None = None,
+        *,
+        named_parameters: Iterable[tuple[str, Tensor]] | None = None,
         **options: "Unpack[OptionKeywords]",
     ) -> None:
-        self._set_up(process_group, FRONT_END, options, Stats(), None)
+        given: dict[str, Any] = {**options}
+        if named_parameters is not None:
+            # An iterator, whose pairs a copy needs too. What is none is refused with all ranks.
+            again = isinstance(named_parameters, Iterable)
+            given["named_parameters"] = [*named_parameters] if again else named_parameters
+        self._set_up(process_group, FRONT_END, given, Stats(), None)
 
     @classmethod
     def of_compressor(
@@ -135,12 +150,13 @@ class DDPState:
             self._connect(steps)
         else:  # no other rank is waiting for this one
             self.options = front_end.options(given)
+            names_in(given)
             self._steps = steps or self._new_steps()
 
     def _new_steps(self) -> Steps | Conductor:
         if self.options.bits == "auto":
             return Conductor(self.options, self._stats, math.inf)
-        return Steps(self.options.width)
+        return Steps(self.options.width, feedback=self.options.error_feedback)
 
     def _connect(self, steps: Steps | Conductor | None) -> BucketExchange | AutoBucketExchange:
         """Opens the connections, together with the other ranks."""
@@ -188,14 +204,36 @@ class DDPState:
         Raises:
             NotImplementedError: the buffer is on a device without kernels in this build.
             RuntimeError: the state was closed.
-            ValueError: the buffer is on another GPU than the current one of the first bucket.
+            ValueError: the buffer is on another GPU than the current one of the first bucket, or
+                the state has error feedback, which takes the gradients of parameters.
             Exception: as raised by ``DDPState``, if this is the first bucket.
         """
-        if self._closed:
-            raise RuntimeError("the state of ddp_hook was closed: create another one")
-        exchange = self._connected()
+        if self.options.error_feedback is not None:
+            raise ValueError(
+                f"error_feedback={self.options.error_feedback!r} takes the gradients of "
+                "parameters, and average() gets a buffer of them: call average_bucket() with a "
+                "bucket, or leave error_feedback and select='leader' out"
+            )
+        exchange = self._open_exchange()
         self._stats.tensors += 1
         return exchange.average(buffer, first)
+
+    def _average(
+        self, buffer: Tensor, first: bool, gradients: Callable[[], Sequence[tuple[Tensor, Tensor]]]
+    ) -> Future[Tensor]:
+        """``average``, with the parameters and gradients in the buffer, for error feedback."""
+        if self.options.error_feedback is None:
+            return self.average(buffer, first)
+        exchange = self._open_exchange()
+        assert isinstance(exchange, BucketExchange)
+        each = gradients()
+        self._stats.tensors += len(each)
+        return exchange.average(buffer, first, each)
+
+    def _open_exchange(self) -> BucketExchange | AutoBucketExchange:
+        if self._closed:
+            raise RuntimeError("the state of ddp_hook was closed: create another one")
+        return self._connected()
 
     def average_bucket(self, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
         """Starts averaging a bucket. All models of one backward pass share a step.
@@ -207,6 +245,7 @@ class DDPState:
             A future of the bucket's buffer, which then holds the mean.
 
         Raises:
+            RuntimeError: the state was closed.
             Exception: as raised by ``average``.
         """
         first = bucket.index() == 0
@@ -214,7 +253,7 @@ class DDPState:
             backward = torch._C._current_graph_task_id()
             first = backward == NO_BACKWARD or backward != self._backward
             self._backward = backward
-        return self.average(bucket.buffer(), first)
+        return self._average(bucket.buffer(), first, lambda: gradients_of(bucket))
 
     def average_gradient(self, gradient: Tensor, parameter: Tensor) -> Future[Tensor]:
         """Averages a gradient in place, and blocks until it is the mean.
@@ -227,6 +266,7 @@ class DDPState:
             A completed future of the mean.
 
         Raises:
+            RuntimeError: the state was closed.
             Exception: as raised by ``average``, or by the exchange.
         """
         first = not self._parameters or id(parameter) in self._parameters
@@ -234,7 +274,7 @@ class DDPState:
             self._parameters.clear()
         self._parameters.add(id(parameter))
         flat = gradient if gradient.is_sparse else gradient.contiguous().view(-1)
-        future = self.average(flat, first)
+        future = self._average(flat, first, lambda: [(parameter, flat)])
         mean = future.wait()
         gradient.copy_(mean if mean.is_sparse else mean.view_as(gradient))
         return future
@@ -259,7 +299,8 @@ class DDPState:
         self._closed = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the number of the next step and the schedule of ``DynamicBits``, as ints.
+        """Returns the number of the next step and the schedule of ``DynamicBits``, as ints, and
+        the memory of this rank with error feedback.
 
         See ``GlobalQSGD.state_dict``.
         """
@@ -291,7 +332,12 @@ class DDPState:
         }
 
     def __setstate__(self, saved: dict[str, Any]) -> None:
-        front_end, given, stats = saved["front_end"], copy.deepcopy(saved["given"]), saved["stats"]
+        # But for parameters: those of a copy are those of its model, if that was copied along.
+        front_end, stats = saved["front_end"], saved["stats"]
+        given = {
+            name: value if name == "named_parameters" else copy.deepcopy(value)
+            for name, value in saved["given"].items()
+        }
         self._set_up(None, front_end, given, stats, None, connect=False)
         self.load_state_dict(saved["steps"])
         _log.log(
@@ -301,8 +347,10 @@ class DDPState:
         )
 
     def __repr__(self) -> str:
-        given = f"{type(self).__name__}({self.options.keywords(FRONT_END.without)})"
-        return f"{given}{': ' * bool(self.described)}{self.described}"
+        given = self.options.keywords(FRONT_END.without)
+        if "named_parameters" in self._given:
+            given += f", named_parameters=<{len(self._given['named_parameters'])} of them>"
+        return f"{type(self).__name__}({given}){': ' * bool(self.described)}{self.described}"
 
     def _held(self) -> AbstractContextManager[None]:
         return self._exchange.held() if self._exchange is not None else contextlib.nullcontext()

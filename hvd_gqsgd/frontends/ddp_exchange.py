@@ -6,7 +6,7 @@ which those of different kinds are started differs between ranks. Over NCCL that
 agreements alone: the work after an agreement is enqueued at once, bucket after bucket.
 
 Small buckets of the host go together where they come faster than they can be exchanged. The bits of
-their means do not depend on it.
+their means do not depend on it. With error feedback, where they might, each goes on its own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.engine.streams import Stream, on
 from hvd_gqsgd.front_end import FrontEnd
 from hvd_gqsgd.frontends.bypass import nbytes_of, why_bypassed
+from hvd_gqsgd.frontends.ddp_gradients import NamedGradients
+from hvd_gqsgd.frontends.parameter_names import names_in
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.transports.base import Transport
 from hvd_gqsgd.transports.host_staging import StagedTransport
@@ -64,13 +66,38 @@ class _Waiting:
 
     buffer: Tensor
     future: Future[Tensor]
-    ticket: Ticket | None = None
+    gradients: NamedGradients | None = None
+    """Those that it is made of, with error feedback."""
+    small: Future[Tensor] | None = None
+    """The means of small gradients."""
+    tickets: list[Ticket] = field(default_factory=list)
     error: Exception | None = None
 
     @property
     def stream(self) -> Stream:
         """Of its exchange, once that was started."""
-        return self.ticket.bucket.stream if self.ticket is not None else None
+        return self.tickets[0].bucket.stream if self.tickets else None
+
+    @property
+    def tensors(self) -> Sequence[tuple[str | None, Tensor]]:
+        """What is exchanged, with names."""
+        return [(None, self.buffer)] if self.gradients is None else self.gradients.named
+
+    def poll(self, pipeline: Pipeline) -> bool:
+        """Whether all of it can be decoded."""
+        last = {ticket.bucket: ticket for ticket in self.tickets}.values()
+        # Each, as polling also starts what can be.
+        arrived = [pipeline.poll(ticket) is not None for ticket in last]
+        return all(arrived) and (self.small is None or self.small.done())
+
+    def decode(self, pipeline: Pipeline, share: float) -> None:
+        """Writes the means to the buffer."""
+        with on(self.stream):
+            for ticket in self.tickets:
+                pipeline.decode(ticket, share)
+            if self.gradients is not None:
+                small = self.small.wait() if self.small is not None else None
+                self.gradients.take_over(small)
 
     def outcome(self) -> Tensor:
         """The averaged buffer. Raised in a callback of the future is an error that DDP
@@ -135,6 +162,7 @@ class BucketExchange(GroupExchange):
         steps: Steps | None,
     ) -> None:
         _let_threads_leave()
+        self._given = given
         super().__init__(group, front_end, given)
         self._share = 1 / self.size
         messages = self._messages[:1] if self._device is not None else self._messages
@@ -143,7 +171,7 @@ class BucketExchange(GroupExchange):
         self._transport = self._on(
             TorchDistributedTransport(host.group, self._channels, self._progress, host.nodes)
         )
-        self.steps = steps or Steps(self.options.width)
+        self.steps = steps or Steps(self.options.width, feedback=self.options.error_feedback)
         self._stats = stats
         self._pipeline = Pipeline(
             self.options, self._transport, protocol=Ahead, steps=self.steps, stats=stats
@@ -152,11 +180,12 @@ class BucketExchange(GroupExchange):
         # process group's. Those do not wait for it, but leave word that there is more to do.
         self._lock = threading.Lock()
         self._more = False
-        # The widths of BlockBits follow from all blocks that go together.
-        self._joins = not isinstance(self.options.bits, BlockBits)
+        # The widths of BlockBits follow from all blocks that go together, and the leader, and
+        # whether estimates begin anew, from all their gradients.
+        self._joins = not isinstance(self.options.bits, BlockBits) and self._names is None
         self._joining: Joining[_Waiting] = Joining(JOINED_BYTES)
         self._in_flight: deque[Joined[_Waiting]] = deque()
-        self._failed = False  # in this step
+        self._failure: Exception | None = None  # the first one of this step
         self.described = self._pipeline.describe()
         if self._transport.nccl is not None:
             self._transport.nccl.connect()  # here, where all ranks are
@@ -169,15 +198,23 @@ class BucketExchange(GroupExchange):
         if self._more:
             self._progress()
 
-    def average(self, buffer: Tensor, begin: bool) -> Future[Tensor]:
-        """Starts averaging a buffer, flat and in place unless it is sparse; ``begin`` begins a
-        step.
+    def average(
+        self, buffer: Tensor, begin: bool, parts: Sequence[tuple[Tensor, Tensor]] = ()
+    ) -> Future[Tensor]:
+        """Starts averaging a buffer, flat and in place unless it is sparse.
+
+        Args:
+            buffer: the gradients of a bucket.
+            begin: whether it begins a step.
+            parts: the parameters and their gradients, parts of the buffer, with error feedback.
 
         Raises:
             NotImplementedError: it is on a device for which there are no kernels.
             ValueError: it is on another GPU than was the current one when this was made.
         """
-        why = why_bypassed(buffer, self.options.min_numel)
+        least = self.options.min_numel
+        largest = max((gradient.numel() for _, gradient in parts), default=buffer.numel())
+        why = why_bypassed(buffer, 0) or ("small" if largest < least else None)
         if why is None:
             check_device("GlobalQSGD got a bucket", buffer)
             if self._device is not None and buffer.device != self._device:
@@ -189,16 +226,21 @@ class BucketExchange(GroupExchange):
             self._transport.idle()
         with self.held():
             if begin:
-                self._failed = False
+                self._failure = None
                 self._pipeline.begin_step()
             if why is not None:
-                self._stats.bypass(why, nbytes_of(buffer), lambda: self.rank)
+                for each in [gradient for _, gradient in parts] or [buffer]:
+                    self._stats.bypass(why, nbytes_of(each), lambda: self.rank)
                 return average_plainly(buffer, self.group)
             future: Future[Tensor] = Future(devices=[buffer.device] if buffer.is_cuda else None)
             waiting = _Waiting(buffer, future)
             averaged = future.then(lambda _: waiting.outcome())
-            if self._failed:
-                self._refuse(waiting, RuntimeError("an earlier bucket of this step has failed"))
+            error = self._take_apart(waiting, parts)
+            if self._failure is not None:
+                error = RuntimeError("an earlier bucket of this step has failed")
+            if error is not None:
+                self._failure = self._failure or error
+                self._refuse(waiting, error)
                 future.set_result(buffer)
                 return averaged
             kind = kind_of(buffer.dtype, buffer.device)
@@ -222,6 +264,7 @@ class BucketExchange(GroupExchange):
         # Over NCCL just the agreements go over the host, and all else is enqueued in one order.
         nccl = has_nccl(group) and native_nccl.built()
         self._device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
+        self._names = names_in(self._given)
         self._messages = Pipeline(self.options, self._on(self._host), protocol=Ahead).messages
 
     def _on(self, host: Transport) -> Transport:
@@ -258,8 +301,10 @@ class BucketExchange(GroupExchange):
             while moved and self._in_flight:
                 moved = self._land(finished)
                 moved |= self._start()
-        except Exception as error:
-            self._failed = True
+        except Exception as latest:
+            # Others that this rank has refused a bucket may refuse those before it: the error is
+            # that of this rank.
+            self._failure = error = self._failure or latest
             for joined in self._in_flight:
                 for waiting in joined.members:
                     waiting.error = error
@@ -277,29 +322,45 @@ class BucketExchange(GroupExchange):
         while (joined := self._joining.take(self._in_flight)) is not None:
             self._in_flight.append(joined)
             for waiting in joined.members:
-                buffer = waiting.buffer
-                waiting.ticket = self._pipeline.submit(buffer, scale=self._share, out=buffer)
+                waiting.tickets = [
+                    self._pipeline.submit(x, name, scale=self._share, out=x)
+                    for name, x in waiting.tensors
+                ]
             self._pipeline.flush(joined.behind)
             started = True
         return started
 
     def _land(self, finished: list[_Waiting]) -> bool:
         """Looks at the oldest exchange, and decodes it if it is done; returns whether it was."""
-        oldest = self._in_flight[0].members[0].ticket
-        latest = self._in_flight[-1].members[0].ticket
-        assert oldest is not None and latest is not None
-        arrived = self._pipeline.poll(oldest) is not None
+        oldest = self._in_flight[0].members[0]  # the others are in the same messages
+        (latest, *_) = self._in_flight[-1].members[0].tickets
+        arrived = oldest.poll(self._pipeline)
         if self._joining.undecided and (behind := self._pipeline.behind(latest)) is not None:
             self._joining.agree(behind)
         if arrived:
             members = self._in_flight[0].members
             for waiting in members:
-                assert waiting.ticket is not None
-                with on(waiting.stream):
-                    self._pipeline.decode(waiting.ticket, self._share)
+                waiting.decode(self._pipeline, self._share)
             self._in_flight.popleft()
             finished += members
         return arrived
+
+    def _take_apart(
+        self, waiting: _Waiting, parts: Sequence[tuple[Tensor, Tensor]]
+    ) -> Exception | None:
+        """Finds the names of gradients, and averages the small ones; returns an error of this rank.
+
+        Whatever the error, the small ones go, as on the other ranks.
+        """
+        if self._names is None:
+            return None
+        found = waiting.gradients = NamedGradients(parts, self._names, self.options.min_numel)
+        for small in found.small:
+            self._stats.bypass("small", small.nbytes, lambda: self.rank)
+        if found.small:
+            waiting.small = average_plainly(found.small_ones(), self.group)
+            waiting.small.add_done_callback(lambda _: self._progress())
+        return found.error
 
     def _refuse(self, waiting: _Waiting, error: Exception) -> None:
         """Gives up a bucket after an error. The other ranks may not know of that yet, and must find

@@ -97,7 +97,7 @@ class GlobalQSGD(Compressor):
             name = "error_feedback" if options.get("error_feedback") else "select"
             raise ValueError(
                 f"{name}={getattr(self.options, name)!r} keeps a part of the gradient of each "
-                "parameter, by its name, and is for Horovod: pass "
+                "parameter, by its name: pass "
                 "GlobalQSGD(named_parameters=model.named_parameters()), or leave it out"
             )
         if process_set is not None:
@@ -181,8 +181,8 @@ class GlobalQSGD(Compressor):
             process_group: the one that the model uses; None for the default group.
 
         Raises:
-            TypeError: ``bucket_mb``, ``named_parameters``, ``process_set`` or ``patience`` was
-                given, none of which has an effect under DDP.
+            TypeError: ``bucket_mb``, ``process_set`` or ``patience`` was given, none of which has
+                an effect under DDP; or ``named_parameters``, without error feedback.
             Exception: as raised by ``DDPState``.
         """
         state = DDPState.of_compressor(process_group, self._given, self._stats, self._steps)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.engine.bucketing import BucketPlan
 from hvd_gqsgd.options import Options, digest
 
-__all__ = ["ParameterNames", "pairs"]
+__all__ = ["ParameterNames", "names_in", "pairs"]
 
 
 def pairs(named_parameters: object) -> list[tuple[str, Tensor]]:
@@ -30,11 +31,21 @@ def pairs(named_parameters: object) -> list[tuple[str, Tensor]]:
     named = list(named_parameters)
     if not named:
         raise ValueError(
-            "GlobalQSGD() got named_parameters that yield nothing: pass a new "
+            "named_parameters must be pairs, and yield nothing: pass a new "
             "model.named_parameters(), as an iterator cannot be used twice, or leave the "
             "argument out"
         )
     return named
+
+
+def names_in(given: Mapping[str, Any]) -> ParameterNames | None:
+    """Returns the names among the keywords of a user; None if there are none.
+
+    Raises:
+        TypeError, ValueError: as raised by ``pairs`` and ``ParameterNames``.
+    """
+    named = given.get("named_parameters")
+    return None if named is None else ParameterNames(pairs(named))
 
 
 class ParameterNames:
@@ -86,6 +97,11 @@ class ParameterNames:
     def digest(self) -> int:
         """31 bits that tell these names, in this order, from others."""
         return digest(tuple(name for name, _ in self._pairs))
+
+    def of(self, parameter: Tensor) -> str | None:
+        """The name of a parameter; None if there is none."""
+        place = self._places.get(parameter)
+        return None if place is None else self._pairs[place][0]
 
     def find(self, tensor: Tensor) -> str | None:
         """The name of the parameter with this very gradient; None if there is none."""

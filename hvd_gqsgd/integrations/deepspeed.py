@@ -29,8 +29,15 @@ def attach(engine: DeepSpeedEngine, compressor: GlobalQSGD) -> None:
         compressor: the compressor, whose ``stats()`` has the counts.
 
     Raises:
-        ValueError: ZeRO shards the parameters (stage 3), or the engine allreduces no gradients.
+        ValueError: ZeRO shards the parameters (stage 3), the engine allreduces no gradients, or the
+            compressor has error feedback.
     """
+    if (feedback := compressor.options.error_feedback) is not None:
+        raise ValueError(
+            f"the DeepSpeed adapter does not take error_feedback={feedback!r}, which keeps a part "
+            "of the gradient of each parameter: DeepSpeed hands over buckets without parameters; "
+            "leave error_feedback and select='leader' out"
+        )
     stage = engine.zero_optimization_stage()
     if stage > 2:
         raise ValueError(

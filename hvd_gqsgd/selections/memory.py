@@ -121,6 +121,15 @@ class Memory:
             for kind in ("own", "mean"):
                 self._of[kind].pop(identity, None)
 
+    def drop_non_finite(self, identity: int) -> None:
+        """Drops all that is kept of a gradient if NaN or infinity is in it, which would be in every
+        result to come. Without the history, all ranks begin with estimates of zero."""
+        kept = [tensors[identity] for tensors in self._of.values() if identity in tensors]
+        if not all(bool(x.isfinite().all()) for x in kept):
+            self._history.pop(identity, None)
+            for tensors in self._of.values():
+                tensors.pop(identity, None)
+
     def __bool__(self) -> bool:
         """Whether there was a step with error feedback."""
         return bool(self._turns) or any(self._of.values())
@@ -177,9 +186,11 @@ class Memory:
             return
         others = [kind for kind in state["tensors"] if kind not in self._of]
         if others:
+            kinds = {"residuals" if kind == "residual" else "estimates" for kind in others}
             _log.warning(
-                "dropped %s of the loaded state, which this error_feedback does not keep",
-                " and ".join(others),
+                "the %s of the loaded state are dropped: the state is that of another "
+                "error_feedback than this compressor's",
+                " and ".join(sorted(kinds)),
             )
         for kind, kept in self._of.items():
             for key, x in state["tensors"].get(kind, {}).items():

@@ -96,26 +96,30 @@ def possible(setting: Setting, ranks: int) -> bool:
     return found is None or setting.two_phase or found >= MIN_LEVELS
 
 
-def kept(keep: float, ranks: int) -> tuple[Setting, Setting, Setting]:
-    """The settings of 8 bits that exchange a share of the elements: at random, as a permutation,
-    and by a leader.
+def kept(keep: float, ranks: int, bits: int = 8) -> tuple[Setting, Setting, Setting]:
+    """The settings that exchange a share of the elements: at random, as a permutation, and by a
+    leader.
 
     The model does not recommend them, as a step makes less progress.
 
     Args:
         keep: the share.
         ranks: number of ranks, which decides between an Allreduce and two phases.
+        bits: of the elements that are exchanged.
     """
     size = round(1 / keep)
+    width, options = "", f"keep=1/{size}"
+    if bits != LINEAR_8.bits:
+        width, options = f", {bits} bits", f"bits={bits}, {options}"
     random = Setting(
-        f"1/{size} at random", 8, two_phase=not possible(LINEAR_8, ranks), keep=keep,
-        options=f"keep=1/{size}",
+        f"1/{size} at random{width}", bits,
+        two_phase=not possible(replace(LINEAR_8, bits=bits), ranks), keep=keep, options=options,
     )  # fmt: skip
     permutation = replace(
-        random, name=f"1/{size} as a permutation", two_phase=True, disjoint=True,
-        options=f'keep=1/{size}, select="permutation"',
+        random, name=f"1/{size} as a permutation{width}", two_phase=True, disjoint=True,
+        options=f'{options}, select="permutation"',
     )  # fmt: skip
     return random, permutation, replace(
-        random, name=f"1/{size} by a leader", led=True,
-        options=f'keep=1/{size}, select="leader", named_parameters=model.named_parameters()',
+        random, name=f"1/{size} by a leader{width}", led=True,
+        options=f'{options}, select="leader", named_parameters=model.named_parameters()',
     )  # fmt: skip

@@ -6,6 +6,8 @@ and Horovod names those without a name by counting.
 
 from __future__ import annotations
 
+import re
+
 import horovod.torch as hvd
 import pytest
 import torch
@@ -31,7 +33,13 @@ pytestmark = [pytest.mark.usefixtures("several"), pytest.mark.unanswered]
 ])  # fmt: skip
 def test_options(rank, size, options):
     compressor = GlobalQSGD(**options[rank == size - 1])
-    with pytest.raises(AgreementError, match="different options"):
+    own, other = compressor.options, GlobalQSGD(**options[rank != size - 1]).options
+    (name, value), *_ = [(n, v) for n, (v, _) in own.values().items() if v != getattr(other, n)]
+    # All options, where neither has the default and their marks are the same.
+    told = rf"different options(: {name}|, or builds).* has .*{name}={re.escape(repr(value))}"
+    if name in ("block_size", "keep"):  # Horovod sees other lengths or types before
+        told += "|they use different options or different tensors"
+    with pytest.raises(AgreementError, match=told):
         hvd.allreduce(torch.ones(9000), name="x", compression=compressor)
 
 

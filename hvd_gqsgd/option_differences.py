@@ -1,0 +1,81 @@
+"""Which options ranks differ in.
+
+Where there is room for it, each option has a digest of its own. The header of a bucket has room for
+two words, which are reduced to the maximum: a word with a mark of one or two bits for each option,
+and its complement. A mark is 0 for the default, and depends on a hash otherwise. From the maxima
+the ranks know the largest and the smallest word of a rank. An option whose marks differ there is
+one that ranks differ in. That one rank has the default and another one has not is always seen;
+another difference may not be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hvd_gqsgd.options import Options, digest
+
+__all__ = ["apart", "digests", "mark_words", "marked_apart", "message"]
+
+BITS = 31  # of a word; headers may be of 32 bits
+_FULL = 2**BITS - 1
+
+
+def digests(options: Options) -> list[int]:
+    """31 bits for all options and the meaning of bytes on the wire, and for each option."""
+    return [options.digest(), *(digest(repr(value)) for value, _ in options.values().values())]
+
+
+def apart(options: Options, same: Sequence[bool]) -> list[str]:
+    """The options that ranks differ in; an empty name, if it is what bytes on the wire mean.
+
+    Args:
+        options: of this rank.
+        same: for each number of ``digests``, whether all ranks have the same.
+    """
+    names = ["", *options.values()]
+    found = [name for name, is_same in zip(names, same, strict=True) if not is_same]
+    return found[1:] or found
+
+
+def mark_words(options: Options) -> list[int]:
+    """The word of a rank, and its complement; 31 bits each."""
+    word = 0
+    for (value, default), bits in zip(options.values().values(), _widths(options), strict=True):
+        mark = 0 if value == default else 1 + digest(repr(value)) % (2**bits - 1)
+        word = word << bits | mark
+    return [word, _FULL - word]
+
+
+def marked_apart(options: Options, words: Sequence[int]) -> list[str]:
+    """The options that ranks differ in, as far as the maxima of ``mark_words`` tell."""
+    differing, found = words[0] ^ (_FULL - words[1]), []
+    for name, bits in reversed([*zip(options.values(), _widths(options), strict=True)]):
+        if differing & (2**bits - 1):
+            found.append(name)
+        differing >>= bits
+    return found[::-1]
+
+
+def message(options: Options, names: Sequence[str]) -> str:
+    """An error message for ranks that differ in options.
+
+    Args:
+        options: of this rank.
+        names: as from ``apart`` or ``marked_apart``.
+    """
+    remedy = "pass the same options on all ranks. This rank has"
+    if [*names] == [""]:
+        return "the ranks use different builds of hvd_gqsgd: install the same one on all hosts"
+    if not names:
+        return (
+            "the ranks use different options, or builds that exchange in different ways: "
+            f"{remedy} {options.keywords()}"
+        )
+    given = ", ".join(f"{name}={getattr(options, name)!r}" for name in names)
+    return f"the ranks use different options: {', '.join(names)}; {remedy} {given}"
+
+
+def _widths(options: Options) -> Iterator[int]:
+    """Bits of the mark of each option."""
+    count = len(options.values())
+    return (BITS // count + (place < BITS % count) for place in range(count))
