@@ -10,7 +10,8 @@ that are here, and the history of all estimates. So a rank that gives up a step 
 that follow in each bucket, as soon as it has the result of the first message of one.
 
 With ranks that have left by ``hvd.join()`` all steps are whole ones, as an estimate of the mean has
-those of all ranks in it. That is the sum of the remaining ranks, too, which Horovod must remember.
+those of all ranks in it. Horovod must remember their messages by then: see ``exchanges.remaining``.
+So they are rehearsed, after those of a step of differences.
 """
 
 from __future__ import annotations
@@ -18,24 +19,39 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from hvd_gqsgd.bucket import Bucket
-from hvd_gqsgd.exchanges.base import Exchange, Running, Setup, Terms
-from hvd_gqsgd.exchanges.collectives import Collective
+from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
+from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms
+from hvd_gqsgd.exchanges.collectives import Collective, Max
 from hvd_gqsgd.exchanges.remaining import MOST_REHEARSED, SAFE_RANKS
 from hvd_gqsgd.exchanges.selected import SelectedExchange
 from hvd_gqsgd.options import Options, digest
 from hvd_gqsgd.selections import WholeDifferences
 
-__all__ = ["DifferencesExchange", "is_whole"]
+__all__ = ["DifferencesExchange", "is_whole", "of_whole_steps"]
+
+T = TypeVar("T")
+
+REST = ("rest.0", "rest.1")
+"""The messages in place of a rehearsal."""
 
 
 def is_whole(options: Options, step: int) -> bool:
     """Whether the coin makes a step a whole one, with the probability ``1 / full_every``."""
     assert options.full_every is not None
     return digest(("whole", options.seed, step)) % options.full_every == 0
+
+
+def of_whole_steps(options: Options) -> Options:
+    """The options of the exchange in a whole step."""
+    return dataclasses.replace(
+        options, keep=1, select="random", error_feedback="ef21", full_every=None
+    )
 
 
 @dataclass
@@ -60,13 +76,11 @@ class DifferencesExchange(SelectedExchange):
 
     def __init__(self, setup: Setup, make: Callable[[Setup], Exchange]) -> None:
         super().__init__(setup, make)
-        options = dataclasses.replace(
-            setup.options, keep=1, select="random", error_feedback="ef21", full_every=None
-        )
-        self._whole = SelectedExchange(setup._replace(options=options), make)
-        self._whole.feedback = WholeDifferences(setup.memory, options)
+        self._whole = _WholeExchange(setup._replace(options=of_whole_steps(setup.options)), make)
         assert len(self._whole.messages) == len(self.messages)
         self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
+        if self._at_risk:
+            self.messages += REST
         self._remembered: set[str] = set()
         self._step = _Step(-1, 0)
 
@@ -102,10 +116,27 @@ class DifferencesExchange(SelectedExchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         numbers, whole = yield from self._agree(bucket, terms)
-        if not whole:
-            return (yield from self.exchange(bucket, terms, numbers))
-        result = yield from _named(self._whole.exchange(bucket, terms, numbers))
+        if whole:
+            running = _named(self._whole.exchange(bucket, terms, numbers))
+        else:
+            running = self.exchange(bucket, terms, numbers)
+        if not (self._at_risk and terms.all_here):
+            return (yield from running)
+        result: Result | None = None
+        error: Exception | None = None
+        try:
+            result = yield from running
+        except Exception as kept:  # raised once the others have their messages
+            error = kept
+        if terms.rehearses and not whole:
+            yield from _named(self._whole.rehearse(bucket, terms.bits))
+        else:
+            for name in REST:
+                yield Max(name, torch.zeros(1, dtype=torch.int32, device="cpu"))
         self._remembered.add(bucket.name)
+        if result is None:
+            assert error is not None
+            raise error
         return result
 
     def _agree(
@@ -125,7 +156,7 @@ class DifferencesExchange(SelectedExchange):
         # A rank that gives up gets no results where they have the header: see ``Exchange.run``.
         if terms.given_up and self._setup.header:
             assert step.whole is not None, "another bucket has the result of its first message"
-            return turns, step.whole or new or terms.rehearses
+            return turns, step.whole or new
         *turns, most, least = told.tolist()
         differ = most != -least or most == 0
         whole = differ or not terms.all_here or is_whole(self.options, terms.step)
@@ -136,10 +167,23 @@ class DifferencesExchange(SelectedExchange):
             if differ and step.whole is None:
                 memory.forget_estimates()
             step.whole = whole
-        return turns, whole or new or terms.rehearses
+        return turns, whole or new
 
 
-def _named(running: Running) -> Running:
+class _WholeExchange(SelectedExchange):
+    """The exchange of a whole step, after the first message."""
+
+    def __init__(self, setup: Setup, make: Callable[[Setup], Exchange]) -> None:
+        super().__init__(setup, make)
+        self.feedback = WholeDifferences(setup.memory, setup.options)
+
+    def rehearse(self, bucket: Bucket, bits: int) -> Generator[Collective, Tensor, None]:
+        """Sends zeros in messages of the sizes of this exchange."""
+        assert isinstance(self._inner, AllreduceExchange)
+        yield from self._inner.rehearse_all(self._small(bucket, self._setup.take), bits)
+
+
+def _named(running: Generator[Collective, Tensor, T]) -> Generator[Collective, Tensor, T]:
     """An exchange whose messages have names of their own: Horovod remembers one size of a name."""
     collective = next(running)
     while True:

@@ -124,7 +124,7 @@ def test_one_rank_has_loaded_its_state(rank, size, several, options):
     mean = step(compressor, 3)
     if options is MARINA:  # the first exchange of new estimates is a whole one
         exact = gradients(size, 5000, seed=3).mean(0)
-        assert (mean - exact).norm() < 0.3 * exact.norm()
+        assert (mean - exact).norm() < 0.6 * exact.norm()
     elif "select" not in options:
         kept = mean != 0
         exact = gradients(size, 5000, seed=3).mean(0)
@@ -181,7 +181,7 @@ def test_ranks_leave_by_join(rank, size, several, select):
         # In steps that a rank is away from, estimates begin with zero, and all send the same runs.
         if select == "marina":  # and whole gradients are exchanged
             exact = everyone[step - 1 :].sum(0) if step > 1 else everyone.sum(0)
-            assert step < 2 or (mean * size - exact).norm() < 0.3 * exact.norm()
+            assert step < 2 or (mean * size - exact).norm() < 0.6 * exact.norm()
         elif select not in ("permutation", "ef21") or step > 1:
             assert mean.count_nonzero() <= 5000 / 8 + 32
     hvd.join()
