@@ -263,7 +263,7 @@ def test_states_continue() -> None:
             assert same_bits(step(world, gradients), step(resumed, gradients))
 
 
-@pytest.mark.parametrize("options", [*ESTIMATES[:3], *MARINA], ids=str)
+@pytest.mark.parametrize("options", [*ESTIMATES[:3], MARINA[1]], ids=str)
 def test_descent_to_a_minimum_that_is_no_ranks_own(options: dict[str, Any]) -> None:
     """Each of 4 ranks has a quadratic function of its own; the distance falls by the same factor in
     the same steps, where without error feedback it stays."""
