@@ -62,11 +62,8 @@ def test_marina_takes_the_mean_of_its_steps() -> None:
     cluster, passes = Cluster(2, 2), (0.01, 0.02)
     (flat,) = node_model.steps_of(gradients, cluster, PRESETS["1gbe"], *passes, [marina]).items()
     assert flat[0].name.endswith("MARINA, flat")
-    (row,) = (
-        row for name, row in predicted(gradients, 4, PRESETS["1gbe"], 0.1, keep=1 / 16)["steps"].items()
-        if name == marina.name
-    )  # fmt: skip
-    assert row["relative_error"] is None
+    steps = predicted(gradients, 4, PRESETS["1gbe"], 0.1, keep=1 / 16)["steps"]
+    assert steps[marina.name]["relative_error"] is None
 
 
 @pytest.mark.parametrize(

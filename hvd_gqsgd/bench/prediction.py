@@ -44,8 +44,8 @@ def predict(
         ``steps``, by the setting's name: ``ms``, ``times_faster`` than fp32, ``levels`` a side
         (None without quantization) and ``relative_error`` of the mean (None where a leader chooses,
         as residuals make up for it, and where ranks exchange differences); ``recommended``, the
-        name of a setting; ``break_even``, the bandwidth in bytes per second below which a setting other
-        than fp32 is recommended; and ``advice``, a sentence.
+        name of a setting; ``break_even``, the bandwidth in bytes per second below which a setting
+        other than fp32 is recommended; and ``advice``, a sentence.
     """
     cluster = Cluster(ranks // per_node, per_node)
 
