@@ -29,7 +29,7 @@ Hierarchy = Literal["auto", "flat", "node"] | tuple[int, ...]
 Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
 Select = Literal["random", "permutation", "leader"]
-ErrorFeedback = Literal["residual", "ef21", "econtrol"]
+ErrorFeedback = Literal["residual", "ef21", "econtrol", "marina"]
 
 
 class OptionsButBits(TypedDict, total=False):
@@ -50,6 +50,7 @@ class OptionsButBits(TypedDict, total=False):
     select: Select
     error_feedback: ErrorFeedback | None
     low_pass: float
+    full_every: int | None
 
 
 class OptionKeywords(OptionsButBits, total=False):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from hvd_gqsgd.checks import check_choice, check_int, check_number
+from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS
@@ -100,11 +100,16 @@ class Options:
         error_feedback: how a rank makes up for the elements that it did not send. ``"residual"``
             adds them to its next gradient; ``"ef21"`` sends the differences between gradients and
             their estimates, and the result is the mean of all estimates (arXiv 2106.05203);
-            ``"econtrol"`` does both (arXiv 2311.05645). The last two take an Allreduce, and go with
-            ``keep=1`` too. None is ``"residual"`` with ``select="leader"``, and no error feedback
-            otherwise. With error feedback, random runs take turns, and are not multiplied.
+            ``"econtrol"`` does both (arXiv 2311.05645). These two take an Allreduce, and go with
+            ``keep=1`` too. ``"marina"`` adds the differences between successive gradients, chosen
+            at random or as a permutation, to an estimate, and sends whole gradients once in
+            ``full_every`` steps (arXiv 2102.07845). None is ``"residual"`` with
+            ``select="leader"``, and no error feedback otherwise. With error feedback other than
+            ``"marina"``, random runs take turns, and are not multiplied.
         low_pass: weight of a step in the residual of ``error_feedback="residual"``, above 0 and at
             most 1: ScaleCom's low-pass filter ``beta``. 1 does not filter.
+        full_every: the steps of ``error_feedback="marina"`` in which whole gradients are exchanged
+            are one in so many in the mean, from 2 to 65,536; None: one in ``1 / keep``.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -127,6 +132,7 @@ class Options:
     select: Select = "random"
     error_feedback: ErrorFeedback | None = None
     low_pass: float = 1
+    full_every: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits | BlockBits) and self.bits != "auto":
@@ -198,7 +204,11 @@ class Options:
         check_choice("select", self.select, get_args(Select))
         if self.error_feedback is not None:
             check_choice("error_feedback", self.error_feedback, get_args(ErrorFeedback), "None")
+        if self.full_every is not None:
+            check_int("full_every", self.full_every, 2, MOST_GROUP, ", or None")
         check_selection(self)
+        if self.error_feedback == "marina" and self.full_every is None:
+            object.__setattr__(self, "full_every", round(1 / self.keep))
         if self.select == "leader" and self.error_feedback is None:
             object.__setattr__(self, "error_feedback", "residual")
 
@@ -269,7 +279,7 @@ class Options:
     @property
     def estimates(self) -> bool:
         """Whether the result is the mean of estimates of gradients."""
-        return self.error_feedback in ("ef21", "econtrol")
+        return self.error_feedback in ("ef21", "econtrol", "marina")
 
     def exchange_for(self, world_size: int) -> Exchange:
         """Returns the exchange for a world size, with ``"auto"`` resolved.
@@ -328,7 +338,7 @@ def levels_of(bits: int, summands: int) -> int:
 
 OF_AUTO = ("error", "plan")
 """Options that go with ``bits="auto"`` alone."""
-OF_KEEP = ("keep", "select", "error_feedback", "low_pass")
+OF_KEEP = ("keep", "select", "error_feedback", "low_pass", "full_every")
 """Options that have an effect if a part of the elements, or estimates, are exchanged."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 

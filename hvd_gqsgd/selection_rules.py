@@ -1,5 +1,5 @@
-"""The rules of ``keep``, ``select``, ``error_feedback`` and ``low_pass``: which go with each other,
-and with other options."""
+"""The rules of ``keep``, ``select``, ``error_feedback``, ``low_pass`` and ``full_every``: which go
+with each other, and with other options."""
 
 from __future__ import annotations
 
@@ -33,6 +33,8 @@ class Options(Protocol):
     @property
     def low_pass(self) -> float: ...
     @property
+    def full_every(self) -> int | None: ...
+    @property
     def selected(self) -> bool: ...
     @property
     def disjoint(self) -> bool: ...
@@ -64,7 +66,7 @@ def check_selection(options: Options) -> None:
         ValueError: two do not go together, or one has no effect.
     """
     feedback, select = options.error_feedback, options.select
-    if options.keep == 1 and (select != "random" or feedback == "residual"):
+    if options.keep == 1 and (select != "random" or feedback in ("residual", "marina")):
         this = f"select={select!r}" if select != "random" else f"error_feedback={feedback!r}"
         raise ValueError(
             f"{this} has no effect with keep=1, which exchanges all elements: pass keep=1/64, or "
@@ -74,6 +76,11 @@ def check_selection(options: Options) -> None:
         raise ValueError(
             f"low_pass={options.low_pass} has no effect with error_feedback={feedback!r}: pass "
             "error_feedback='residual', or leave low_pass out"
+        )
+    if options.full_every is not None and feedback != "marina":
+        raise ValueError(
+            f"full_every={options.full_every} has no effect with error_feedback={feedback!r}: pass "
+            "error_feedback='marina', or leave full_every out"
         )
     if not options.selected:
         return
@@ -108,15 +115,20 @@ def _check_permutation(options: Options) -> None:
             f"exchange={options.exchange!r} does not go with select='permutation', which is an "
             "Allgather: leave exchange out"
         )
-    if options.estimates:
+    if options.estimates and options.error_feedback != "marina":
         raise ValueError(
             f"error_feedback={options.error_feedback!r} does not go with select='permutation', "
-            "which is an Allgather: pass error_feedback='residual', or leave it out"
+            "which is an Allgather: pass error_feedback='residual' or 'marina', or leave it out"
         )
 
 
 def _check_estimates(options: Options) -> None:
     feedback = options.error_feedback
+    if feedback == "marina" and options.select == "leader":
+        raise ValueError(
+            "error_feedback='marina' does not go with select='leader', which is biased: pass "
+            "select='permutation', or leave select out"
+        )
     if options.exchange not in ("auto", "allreduce"):
         raise ValueError(
             f"error_feedback={feedback!r} does not go with exchange={options.exchange!r}, whose "

@@ -47,7 +47,10 @@ KEPT: dict[str, dict[str, Any]] = {
     "GlobalQSGD 1/64 at random": {"keep": 1 / 64},
     "GlobalQSGD 1/64 as a permutation": {"keep": 1 / 64, "select": "permutation"},
     "GlobalQSGD 1/64 by a leader": {"keep": 1 / 64, "select": "leader"},
-}
+    "GlobalQSGD 1/64 as a permutation, MARINA": {
+        "keep": 1 / 64, "select": "permutation", "error_feedback": "marina",
+    },
+}  # fmt: skip
 """A part of the gradients, which a step makes less progress with: only where asked for."""
 OURS |= FLAT | KEPT | {"GlobalQSGD 16 bits": {"bits": 16}, AUTO: {"bits": "auto"}}
 OF_AUTO = (FP32, "GlobalQSGD 16 bits", "GlobalQSGD 8 bits", "GlobalQSGD 4 bits per block")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,9 +43,9 @@ def predict(
     Returns:
         ``steps``, by the setting's name: ``ms``, ``times_faster`` than fp32, ``levels`` a side
         (None without quantization) and ``relative_error`` of the mean (None where a leader chooses,
-        as residuals make up for it); ``recommended``, the name of
-        a setting; ``break_even``, the bandwidth in bytes per second below which a setting other
-        than fp32 is recommended; and ``advice``, a sentence.
+        as residuals make up for it, and where ranks exchange differences); ``recommended``, the
+        name of a setting; ``break_even``, the bandwidth in bytes per second below which a setting
+        other than fp32 is recommended; and ``advice``, a sentence.
     """
     cluster = Cluster(ranks // per_node, per_node)
 
@@ -55,11 +56,12 @@ def predict(
 
     def row(setting: Setting, seconds: float) -> dict[str, float | None]:
         summed = cluster.nodes if setting.by_node else ranks
+        error = relative_error(setting, summed)
         return {
             "ms": seconds * 1e3,
             "times_faster": steps[FP32] / seconds,
             "levels": levels(setting, summed),
-            "relative_error": None if setting.led else relative_error(setting, summed),
+            "relative_error": None if math.isnan(error) else error,
         }
 
     steps = steps_on(machine)

@@ -38,6 +38,7 @@ IN_TURN: dict[str, Any] = {"keep": 1 / 8, "error_feedback": "residual"}
 LED: dict[str, Any] = {"keep": 1 / 16, "select": "leader"}
 EF21 = {"error_feedback": "ef21", "exchange": "allreduce"}
 ECONTROL = {"error_feedback": "econtrol", "exchange": "allreduce"}
+MARINA = {"error_feedback": "marina", "exchange": "allreduce"}
 SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     FP32: None,
     "8 bits": lambda steps: {"bits": 8},
@@ -64,6 +65,7 @@ SETTINGS: dict[str, Callable[[int], dict[str, Any]] | None] = {
     "1/8 in turn, 4 bits": lambda steps: IN_TURN | {"bits": 4},
     "1/8 in turn, EF21": lambda steps: IN_TURN | EF21,
     "1/8 in turn, EControl": lambda steps: IN_TURN | ECONTROL,
+    "1/8 at random, MARINA": lambda steps: {"keep": 1 / 8} | MARINA,
     "1/64 in turn": lambda steps: IN_TURN | {"keep": 1 / 64},
     "1/16 by a leader, EF21": lambda steps: LED | EF21,
     "1/16 by a leader, EControl": lambda steps: LED | ECONTROL,

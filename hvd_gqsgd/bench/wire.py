@@ -11,6 +11,7 @@ from hvd_gqsgd.bench.block_bits import bytes_of_codes
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.agreement import HEADER
 from hvd_gqsgd.exchanges.contribution import MARKS
+from hvd_gqsgd.exchanges.differences import of_whole_steps
 from hvd_gqsgd.layout import FLAG
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import LeaderSelection, selection_of
@@ -60,8 +61,15 @@ def wire_bytes(
     return total + (words // 2 + means // 2 if two_phase else 16 * word + words)
 
 
-def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int) -> int:
-    """``wire_bytes`` of float32 with these options."""
+def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int, whole: bool = False) -> int:
+    """``wire_bytes`` of float32 with these options.
+
+    Args:
+        options, numels, ranks: of the exchange.
+        whole: whether it is in a step of whole gradients, with ``error_feedback="marina"``.
+    """
+    if whole:
+        options = of_whole_steps(options)
     bits = options.bits if isinstance(options.bits, BlockBits) else options.most_bits
     two_phase = options.exchange_for(ranks) == "two_phase"
     chosen = 0

@@ -12,6 +12,7 @@ from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
 from hvd_gqsgd.exchanges.alone import AloneExchange
 from hvd_gqsgd.exchanges.base import Exchange, Setup, Terms
 from hvd_gqsgd.exchanges.by_node import NodeExchange
+from hvd_gqsgd.exchanges.differences import DifferencesExchange
 from hvd_gqsgd.exchanges.gather import GatherExchange
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.one_phase import OnePhaseExchange
@@ -51,7 +52,8 @@ def make_exchange(setup: Setup) -> Exchange:
         return AloneExchange(setup)
     exchange: Exchange
     if setup.options.selected:
-        exchange = SelectedExchange(setup, _flat)
+        marina = setup.options.error_feedback == "marina"
+        exchange = (DifferencesExchange if marina else SelectedExchange)(setup, _flat)
     else:
         exchange = _by_node(setup) or _flat(setup)
     if transport.rank == 0:

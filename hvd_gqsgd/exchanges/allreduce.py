@@ -6,7 +6,7 @@ the number of ranks. Marks before the codes count the ranks that took part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.exchanges.base import CodedExchange, LastMessage, Result, Running, Setup, Terms
-from hvd_gqsgd.exchanges.collectives import Sum
+from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import MARKS, Contribution, everyone, mark, read_marks
 from hvd_gqsgd.exchanges.widths import Widths, widths_of
 
@@ -65,6 +65,12 @@ class AllreduceExchange(CodedExchange):
         summed = yield Sum(name, message)
         terms.raise_failure()
         return self._summed(bucket, widths, norms, summed, own)
+
+    def rehearse_all(self, bucket: Bucket, bits: int) -> Generator[Collective, Tensor, None]:
+        """Sends zeros in messages of the sizes of those of :meth:`run`, for the maximum norm."""
+        norms = bucket.layout(self.options.block_size, bits).num_norms
+        yield Max(self._first, self._take(norms, bucket.norm_dtype, bucket.device).zero_())
+        yield Sum("codes", self._message(bucket, self._widths(bucket, bits)).zero_())
 
     def last_message(self, bucket: Bucket, bits: int) -> LastMessage:
         """See :class:`CodedExchange`."""

@@ -127,6 +127,15 @@ class SelectedExchange(WrappingExchange):
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         numbers = yield from self._begin(bucket, terms)
+        return (yield from self.exchange(bucket, terms, numbers))
+
+    def exchange(self, bucket: Bucket, terms: Terms, numbers: Sequence[int]) -> Running:
+        """Exchanges a bucket after the first message.
+
+        Args:
+            bucket, terms: as for ``run``.
+            numbers: that the choice depends on, of each gradient.
+        """
         pieces: list[Tensor] = []
         with terms.attempt():
             if terms.takes_part:
@@ -145,7 +154,7 @@ class SelectedExchange(WrappingExchange):
     def _begin(self, bucket: Bucket, terms: Terms) -> Generator[Collective, Tensor, list[int]]:
         """Exchanges the first message; returns the number for each gradient that its choice depends
         on: that of the step or, with error feedback, of its exchanges before."""
-        memory, header, ids = self._setup.memory, max(self._setup.header, 1), bucket.identities
+        memory, ids = self._setup.memory, bucket.identities
         own: list[int] = []
         if self.feedback is not None:
             memory.begin(self.rank, self.size)
@@ -154,18 +163,24 @@ class SelectedExchange(WrappingExchange):
             # The largest number and the smallest one are the same if all are.
             history = memory.history(ids)
             own += [history, -history]
-        message = torch.zeros(header + len(own), dtype=torch.int64, device="cpu")
-        message[header:] = torch.tensor(own, dtype=torch.int64, device="cpu")
-        told = yield Max(self._first, message)
+        told = yield from self._largest(own)
         if self.feedback is None or terms.given_up:
             return [terms.step] * len(ids)
-        numbers: list[int] = told[header:].tolist()
+        numbers: list[int] = told.tolist()
         turns, ends = numbers[: len(ids)], numbers[len(ids) :]
         for identity, turn in zip(ids, turns, strict=True):
             memory.begin_turn(identity, turn)
         if ends and (ends[0] != -ends[1] or ends[0] == 0):
             memory.forget_estimates(ids)
         return turns
+
+    def _largest(self, own: Sequence[int]) -> Generator[Collective, Tensor, Tensor]:
+        """The largest of all ranks' numbers, by the first message."""
+        header = max(self._setup.header, 1)
+        message = torch.zeros(header + len(own), dtype=torch.int64, device="cpu")
+        message[header:] = torch.tensor(own, dtype=torch.int64, device="cpu")
+        told = yield Max(self._first, message)
+        return told[header:]
 
     def _pieces(self, bucket: Bucket) -> list[Tensor]:
         """The tensors to choose from: the gradients, their shards, or those of the feedback."""
@@ -285,12 +300,14 @@ class _Spread:
         for item, mean, own, out in zip(items, means, owns, outs, strict=True):
             place = item.place * exchange.parts + (exchange.rank if exchange.parts > 1 else 0)
             choice = self.chosen[place]
+            mean = exchange.selection.scaled(choice, mean)
+            own = None if own is None else exchange.selection.scaled(choice, own)
             learned = exchange.learn(self.learned, item, self.pieces, choice, own, mean)
             if estimates and learned:
                 estimate = estimates.result(item.identity, self.pieces[place])
                 torch.mul(estimate, self.contribution.of_mean(scale), out=out.view(-1))
             else:
-                choice.spread(exchange.selection.scaled(choice, mean), out)
+                choice.spread(mean, out)
 
     def _empty(self, items: Sequence[Item]) -> list[Tensor]:
         """A tensor for the chosen elements of each item, or of this rank's shard."""
@@ -317,7 +334,9 @@ class _Gathered:
 
     def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
         exchange = self.exchange
+        estimates = exchange.feedback if isinstance(exchange.feedback, Estimates) else None
         for item, out in zip(items, outs, strict=True):
+            own = None
             small = self.small.items[item.place]
             part, total = (
                 torch.empty(numel, dtype=small.dtype, device=small.device)
@@ -328,6 +347,13 @@ class _Gathered:
                 choice = chosen[item.place]
                 self.result.decode_of(rank, [small], [part])
                 choice.add(exchange.selection.scaled(choice, part), total)
+                if rank == exchange.rank and estimates:
+                    own = part.clone()
             torch.mul(total, scale, out=out.view(-1))
-            own = self.chosen[exchange.rank][item.place]
-            exchange.learn(self.learned, item, self.pieces, own, None, total)
+            choice, mean = self.chosen[exchange.rank][item.place], total
+            if estimates:
+                mean = total.div_(self.contribution.count)
+            learned = exchange.learn(self.learned, item, self.pieces, choice, own, mean)
+            if estimates and learned:
+                estimate = estimates.result(item.identity, total)
+                torch.mul(estimate, self.contribution.of_mean(scale), out=out.view(-1))

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hvd_gqsgd.selections.base import Chosen, Selection
-from hvd_gqsgd.selections.feedback import Estimates, Feedback, feedback_of
+from hvd_gqsgd.selections.feedback import Estimates, Feedback, WholeDifferences, feedback_of
 from hvd_gqsgd.selections.leader import LeaderSelection
 from hvd_gqsgd.selections.memory import Memory
 from hvd_gqsgd.selections.random_runs import RandomSelection
@@ -28,6 +28,7 @@ __all__ = [
     "Memory",
     "RandomSelection",
     "Selection",
+    "WholeDifferences",
     "feedback_of",
     "selection_of",
 ]
@@ -40,5 +41,7 @@ SELECTIONS: dict[str, type[RandomSelection | LeaderSelection]] = {
 
 def selection_of(options: Options, rank: int, size: int) -> RandomSelection | LeaderSelection:
     """The selection that the options ask for, of one rank."""
-    feedback = options.error_feedback is not None
-    return SELECTIONS[options.select](round(1 / options.keep), options.seed, rank, size, feedback)
+    kind = options.error_feedback
+    return SELECTIONS[options.select](
+        round(1 / options.keep), options.seed, rank, size, kind is not None, kind == "marina"
+    )

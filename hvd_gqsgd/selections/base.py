@@ -104,6 +104,7 @@ class Selection(ABC):
         seed: of the hash.
         rank, world_size: this rank, and the number of ranks.
         feedback: whether there is error feedback.
+        unbiased: whether the result is unbiased with error feedback too.
     """
 
     unit: ClassVar[int]
@@ -111,9 +112,14 @@ class Selection(ABC):
     led: ClassVar[bool]
     """Whether a leader chooses, and tells the other ranks."""
 
-    def __init__(self, size: int, seed: int, rank: int, world_size: int, feedback: bool) -> None:
+    def __init__(
+        self, size: int, seed: int, rank: int, world_size: int, feedback: bool,
+        unbiased: bool = False,
+    ) -> None:  # fmt: skip
         self.size, self.seed, self.feedback = size, seed, feedback
         self.rank, self.world_size = rank, world_size
+        self.in_turn = feedback and not unbiased
+        """Whether units take turns, where a selection has no other rule for that."""
 
     def groups(self, numel: int) -> Groups:
         """The groups of a tensor of ``numel`` elements."""

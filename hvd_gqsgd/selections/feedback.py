@@ -17,6 +17,12 @@ With the gradient g of a rank, the part C(.) of it that is exchanged, and its me
 
       h' = h + C(g - h + eta e),    e' = e + g - h',    the result is the mean of h'
 
+- ``"marina"``: ranks send what their gradient differs from that of the step before by, of which C
+  is unbiased, and in some steps all of what it differs from its estimate by (Gorbunov, Burlachenko,
+  Li and Richtarik, arXiv 2102.07845):
+
+      h' = h + C(g - g_before),  or  h + Q(g - h),    the result is the mean of h'
+
 Estimates follow the codes that were exchanged, rounding included: their mean over the ranks is the
 same number on all ranks only if each rank adds to its own what the others have decoded from it.
 """
@@ -34,7 +40,7 @@ from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections.base import Chosen
 from hvd_gqsgd.selections.memory import Memory
 
-__all__ = ["Estimates", "Feedback", "Residual", "feedback_of"]
+__all__ = ["Estimates", "Feedback", "Residual", "WholeDifferences", "feedback_of"]
 
 Take = Callable[[int, torch.dtype, torch.device], Tensor]
 
@@ -109,12 +115,14 @@ class Estimates(Feedback):
     """Estimates of the gradient of this rank and of the mean, as in EF21."""
 
     estimates = True
+    subtracted: ClassVar[str] = "own"
+    """The kind of tensor that is subtracted from the gradient."""
 
     def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
         """See :class:`Feedback`."""
         total = take(x.numel(), Memory.dtype(x.dtype), x.device).copy_(x.view(-1))
-        own = self.memory.get("own", identity, total)
-        return total if own is None else total.sub_(own)
+        before = self.memory.get(self.subtracted, identity, total)
+        return total if before is None else total.sub_(before)
 
     def learn(
         self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
@@ -122,12 +130,55 @@ class Estimates(Feedback):
         """See :class:`Feedback`."""
         assert own is not None
         choice.add(own, self.memory.zeros("own", identity, given))
-        choice.add(mean, self.memory.zeros("mean", identity, given))
+        self._add(choice, mean, self.memory.zeros("mean", identity, given))
         self.memory.extend(identity, mean)
+
+    def _add(self, choice: Chosen, mean: Tensor, to: Tensor) -> None:
+        """Adds the mean of what was exchanged to its estimate."""
+        choice.add(mean, to)
 
     def result(self, identity: int, like: Tensor) -> Tensor:
         """The estimate of the mean."""
         return self.memory.zeros("mean", identity, like)
+
+
+class Differences(Estimates):
+    """Estimates that the differences between successive gradients are added to, as in MARINA.
+
+    In place of the gradient of the step before stands that of the last step whose result is finite,
+    which the estimates are of.
+    """
+
+    subtracted = "previous"
+
+    def __init__(self, memory: Memory, options: Options) -> None:
+        super().__init__(memory, options)
+        self._disjoint = options.disjoint
+
+    def learn(
+        self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
+    ) -> None:
+        """See :class:`Feedback`."""
+        previous = self.memory.zeros("previous", identity, given)
+        before = self.memory.get(self.subtracted, identity, given)
+        if before is None:
+            previous.copy_(given)
+        else:
+            torch.add(before, given, out=previous)
+        super().learn(identity, given, choice, own, mean)
+
+    def _add(self, choice: Chosen, mean: Tensor, to: Tensor) -> None:
+        if self._disjoint:
+            to.add_(mean)
+        else:
+            super()._add(choice, mean, to)
+
+
+class WholeDifferences(Differences):
+    """The step of MARINA in which all elements are exchanged: those of the difference between the
+    gradient and its estimate."""
+
+    subtracted = "own"
 
 
 class Controlled(Estimates):
@@ -160,7 +211,7 @@ class Controlled(Estimates):
 
 
 CLASSES: dict[str, type[Feedback]] = {
-    "residual": Residual, "ef21": Estimates, "econtrol": Controlled,
+    "residual": Residual, "ef21": Estimates, "econtrol": Controlled, "marina": Differences,
 }  # fmt: skip
 """The class for each value of the option ``error_feedback``."""
 

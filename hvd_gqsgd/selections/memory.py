@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -22,9 +23,11 @@ KINDS: dict[ErrorFeedback | None, tuple[str, ...]] = {
     "residual": ("residual",),
     "ef21": ("own", "mean"),
     "econtrol": ("residual", "own", "mean"),
+    "marina": ("previous", "own", "mean"),
 }
-"""The tensors of a gradient, by the option ``error_feedback``: the part not sent yet; the estimate
-of this rank's gradient, and that of the mean, which all ranks have from the codes exchanged."""
+"""The tensors of a gradient, by the option ``error_feedback``: the part not sent yet; the gradient
+of the step before; the estimate of this rank's gradient, and that of the mean, which all ranks have
+from the codes exchanged."""
 
 
 class Memory:
@@ -41,6 +44,8 @@ class Memory:
         self._history: dict[int, int] = {}
         self._rank = self._size = 0
         self._loaded = False  # and not used yet, by the rank that they are of
+        self.steps_begun = 0
+        """Steps that the pipelines of this memory have begun, on this rank alone."""
 
     @staticmethod
     def dtype(of: torch.dtype) -> torch.dtype:
@@ -106,6 +111,19 @@ class Memory:
         number of ranks has changed."""
         return sum(self._history.get(identity, 0) for identity in identities) % 2**62
 
+    @property
+    def history_of_all(self) -> int:
+        """That of all gradients that have one."""
+        return self.history(self._history)
+
+    def has_estimates(self, identities: Iterable[int]) -> bool:
+        """Whether these gradients have a history, and all tensors but residuals."""
+        kept = [tensors for kind, tensors in self._of.items() if kind != "residual"]
+        return all(
+            identity in self._history and all(identity in tensors for tensors in kept)
+            for identity in identities
+        )
+
     def extend(self, identity: int, mean: Tensor) -> None:
         """Adds an exchange, with the mean that all ranks have, to the history of a gradient."""
         bits = mean.view(torch.int64 if mean.element_size() == 8 else torch.int32)
@@ -114,12 +132,16 @@ class Memory:
         high, low = digest(("exchange", before, now)), digest(("change", before, now))
         self._history[identity] = (high << 31 | low) or 1
 
-    def forget_estimates(self, identities: Iterable[int]) -> None:
-        """Drops the estimates of some gradients, which begin with zeros again; residuals stay."""
+    def forget_estimates(self, identities: Iterable[int] | None = None) -> None:
+        """Drops the estimates of some gradients, or of all, which begin with zeros again; residuals
+        stay."""
+        if identities is None:
+            identities = {*self._history, *itertools.chain.from_iterable(self._of.values())}
         for identity in identities:
             self._history.pop(identity, None)
-            for kind in ("own", "mean"):
-                self._of[kind].pop(identity, None)
+            for kind, tensors in self._of.items():
+                if kind != "residual":
+                    tensors.pop(identity, None)
 
     def drop_non_finite(self, identity: int) -> None:
         """Drops all that is kept of a gradient if NaN or infinity is in it, which would be in every

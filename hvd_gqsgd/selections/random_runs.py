@@ -12,8 +12,8 @@ tensor has fewer units, and its factor is their number.
 In a permutation rank r has the r-th run after that one, and so other runs than the other ranks, if
 there are not more of them than m: PermK (Szlendak, Tyurin and Richtarik, arXiv 2110.03300).
 
-With error feedback the result is not multiplied, and the runs of a group take turns: in m steps
-each is sent once, in an order that begins anew, with a hash, after m steps.
+With residuals, EF21 and EControl the result is not multiplied, and the runs of a group take turns:
+in m steps each is sent once, in an order that begins anew, with a hash, after m steps.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RandomSelection(Selection):
             of_rank: the rank in a permutation; else 0 for all ranks.
         """
         table = _table(tuple(numels), self.size)
-        cycle = self.size if self.feedback else 1  # after which runs take another order
+        cycle = self.size if self.in_turn else 1  # after which runs take another order
         keys = [
             tile_keys(1, seed=self.seed, step=number // cycle, tensor_id=identity, stream=_STREAM)
             for identity, number in zip(identities, numbers, strict=True)
@@ -74,8 +74,8 @@ class RandomSelection(Selection):
         return [Chosen(*each) for each in zip(table.groups, on_device, short, strict=True)]
 
     def scaled(self, chosen: Chosen, mean: Tensor) -> Tensor:
-        """See :class:`Selection`; times the units of each group, without feedback."""
-        if self.feedback:
+        """See :class:`Selection`; times the units of each group, unless these take turns."""
+        if self.in_turn:
             return mean
         before = max(chosen.groups.number - 1, 0) * _RUN
         mean[:before].mul_(self.size)

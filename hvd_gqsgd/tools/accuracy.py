@@ -50,11 +50,12 @@ def squared_error(setting: Setting, ranks: int, one_phase: bool = False) -> floa
 
     Returns:
         0 for one rank, which exchanges nothing; infinity if lanes do not hold the sum of all ranks;
-        NaN where a leader chooses, as residuals make up for the error of a step.
+        NaN where a leader chooses, as residuals make up for the error of a step, and where ranks
+        exchange differences, as the error depends on how gradients change.
     """
     if ranks == 1:
         return 0.0
-    if setting.led:
+    if setting.led or setting.differences:
         return math.nan
     if setting.keep < 1:
         rounding = squared_error(replace(setting, keep=1), ranks, one_phase)

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 from hvd_gqsgd.tools.settings import (
     SETTINGS,
     Setting,
+    mean_over_steps,
     possible,
 )
 
@@ -210,7 +211,7 @@ def exchange_seconds(setting: Setting, gradients: Gradients, ranks: int, machine
     Raises:
         ValueError: the lanes cannot hold the sum of this many ranks.
     """
-    return sum(_parts(setting, gradients, ranks, machine))
+    return mean_over_steps(setting, lambda each: sum(_parts(each, gradients, ranks, machine)))
 
 
 def step_seconds(
@@ -234,8 +235,12 @@ def step_seconds(
     Raises:
         ValueError: the lanes cannot hold the sum of this many ranks.
     """
-    parts = _parts(setting, gradients, ranks, machine)
-    return step_of(parts, setting, gradients, machine, forward, backward)
+
+    def of_kind(kind: Setting) -> float:
+        parts = _parts(kind, gradients, ranks, machine)
+        return step_of(parts, kind, gradients, machine, forward, backward)
+
+    return mean_over_steps(setting, of_kind)
 
 
 def steps_of(
@@ -327,12 +332,15 @@ def chosen_stages(
         allreduce: seconds of an Allreduce, given its bytes.
     """
     m = machine
-    if setting.keep == 1:
+    if setting.keep == 1 and not setting.differences:
         return Stages(0.0, 0.0, 0.0, 0.0, 0.0, (0, 0))
     messages, encode, decode = allreduce(128), each * m.norm, 4 * each * m.copy / 2
     if setting.led:  # places of a byte, and a sum and a copy of the residual
         messages += allreduce(each * setting.keep)
         encode += 12 * each * m.copy + each * m.choose
+    if setting.differences:  # one is subtracted; three are changed, and one is multiplied
+        encode += 12 * each * m.copy
+        decode += 44 * each * m.copy
     return Stages(messages, encode, 0.0, 0.0, decode, (1 + setting.led, 0))
 
 

@@ -34,7 +34,7 @@ from functools import partial
 
 from hvd_gqsgd.tools import cost_model
 from hvd_gqsgd.tools.cost_model import Gradients, Machine, Parts, Stages
-from hvd_gqsgd.tools.settings import SETTINGS, Setting, possible
+from hvd_gqsgd.tools.settings import SETTINGS, Setting, mean_over_steps, possible
 
 __all__ = [
     "Cluster",
@@ -124,7 +124,9 @@ def exchange_seconds(
     Raises:
         ValueError: the lanes cannot hold the sum of all ranks.
     """
-    return sum(_parts(setting, gradients, cluster, machine, by_node))
+    return mean_over_steps(
+        setting, lambda each: sum(_parts(each, gradients, cluster, machine, by_node))
+    )
 
 
 def step_seconds(
@@ -137,8 +139,12 @@ def step_seconds(
     backward: float,
 ) -> float:
     """Seconds of a training step; see ``cost_model.step_seconds`` and ``exchange_seconds``."""
-    parts = _parts(setting, gradients, cluster, machine, by_node)
-    return cost_model.step_of(parts, setting, gradients, machine, forward, backward)
+
+    def of_kind(kind: Setting) -> float:
+        parts = _parts(kind, gradients, cluster, machine, by_node)
+        return cost_model.step_of(parts, kind, gradients, machine, forward, backward)
+
+    return mean_over_steps(setting, of_kind)
 
 
 def steps_of(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "Setting",
     "kept",
     "levels",
+    "mean_over_steps",
     "possible",
 ]
 
@@ -45,6 +47,10 @@ class Setting:
     """Whether a leader chooses them, and the others are told."""
     disjoint: bool = False
     """Whether each rank sends other elements, and all ranks gather them."""
+    differences: bool = False
+    """Whether ranks exchange differences to tensors that they keep."""
+    whole_every: int = 0
+    """In the mean once in so many steps all elements are exchanged, by an Allreduce; 0: never."""
 
     @property
     def compressor(self) -> str:
@@ -75,6 +81,9 @@ SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4, BLOCKS_4, EXPONENTIAL_8
 MIN_LEVELS = 31
 """Fewest levels a side in an Allreduce, as for ``exchange="auto"``."""
 
+LEAST_LEVELS = 2
+"""Fewest levels a side of differences."""
+
 
 def levels(setting: Setting, ranks: int) -> int | None:
     """Levels a side of zero; None without quantization.
@@ -91,14 +100,29 @@ def levels(setting: Setting, ranks: int) -> int | None:
 
 
 def possible(setting: Setting, ranks: int) -> bool:
-    """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more."""
-    found = levels(setting, ranks)
-    return found is None or setting.two_phase or found >= MIN_LEVELS
+    """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more, or, of
+    differences, ``LEAST_LEVELS`` or more."""
+    found = levels(of_whole_steps(setting) if setting.whole_every else setting, ranks)
+    least = LEAST_LEVELS if setting.differences else MIN_LEVELS
+    return found is None or (setting.two_phase and not setting.whole_every) or found >= least
 
 
-def kept(keep: float, ranks: int, bits: int = 8) -> tuple[Setting, Setting, Setting]:
-    """The settings that exchange a share of the elements: at random, as a permutation, and by a
-    leader.
+def of_whole_steps(setting: Setting) -> Setting:
+    """The setting of the steps in which all elements are exchanged."""
+    return replace(setting, keep=1, disjoint=False, two_phase=False, whole_every=0)
+
+
+def mean_over_steps(setting: Setting, seconds: Callable[[Setting], float]) -> float:
+    """The mean of ``seconds`` over the steps of a setting, which may be of two kinds."""
+    if not setting.whole_every:
+        return seconds(setting)
+    part = seconds(replace(setting, whole_every=0))
+    return part + (seconds(of_whole_steps(setting)) - part) / setting.whole_every
+
+
+def kept(keep: float, ranks: int, bits: int = 8) -> tuple[Setting, Setting, Setting, Setting]:
+    """The settings that exchange a share of the elements: at random, as a permutation, by a leader,
+    and as a permutation with MARINA.
 
     The model does not recommend them, as a step makes less progress.
 
@@ -119,7 +143,12 @@ def kept(keep: float, ranks: int, bits: int = 8) -> tuple[Setting, Setting, Sett
         random, name=f"1/{size} as a permutation{width}", two_phase=True, disjoint=True,
         options=f'{options}, select="permutation"',
     )  # fmt: skip
-    return random, permutation, replace(
+    names = "named_parameters=model.named_parameters()"
+    led = replace(
         random, name=f"1/{size} by a leader{width}", led=True,
-        options=f'{options}, select="leader", named_parameters=model.named_parameters()',
+        options=f'{options}, select="leader", {names}',
+    )  # fmt: skip
+    return random, permutation, led, replace(
+        permutation, name=f"{permutation.name}, MARINA", differences=True, whole_every=size,
+        options=f'{permutation.options}, error_feedback="marina", {names}',
     )  # fmt: skip

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hvd_gqsgd
 from hvd_gqsgd import AgreementError, BlockBits, GlobalQSGD, ddp_hook, simulate
+from hvd_gqsgd.exchanges.differences import is_whole
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.simulation import SimulatedRanks
 
@@ -56,6 +57,7 @@ def test_other_front_ends(rank, size, several):
 
 LED = {"keep": 1 / 16, "select": "leader"}
 EF21 = {"keep": 1 / 16, "error_feedback": "ef21"}
+MARINA = {"keep": 1 / 16, "select": "permutation", "error_feedback": "marina", "full_every": 2}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,8 @@ EF21 = {"keep": 1 / 16, "error_feedback": "ef21"}
         pytest.param(LED | {"exchange": "two_phase"}, marks=pytest.mark.core),
         pytest.param(EF21, marks=pytest.mark.core),
         pytest.param(LED | {"error_feedback": "econtrol"}, marks=pytest.mark.few),
+        pytest.param(MARINA, marks=pytest.mark.core),
+        pytest.param(MARINA | {"select": "random"}, marks=pytest.mark.few),
     ],
     ids=str,
 )
@@ -94,7 +98,7 @@ def test_error_feedback(rank, size, several, options):
 
 
 @pytest.mark.few
-@pytest.mark.parametrize("options", [EF21, LED | {"error_feedback": "econtrol"}], ids=str)
+@pytest.mark.parametrize("options", [EF21, LED | {"error_feedback": "econtrol"}, MARINA], ids=str)
 def test_one_rank_has_loaded_its_state(rank, size, several, options):
     """And the others have not: all begin with estimates of zero, and have the same result."""
     parameter = nn.Parameter(torch.zeros(5000))
@@ -118,7 +122,10 @@ def test_one_rank_has_loaded_its_state(rank, size, several, options):
     if rank == 0:
         compressor.load_state_dict(state)
     mean = step(compressor, 3)
-    if "select" not in options:
+    if options is MARINA:  # the first exchange of new estimates is a whole one
+        exact = gradients(size, 5000, seed=3).mean(0)
+        assert (mean - exact).norm() < 0.6 * exact.norm()
+    elif "select" not in options:
         kept = mean != 0
         exact = gradients(size, 5000, seed=3).mean(0)
         assert 0 < kept.sum() <= 5000 / 16 + 32
@@ -126,10 +133,11 @@ def test_one_rank_has_loaded_its_state(rank, size, several, options):
 
 
 @pytest.mark.few
-def test_a_rank_comes_back_after_join(rank, size, several):
+@pytest.mark.parametrize("options", [EF21, MARINA], ids=str)
+def test_a_rank_comes_back_after_join(rank, size, several, options):
     """After as many steps of the others as it has itself: all have the same result."""
     parameter = nn.Parameter(torch.zeros(5000))
-    compressor = GlobalQSGD(**EF21, named_parameters=[("x", parameter)])
+    compressor = GlobalQSGD(**options, named_parameters=[("x", parameter)])
 
     def step(number: int) -> torch.Tensor:
         parameter.grad = gradients(size, 5000, seed=number)[rank].clone()
@@ -153,13 +161,16 @@ def test_a_tensor_without_a_name(rank, size, several):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("select", ["random", "permutation", "leader", "ef21"])
+@pytest.mark.parametrize("select", ["random", "permutation", "leader", "ef21", "marina"])
 def test_ranks_leave_by_join(rank, size, several, select):
     """The leader of a step among them."""
-    chosen = {"error_feedback": "ef21"} if select == "ef21" else {"select": select}
+    chosen = {"ef21": {"error_feedback": "ef21"}, "marina": MARINA | {"keep": 1 / 8}}.get(
+        select, {"select": select}
+    )
+    chosen = {"keep": 1 / 8} | chosen
     parameter = nn.Parameter(torch.zeros(5000))
     named = [("x", parameter)]
-    compressor = GlobalQSGD(keep=1 / 8, **chosen, named_parameters=named)
+    compressor = GlobalQSGD(**chosen, named_parameters=named)
     for step in range(rank + 2):
         everyone = gradients(size, 5000, seed=step)
         parameter.grad = everyone[rank].clone()
@@ -168,7 +179,10 @@ def test_ranks_leave_by_join(rank, size, several, select):
         assert mean.isfinite().all()
         assert mean.any()
         # In steps that a rank is away from, estimates begin with zero, and all send the same runs.
-        if select not in ("permutation", "ef21") or step > 1:
+        if select == "marina":  # and whole gradients are exchanged
+            exact = everyone[step - 1 :].sum(0) if step > 1 else everyone.sum(0)
+            assert step < 2 or (mean * size - exact).norm() < 0.6 * exact.norm()
+        elif select not in ("permutation", "ef21") or step > 1:
             assert mean.count_nonzero() <= 5000 / 8 + 32
     hvd.join()
 
@@ -215,6 +229,39 @@ def test_one_rank_gives_up_a_step(rank, size, several, chosen):
         assert_same_on_all_ranks(mean)
         (expected,) = world.means([[("0", row.contiguous())] for row in everyone])
         assert rank == size - 1 or torch.equal(mean, expected)
+
+
+@pytest.mark.core
+def test_one_rank_gives_up_whichever_messages_follow(rank, size, several):
+    """Steps of whole gradients, and of a part: it starts the messages that the others wait for, and
+    the next step has the result of a run without the steps given up."""
+    parameters = [nn.Parameter(torch.zeros(9000)) for _ in range(2)]
+    named = [(str(i), parameter) for i, parameter in enumerate(parameters)]
+    options = Options(**MARINA | {"bucket_mb": 0.03})
+    compressor = GlobalQSGD(**MARINA, bucket_mb=0.03, named_parameters=named)
+    given_up = (2, 4)  # a part, and whole gradients
+    assert [is_whole(options, step) for step in given_up] == [False, True]
+    for step in range(6):
+        everyone = gradients(size, 9000, seed=step)
+        waiting = []
+        for i, parameter in enumerate(parameters):
+            parameter.grad = everyone[rank] * (i + 1)
+            probe, context = compressor.compress(parameter.grad)
+            waiting.append((hvd.allreduce_async_(probe, name=f"{step} {i}"), context))
+        reduced = [hvd.synchronize(handle) for handle, _ in waiting]
+        if step not in given_up:
+            for tensor, (_, context) in zip(reduced, waiting, strict=True):
+                mean = compressor.decompress(tensor, context)
+                assert_same_on_all_ranks(mean)
+            histories = compressor.state_dict()["memory"]["history"]
+            assert len(histories) == 2
+            continue
+        if rank == size - 1:
+            del context, waiting
+        else:
+            with pytest.raises(AgreementError):
+                compressor.decompress(reduced[0], waiting[0][1])
+        assert compressor.state_dict()["memory"]["history"] == histories
 
 
 @pytest.mark.few

@@ -1,0 +1,194 @@
+"""The exchange of ``error_feedback="marina"``: differences in most steps, whole gradients in some.
+
+In most steps a part of the difference between successive gradients is exchanged, as by any other
+selection. A step is a whole one if a coin says so, by a hash of the seed and the step, or if a rank
+has no estimates that belong to those of the others. All elements of what gradients differ from
+their estimates by then go by an Allreduce, as with EF21 and ``keep=1``.
+
+What the choice between these depends on is the same for all buckets of a step: the coin, the ranks
+that are here, and the history of all estimates. So a rank that gives up a step knows the messages
+that follow in each bucket, as soon as it has the result of the first message of one.
+
+With ranks that have left by ``hvd.join()`` all steps are whole ones, as an estimate of the mean has
+those of all ranks in it. Horovod must remember their messages by then: see ``exchanges.remaining``.
+So they are rehearsed, after those of a step of differences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.bucket import Bucket
+from hvd_gqsgd.exchanges.allreduce import AllreduceExchange
+from hvd_gqsgd.exchanges.base import Exchange, Result, Running, Setup, Terms
+from hvd_gqsgd.exchanges.collectives import Collective, Max
+from hvd_gqsgd.exchanges.remaining import MOST_REHEARSED, SAFE_RANKS
+from hvd_gqsgd.exchanges.selected import SelectedExchange
+from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.selections import WholeDifferences
+
+__all__ = ["DifferencesExchange", "is_whole", "of_whole_steps"]
+
+T = TypeVar("T")
+
+REST = ("rest.0", "rest.1")
+"""The messages in place of a rehearsal."""
+
+
+def is_whole(options: Options, step: int) -> bool:
+    """Whether the coin makes a step a whole one, with the probability ``1 / full_every``."""
+    assert options.full_every is not None
+    return digest(("whole", options.seed, step)) % options.full_every == 0
+
+
+def of_whole_steps(options: Options) -> Options:
+    """The options of the exchange in a whole step."""
+    return dataclasses.replace(
+        options, keep=1, select="random", error_feedback="ef21", full_every=None
+    )
+
+
+@dataclass
+class _Step:
+    """A step of this rank, and what the first messages have told of it."""
+
+    number: int
+    """Of those that the memory has seen."""
+    history: int
+    """Of all estimates of this rank, when the step began."""
+    whole: bool | None = None
+    """Whether it is a whole one for all buckets; None: no first message has told."""
+
+
+class DifferencesExchange(SelectedExchange):
+    """A part of the differences, or all of what gradients differ from their estimates by.
+
+    Args:
+        setup: of all ranks.
+        make: makes the exchange of either.
+    """
+
+    def __init__(self, setup: Setup, make: Callable[[Setup], Exchange]) -> None:
+        super().__init__(setup, make)
+        self._whole = _WholeExchange(setup._replace(options=of_whole_steps(setup.options)), make)
+        assert len(self._whole.messages) == len(self.messages)
+        self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
+        if self._at_risk:
+            self.messages += REST
+        self._remembered: set[str] = set()
+        self._step = _Step(-1, 0)
+
+    @property
+    def _settled(self) -> Exchange:
+        """That of whole gradients: its lanes must hold the sum of all ranks."""
+        return self._whole._settled
+
+    def describe(self) -> str:
+        """See :class:`Exchange`."""
+        return (
+            f"{super().describe()}; all of them once in {self.options.full_every} steps, by "
+            f"{self._whole.describe()}"
+        )
+
+    @property
+    def count_of_remaining(self) -> int:
+        """See :class:`Exchange`."""
+        return self._whole.count_of_remaining
+
+    @property
+    def branches(self) -> bool:
+        """See :class:`Exchange`."""
+        return True
+
+    def to_rehearse(self, bucket: Bucket) -> bool:
+        """Whether Horovod does not remember the messages of a whole step, and has to: see
+        ``exchanges.remaining``."""
+        if not self._at_risk or len(self._remembered) >= MOST_REHEARSED:
+            return False
+        return bucket.name not in self._remembered
+
+    def run(self, bucket: Bucket, terms: Terms) -> Running:
+        """See :class:`Exchange`."""
+        numbers, whole = yield from self._agree(bucket, terms)
+        if whole:
+            running = _named(self._whole.exchange(bucket, terms, numbers))
+        else:
+            running = self.exchange(bucket, terms, numbers)
+        if not (self._at_risk and terms.all_here):
+            return (yield from running)
+        result: Result | None = None
+        error: Exception | None = None
+        try:
+            result = yield from running
+        except Exception as kept:  # raised once the others have their messages
+            error = kept
+        if terms.rehearses and not whole:
+            yield from _named(self._whole.rehearse(bucket, terms.bits))
+        else:
+            for name in REST:
+                yield Max(name, torch.zeros(1, dtype=torch.int32, device="cpu"))
+        self._remembered.add(bucket.name)
+        if result is None:
+            assert error is not None
+            raise error
+        return result
+
+    def _agree(
+        self, bucket: Bucket, terms: Terms
+    ) -> Generator[Collective, Tensor, tuple[Sequence[int], bool]]:
+        """Exchanges the first message; returns the numbers of exchanges before of each gradient,
+        and whether the step is a whole one for these."""
+        memory, ids = self._setup.memory, bucket.identities
+        memory.begin(self.rank, self.size)
+        if self._step.number != memory.steps_begun:
+            self._step = _Step(memory.steps_begun, memory.history_of_all)
+        step = self._step
+        # Where all have the same history, they are new to all ranks.
+        new = not memory.has_estimates(ids)
+        turns = [memory.turn(identity) for identity in ids]
+        told = yield from self._largest([*turns, step.history, -step.history])
+        # A rank that gives up gets no results where they have the header: see ``Exchange.run``.
+        if terms.given_up and self._setup.header:
+            assert step.whole is not None, "another bucket has the result of its first message"
+            return turns, step.whole or new
+        *turns, most, least = told.tolist()
+        differ = most != -least or most == 0
+        whole = differ or not terms.all_here or is_whole(self.options, terms.step)
+        if not terms.given_up:
+            for identity, turn in zip(ids, turns, strict=True):
+                memory.begin_turn(identity, turn)
+            # The first bucket to know does so for all, before any of them has new estimates.
+            if differ and step.whole is None:
+                memory.forget_estimates()
+            step.whole = whole
+        return turns, whole or new
+
+
+class _WholeExchange(SelectedExchange):
+    """The exchange of a whole step, after the first message."""
+
+    def __init__(self, setup: Setup, make: Callable[[Setup], Exchange]) -> None:
+        super().__init__(setup, make)
+        self.feedback = WholeDifferences(setup.memory, setup.options)
+
+    def rehearse(self, bucket: Bucket, bits: int) -> Generator[Collective, Tensor, None]:
+        """Sends zeros in messages of the sizes of this exchange."""
+        assert isinstance(self._inner, AllreduceExchange)
+        yield from self._inner.rehearse_all(self._small(bucket, self._setup.take), bits)
+
+
+def _named(running: Generator[Collective, Tensor, T]) -> Generator[Collective, Tensor, T]:
+    """An exchange whose messages have names of their own: Horovod remembers one size of a name."""
+    collective = next(running)
+    while True:
+        result = yield dataclasses.replace(collective, message=f"whole.{collective.message}")
+        try:
+            collective = running.send(result)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
