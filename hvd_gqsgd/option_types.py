@@ -19,6 +19,7 @@ __all__ = [
     "OptionKeywords",
     "OptionsButBits",
     "Plan",
+    "Rounding",
     "Select",
 ]
 
@@ -30,6 +31,7 @@ Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
 Select = Literal["random", "permutation", "leader"]
 ErrorFeedback = Literal["residual", "ef21", "econtrol"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 class OptionsButBits(TypedDict, total=False):
@@ -50,6 +52,7 @@ class OptionsButBits(TypedDict, total=False):
     select: Select
     error_feedback: ErrorFeedback | None
     low_pass: float
+    rounding: Rounding
 
 
 class OptionKeywords(OptionsButBits, total=False):

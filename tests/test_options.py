@@ -44,6 +44,7 @@ def test_defaults() -> None:
         "select": "random",
         "error_feedback": None,
         "low_pass": 1,
+        "rounding": "stochastic",
     }
 
 

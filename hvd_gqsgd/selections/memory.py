@@ -19,12 +19,13 @@ _log = logging.getLogger("hvd_gqsgd")
 
 KINDS: dict[ErrorFeedback | None, tuple[str, ...]] = {
     None: (),
-    "residual": ("residual",),
-    "ef21": ("own", "mean"),
-    "econtrol": ("residual", "own", "mean"),
+    "residual": ("residual", "owed"),
+    "ef21": ("own", "mean", "owed"),
+    "econtrol": ("residual", "own", "mean", "owed"),
 }
 """The tensors of a gradient, by the option ``error_feedback``: the part not sent yet; the estimate
-of this rank's gradient, and that of the mean, which all ranks have from the codes exchanged."""
+of this rank's gradient, and that of the mean, which all ranks have from the codes exchanged; and,
+in two phases, what this rank owes of the means that it has told."""
 
 
 class Memory:
@@ -118,8 +119,15 @@ class Memory:
         """Drops the estimates of some gradients, which begin with zeros again; residuals stay."""
         for identity in identities:
             self._history.pop(identity, None)
-            for kind in ("own", "mean"):
+            for kind in ("own", "mean", "owed"):
                 self._of[kind].pop(identity, None)
+
+    def forget_owed(self) -> None:
+        """Drops what this rank owes, for an exchange in which ranks owe nothing; estimates that it
+        is a part of begin with zeros."""
+        if self._of["owed"]:
+            self._of["owed"].clear()
+            self._history.clear()
 
     def __bool__(self) -> bool:
         """Whether there was a step with error feedback."""
@@ -175,7 +183,7 @@ class Memory:
         self._rank, self._size, self._loaded = 0, 0, False
         if state is None:
             return
-        others = [kind for kind in state["tensors"] if kind not in self._of]
+        others = [kind for kind, kept in state["tensors"].items() if kept and kind not in self._of]
         if others:
             _log.warning(
                 "dropped %s of the loaded state, which this error_feedback does not keep",

@@ -56,6 +56,8 @@ def test_other_front_ends(rank, size, several):
 
 LED = {"keep": 1 / 16, "select": "leader"}
 EF21 = {"keep": 1 / 16, "error_feedback": "ef21"}
+NEAREST = {"bits": 2, "rounding": "nearest"}
+NARROW = NEAREST | {"error_feedback": "ef21"}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +67,11 @@ EF21 = {"keep": 1 / 16, "error_feedback": "ef21"}
         pytest.param(LED | {"exchange": "two_phase"}, marks=pytest.mark.core),
         pytest.param(EF21, marks=pytest.mark.core),
         pytest.param(LED | {"error_feedback": "econtrol"}, marks=pytest.mark.few),
+        pytest.param(NARROW, marks=pytest.mark.core),
+        pytest.param(
+            {"select": "permutation", "keep": 1 / 4, "error_feedback": "residual"} | NEAREST,
+            marks=pytest.mark.few,
+        ),
     ],
     ids=str,
 )
@@ -153,10 +160,13 @@ def test_a_tensor_without_a_name(rank, size, several):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("select", ["random", "permutation", "leader", "ef21"])
+@pytest.mark.parametrize("select", ["random", "permutation", "leader", "ef21", "nearest"])
 def test_ranks_leave_by_join(rank, size, several, select):
     """The leader of a step among them."""
-    chosen = {"error_feedback": "ef21"} if select == "ef21" else {"select": select}
+    chosen = {
+        "ef21": {"error_feedback": "ef21"},
+        "nearest": NEAREST | {"error_feedback": "residual"},
+    }.get(select, {"select": select})
     parameter = nn.Parameter(torch.zeros(5000))
     named = [("x", parameter)]
     compressor = GlobalQSGD(keep=1 / 8, **chosen, named_parameters=named)
