@@ -34,6 +34,9 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "float64": None,
     "8 bits": {},
     "8 bits, EF21": {"error_feedback": "ef21"},
+    "3 bits, EF21": {"bits": 3, "error_feedback": "ef21"},
+    "2 bits to nearest, EF21": {"bits": 2, "rounding": "nearest", "error_feedback": "ef21"},
+    "2 bits to nearest, residual": {"bits": 2, "rounding": "nearest", "error_feedback": "residual"},
     "1/8 at random": {"keep": 1 / 8},
     "1/8 as a permutation": {"keep": 1 / 8, "select": "permutation"},
     "1/8 in turn": {"keep": 1 / 8, "error_feedback": "residual"},
@@ -45,6 +48,7 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "1/16 by a leader, EF21": {"keep": 1 / 16, "select": "leader", "error_feedback": "ef21"},
 }
 NOT_DRAWN = (
+    "3 bits, EF21", "2 bits to nearest, EF21", "2 bits to nearest, residual",
     "1/8 in turn", "1/8 in turn, EControl", "1/8 at random, MARINA", "1/16 by a leader",
 )  # fmt: skip
 DRAWN = [name for name in SETTINGS if name not in NOT_DRAWN]

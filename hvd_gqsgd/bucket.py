@@ -33,6 +33,8 @@ class Item:
     """Factor of the sum over the ranks, if it is known in advance."""
     out: Tensor | None = None
     """Contiguous memory to decode to, possibly ``x`` itself; None: from the buffer pool."""
+    owed: Tensor | None = None
+    """Flat: what this rank owes of the mean, for ``exchanges/owing.py``; None: nothing."""
     place: int = 0
     """Index in the closed bucket."""
 
@@ -43,7 +45,7 @@ class Item:
     def release(self) -> None:
         """Drops the references to tensors of the user."""
         del self.x
-        self.out = None
+        self.out = self.owed = None
 
 
 class Bucket:

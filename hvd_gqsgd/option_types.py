@@ -19,6 +19,7 @@ __all__ = [
     "OptionKeywords",
     "OptionsButBits",
     "Plan",
+    "Rounding",
     "Select",
 ]
 
@@ -30,6 +31,7 @@ Bits = int | DynamicBits | BlockBits | Literal["auto"]
 Plan = Sequence[Sequence[Any]]
 Select = Literal["random", "permutation", "leader"]
 ErrorFeedback = Literal["residual", "ef21", "econtrol", "marina"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 class OptionsButBits(TypedDict, total=False):
@@ -51,6 +53,7 @@ class OptionsButBits(TypedDict, total=False):
     error_feedback: ErrorFeedback | None
     low_pass: float
     full_every: int | None
+    rounding: Rounding
 
 
 class OptionKeywords(OptionsButBits, total=False):

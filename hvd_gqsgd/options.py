@@ -21,12 +21,13 @@ from hvd_gqsgd.option_types import (
     Hierarchy,
     Norm,
     Plan,
+    Rounding,
     Select,
 )
 from hvd_gqsgd.plan import check_plan
 from hvd_gqsgd.selection_rules import check_selection, checked_keep
 
-__all__ = ["Options", "digest", "levels_of"]
+__all__ = ["LEAST_LEVELS", "Options", "digest", "levels_of"]
 
 # Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
 WIRE_VERSION = 5
@@ -34,6 +35,10 @@ WIRE_VERSION = 5
 # Fewer levels a side than that, and exchange="auto" takes two phases. With 31 (8 bits, 4 ranks) the
 # examples reach the loss of fp32; with 15 (8 ranks) the language model loses 0.7 % of perplexity.
 ENOUGH_LEVELS = 31
+
+# With one level a side the squared error of stochastic rounding is above the square of what is
+# rounded, and estimates go astray (tests/test_feedback.py); with two they come near, slowly.
+LEAST_LEVELS = 2
 
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
@@ -100,16 +105,20 @@ class Options:
         error_feedback: how a rank makes up for the elements that it did not send. ``"residual"``
             adds them to its next gradient; ``"ef21"`` sends the differences between gradients and
             their estimates, and the result is the mean of all estimates (arXiv 2106.05203);
-            ``"econtrol"`` does both (arXiv 2311.05645). These two take an Allreduce, and go with
-            ``keep=1`` too. ``"marina"`` adds the differences between successive gradients, chosen
-            at random or as a permutation, to an estimate, and sends whole gradients once in
-            ``full_every`` steps (arXiv 2102.07845). None is ``"residual"`` with
-            ``select="leader"``, and no error feedback otherwise. With error feedback other than
-            ``"marina"``, random runs take turns, and are not multiplied.
+            ``"econtrol"`` does both (arXiv 2311.05645). These two go with ``keep=1`` too.
+            ``"marina"`` adds the differences between successive gradients, chosen at random or as a
+            permutation, to an estimate, and sends whole gradients once in ``full_every`` steps
+            (arXiv 2102.07845). None is ``"residual"`` with ``select="leader"``, and no error
+            feedback otherwise. With error feedback other than ``"marina"``, random runs take turns,
+            and are not multiplied.
         low_pass: weight of a step in the residual of ``error_feedback="residual"``, above 0 and at
             most 1: ScaleCom's low-pass filter ``beta``. 1 does not filter.
         full_every: the steps of ``error_feedback="marina"`` in which whole gradients are exchanged
             are one in so many in the mean, from 2 to 65,536; None: one in ``1 / keep``.
+        rounding: ``"stochastic"`` rounds by dither, which is unbiased. ``"nearest"`` rounds linear
+            codes to the nearest level, which is biased and needs error feedback. The error of each
+            element is then at most its magnitude, so that one level a side is enough: 2 bits for
+            any number of ranks.
 
     Raises:
         TypeError: an option has the wrong type.
@@ -133,6 +142,7 @@ class Options:
     error_feedback: ErrorFeedback | None = None
     low_pass: float = 1
     full_every: int | None = None
+    rounding: Rounding = "stochastic"
 
     def __post_init__(self) -> None:
         if not isinstance(self.bits, DynamicBits | BlockBits) and self.bits != "auto":
@@ -202,6 +212,7 @@ class Options:
             raise ValueError(f"low_pass must be above 0 and at most 1, got {low_pass}")
         object.__setattr__(self, "low_pass", low_pass)
         check_choice("select", self.select, get_args(Select))
+        check_choice("rounding", self.rounding, get_args(Rounding))
         if self.error_feedback is not None:
             check_choice("error_feedback", self.error_feedback, get_args(ErrorFeedback), "None")
         if self.full_every is not None:
@@ -268,8 +279,9 @@ class Options:
 
     @property
     def selected(self) -> bool:
-        """Whether a part of the elements, or estimates, are exchanged."""
-        return self.keep < 1 or self.estimates
+        """Whether there is a ``SelectedExchange``: for a part of the elements, or error feedback
+        of the rounding."""
+        return self.keep < 1 or self.feeds_rounding
 
     @property
     def disjoint(self) -> bool:
@@ -281,17 +293,27 @@ class Options:
         """Whether the result is the mean of estimates of gradients."""
         return self.error_feedback in ("ef21", "econtrol", "marina")
 
+    @property
+    def feeds_rounding(self) -> bool:
+        """Whether error feedback makes up for rounding too."""
+        return self.estimates or self.rounding == "nearest"
+
     def exchange_for(self, world_size: int) -> Exchange:
         """Returns the exchange for a world size, with ``"auto"`` resolved.
 
         Exponential codes cannot be added. Linear ones of one width are, unless the lanes leave less
         than 31 levels a side to the ranks, and more without a sum to hold. Those of a width per
-        block have more levels for the same bytes in two phases, and take these.
+        block have more levels for the same bytes in two phases, and take these. With error feedback
+        of the rounding, which two phases have for one width alone, few levels are enough.
+        MARINA's steps of all elements are an Allreduce.
         """
         if self.exchange != "auto":
             return self.exchange
-        if self.estimates:
+        if self.error_feedback == "marina":
             return "allreduce"
+        if self.feeds_rounding:
+            summed = levels_of(self.least_bits, world_size) >= LEAST_LEVELS
+            return "allreduce" if summed or isinstance(self.bits, BlockBits) else "two_phase"
         if not CODECS[self.dither].added or isinstance(self.bits, BlockBits):
             return "two_phase"
         levels, of_one = (levels_of(self._lane_bits, ranks) for ranks in (world_size, 1))
@@ -338,8 +360,8 @@ def levels_of(bits: int, summands: int) -> int:
 
 OF_AUTO = ("error", "plan")
 """Options that go with ``bits="auto"`` alone."""
-OF_KEEP = ("keep", "select", "error_feedback", "low_pass", "full_every")
-"""Options that have an effect if a part of the elements, or estimates, are exchanged."""
+OF_KEEP = ("keep", "select", "error_feedback", "low_pass", "full_every", "rounding")
+"""Options that have an effect if a part of the elements is exchanged, or with error feedback."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 
 

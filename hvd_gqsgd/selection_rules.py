@@ -1,11 +1,12 @@
-"""The rules of ``keep``, ``select``, ``error_feedback``, ``low_pass`` and ``full_every``: which go
-with each other, and with other options."""
+"""The rules of ``keep``, ``select``, ``error_feedback``, ``low_pass``, ``full_every`` and
+``rounding``: which go with each other, and with other options."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
 from hvd_gqsgd.checks import MOST_GROUP, check_number
+from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS
 
 __all__ = ["check_selection", "checked_keep"]
@@ -35,11 +36,17 @@ class Options(Protocol):
     @property
     def full_every(self) -> int | None: ...
     @property
+    def rounding(self) -> str: ...
+    @property
+    def correlated(self) -> bool: ...
+    @property
     def selected(self) -> bool: ...
     @property
     def disjoint(self) -> bool: ...
     @property
     def estimates(self) -> bool: ...
+    @property
+    def feeds_rounding(self) -> bool: ...
 
 
 def checked_keep(value: object) -> float:
@@ -66,7 +73,11 @@ def check_selection(options: Options) -> None:
         ValueError: two do not go together, or one has no effect.
     """
     feedback, select = options.error_feedback, options.select
-    if options.keep == 1 and (select != "random" or feedback in ("residual", "marina")):
+    nearest = options.rounding == "nearest"
+    if nearest:
+        _check_nearest(options)
+    without = ("marina",) if nearest else ("marina", "residual")
+    if options.keep == 1 and (select != "random" or feedback in without):
         this = f"select={select!r}" if select != "random" else f"error_feedback={feedback!r}"
         raise ValueError(
             f"{this} has no effect with keep=1, which exchanges all elements: pass keep=1/64, or "
@@ -107,6 +118,42 @@ def check_selection(options: Options) -> None:
         _check_permutation(options)
     if options.estimates:
         _check_estimates(options)
+    if options.feeds_rounding:
+        _check_owing(options, this)
+
+
+def _check_nearest(options: Options) -> None:
+    if options.error_feedback is None and options.select != "leader":
+        raise ValueError(
+            "rounding='nearest' is biased, and needs error feedback: pass "
+            "error_feedback='residual', 'ef21' or 'econtrol', or leave rounding out"
+        )
+    if options.error_feedback == "marina":
+        raise ValueError(
+            "rounding='nearest' is biased, and does not go with error_feedback='marina': leave "
+            "rounding out"
+        )
+    if options.dither != "linear":
+        raise ValueError(
+            f"rounding='nearest' takes linear codes, got dither={options.dither!r}: leave dither "
+            "out"
+        )
+    if options.norm == "l2":
+        raise ValueError("rounding='nearest' takes norm='max', got norm='l2': leave norm out")
+    if not options.correlated:
+        raise ValueError(
+            "correlated=False has no effect with rounding='nearest', which draws no dither: leave "
+            "correlated out"
+        )
+
+
+def _check_owing(options: Options, this: str) -> None:
+    if options.exchange == "two_phase" and isinstance(options.bits, BlockBits):
+        this = "rounding='nearest'" if options.rounding == "nearest" else this
+        raise ValueError(
+            f"exchange='two_phase' does not go with {this} and bits=BlockBits(...), whose widths "
+            "are those of one rounding: leave exchange out"
+        )
 
 
 def _check_permutation(options: Options) -> None:
@@ -129,10 +176,10 @@ def _check_estimates(options: Options) -> None:
             "error_feedback='marina' does not go with select='leader', which is biased: pass "
             "select='permutation', or leave select out"
         )
-    if options.exchange not in ("auto", "allreduce"):
+    if feedback == "marina" and options.exchange not in ("auto", "allreduce"):
         raise ValueError(
-            f"error_feedback={feedback!r} does not go with exchange={options.exchange!r}, whose "
-            "second rounding is not in the estimates: leave exchange out"
+            f"error_feedback='marina' does not go with exchange={options.exchange!r}: leave "
+            "exchange out"
         )
     if options.norm == "l2":
         raise ValueError(

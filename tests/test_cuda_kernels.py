@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hvd_gqsgd import BlockBits, layout
 from hvd_gqsgd._native import ops
-from hvd_gqsgd.reference.kinds import LINEAR, Code, exponential, linear
+from hvd_gqsgd.reference.kinds import LINEAR, Code, exponential, linear, nearest
 from hvd_gqsgd.reference.linear import levels
 
 pytestmark = pytest.mark.launches
@@ -34,7 +34,10 @@ BLOCKS = [256, 1000, 1024, 1500, 2048, None]
 SIZES = [0, 1, 3, 255, 1025, 4096, 5003]
 # Emulated threads are slow, and small blocks take one or more for each block.
 SHAPES = [*itertools.product(BLOCKS, SIZES), (1, 70), (7, 300), (16, 1024)]
-CODES = [*(linear(bits, 1) for bits in WIDTHS), exponential(4), exponential(8)]
+CODES = [
+    *(linear(bits, 1) for bits in WIDTHS), exponential(4), exponential(8), nearest(4, 7),
+    nearest(5, 15),
+]  # fmt: skip
 MARGIN = 64  # elements around a buffer
 
 
@@ -249,7 +252,7 @@ def test_widths_per_block(gpu: Gpu, dtype: torch.dtype) -> None:
             n, given = norms.to(device), x.to(device)
             lib.block_widths(n, columns.to(device), *cut, *bits.rule(), plan)
             lib.quantize_blocks(
-                [given], n, plan, words, *cut, block, 1, *place[:2], [7], 1, 2, True
+                [given], n, plan, words, *cut, block, 1, *place[:2], [7], 1, 2, True, numel % 2 == 1
             )
             lib.requantize_blocks(
                 received.to(device), n, plan, means, [numel], [0], runs, *cut, 1, block,

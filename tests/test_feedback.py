@@ -193,13 +193,13 @@ def test_a_state_of_another_kind_or_model(caplog: pytest.LogCaptureFixture) -> N
         other = ranks(2, keep=1 / 8, **options)
         caplog.clear()
         other.load_state_dicts(states)
-        dropped = {"ef21": "residuals", "residual": "estimates", "": "estimates and residuals"}
-        said = f"the {dropped[options.get('error_feedback', '')]} of the loaded state are dropped"
-        assert said in caplog.text
+        kind = options["error_feedback"] or ""
+        dropped = {"residual": "estimates", "": "estimates and residuals"}.get(kind, "residuals")
+        assert f"the {dropped} of the loaded state are dropped" in caplog.text
         step(other, torch.randn(2, 4096))
-        kinds = {"ef21": {"own", "mean"}, "residual": {"residual"}}
+        kinds = {"ef21": {"own", "mean", "owed"}, "residual": {"residual", "owed"}}
         kinds["marina"] = {"own", "mean", "previous"}
-        expected = kinds.get(options["error_feedback"] or "", set())
+        expected = kinds.get(kind, set())
         assert set(other.state_dicts()[0].get("memory", {"tensors": {}})["tensors"]) == expected
     for state in states:
         for tensors in state["memory"]["tensors"].values():
@@ -308,7 +308,11 @@ def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
         ({"error_feedback": "ef21", "hierarchy": "node"}, "does not go with error_feedback='ef21'"),
         ({"keep": 1 / 8, "error_feedback": "ef"}, "error_feedback must be one of"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "low_pass": 0.5}, "no effect with error_feed"),
-        ({"keep": 1 / 8, "error_feedback": "ef21", "exchange": "two_phase"}, "leave exchange out"),
+        ({"error_feedback": "ef21", "exchange": "gather"}, "leave exchange out"),
+        (
+            {"error_feedback": "ef21", "exchange": "two_phase", "bits": BlockBits(4)},
+            "does not go with error_feedback='ef21' and bits=BlockBits",
+        ),
         ({"keep": 1 / 8, "error_feedback": "ef21", "dither": "exponential"}, "leave dither out"),
         ({"keep": 1 / 8, "error_feedback": "ef21", "norm": "l2"}, "takes norm='max', got"),
         (
@@ -349,9 +353,10 @@ def test_levels_that_bring_estimates_nearer(
 ) -> None:
     """2 levels a side do, and 1 does not, which is an error where it is asked for."""
     rows, options = torch.randn(3, 8192), {"keep": 1 / 8, "error_feedback": "ef21", "bits": bits}
+    options["exchange"] = "allreduce"
     if not comes:
         with pytest.raises(
-            ValueError, match=r"lanes of 3 bits have 1 for 3 ranks: pass 4 or more as bits"
+            ValueError, match=r"lanes of 3 bits have 1 for 3 ranks: pass 4 or more as bits, or rou"
         ):
             step(ranks(3, **options), rows)
         monkeypatch.setattr(selected, "LEAST_LEVELS", 1)
@@ -367,6 +372,9 @@ def test_the_narrowest_lanes_count() -> None:
     with pytest.raises(ValueError, match=r"pass 4 or more as min_bits of BlockBits"):
         step(world, torch.randn(3, 8192))
     step(ranks(3, error_feedback="ef21", bits=BlockBits(6, min_bits=4)), torch.randn(3, 8192))
-    world = ranks(3, error_feedback="ef21", bits=DynamicBits(6, total_steps=60, min_bits=3))
+    dynamic = DynamicBits(6, total_steps=60, min_bits=3)
+    world = ranks(3, error_feedback="ef21", bits=dynamic, exchange="allreduce")
     with pytest.raises(ValueError, match=r"pass 4 or more as min_bits of DynamicBits"):
         step(world, torch.randn(3, 8192))
+    # In two phases lanes of 3 bits have 3 levels.
+    step(ranks(3, error_feedback="ef21", bits=dynamic), torch.randn(3, 8192))

@@ -19,7 +19,7 @@ WORDS = torch.zeros(30, dtype=torch.int32)
 TRANSPOSED = torch.ones(10, 10).t()
 DTYPE_MESSAGE = "the tensor must be float16, bfloat16, float32 or float64, got "
 LEVELS_MESSAGE = "levels must be from 1 to 127 for linear codes of 8 bits, got "
-KIND_MESSAGE = "kind must be 0 (linear) or 1 (exponential), got "
+KIND_MESSAGE = "kind must be 0 (linear) or 1 (exponential) or 2 (nearest), got "
 CONTRIBUTORS_MESSAGE = "contributors must be from 1 to "
 
 
@@ -84,7 +84,7 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         (lambda: quantize(levels=-1), ValueError, LEVELS_MESSAGE + "-1"),
         (lambda: quantize(levels=128), ValueError, LEVELS_MESSAGE + "128"),
         (lambda: quantize(levels=0), ValueError, LEVELS_MESSAGE + "0"),
-        (lambda: quantize(kind=2), ValueError, KIND_MESSAGE + "2"),
+        (lambda: quantize(kind=3), ValueError, KIND_MESSAGE + "3"),
         (lambda: quantize(kind=-1), ValueError, KIND_MESSAGE + "-1"),
         (lambda: quantize(kind=2**32), ValueError, KIND_MESSAGE + "4294967296"),
         (lambda: quantize(rank=-1), ValueError, "rank must be from 0 to 0, got -1"),
@@ -98,7 +98,7 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         (lambda: dequantize(bits=33), ValueError, "bits must be from 2 to 16, got 33"),
         (lambda: dequantize(levels=200), ValueError, LEVELS_MESSAGE + "200"),
         (lambda: dequantize(levels=0), ValueError, LEVELS_MESSAGE + "0"),
-        (lambda: dequantize(kind=2), ValueError, KIND_MESSAGE + "2"),
+        (lambda: dequantize(kind=3), ValueError, KIND_MESSAGE + "3"),
         (
             lambda: dequantize(contributors=0), ValueError,
             CONTRIBUTORS_MESSAGE + "1 for 8 bits and 127 levels, got 0",

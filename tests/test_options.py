@@ -45,6 +45,7 @@ def test_defaults() -> None:
         "error_feedback": None,
         "low_pass": 1,
         "full_every": None,
+        "rounding": "stochastic",
     }
 
 

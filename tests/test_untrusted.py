@@ -208,7 +208,7 @@ def test_the_calls_that_the_errors_below_start_from_are_valid() -> None:
         ),
         (
             lambda: requantize_call(code=Code(-1, 8, 127)), ValueError,
-            "kind must be 0 (linear) or 1 (exponential), got -1",
+            "kind must be 0 (linear) or 1 (exponential) or 2 (nearest), got -1",
         ),
         (lambda: requantize_call(first=-1), ValueError, "tiles must be within 0 to 10, got -1 to"),
         (lambda: requantize_call(last=11), ValueError, "tiles must be within 0 to 10, got 0 to 11"),

@@ -115,7 +115,7 @@ _library.define(
 _library.define(
     "quantize_blocks(Tensor[] xs, Tensor norms, Tensor plan, Tensor(a!) words, int[] blocks, "
     "int[] word_starts, int block_size, int summands, int seed, int step, int[] tensor_ids, "
-    "int rank, int world_size, bool correlated) -> ()"
+    "int rank, int world_size, bool correlated, bool nearest=False) -> ()"
 )
 _library.define(
     "sum_blocks(Tensor received, Tensor norms, Tensor plan, Tensor(a!) out, int first, "
@@ -188,8 +188,8 @@ largest magnitude, NaN before infinity. ``places``: ``uint8`` for blocks of at m
 
 quantize = _ops.quantize.default
 """``quantize(x, norms, words, block_size, kind, bits, levels, seed, step, tensor_id, rank,
-world_size, correlated)``: rounds ``x`` stochastically to codes on the scale of ``norms`` and packs
-them.
+world_size, correlated)``: rounds ``x`` to codes on the scale of ``norms``, by dither or as its kind
+says, and packs them.
 
 ``kind``, ``bits`` and ``levels``, here and below, are those of a ``Codec``. ``norms`` must be at
 least the magnitudes of ``x``; values beyond them are cut off.
@@ -277,8 +277,8 @@ which ``summands`` are added have words of 64 bits, counted as two, here and bel
 
 quantize_blocks = _ops.quantize_blocks.default
 """``quantize_blocks(xs, norms, plan, words, blocks, word_starts, block_size, summands, seed, step,
-tensor_ids, rank, world_size, correlated)``: ``quantize_each`` at the widths of a plan, of which
-``blocks`` and ``word_starts``, here and below, are the segments.
+tensor_ids, rank, world_size, correlated, nearest=False)``: ``quantize_each`` at the widths of a
+plan, of which ``blocks`` and ``word_starts``, here and below, are the segments.
 """
 
 sum_blocks = _ops.sum_blocks.default

@@ -12,6 +12,7 @@ from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.agreement import HEADER
 from hvd_gqsgd.exchanges.contribution import MARKS
 from hvd_gqsgd.exchanges.differences import of_whole_steps
+from hvd_gqsgd.exchanges.owing import means_of_ranks
 from hvd_gqsgd.layout import FLAG
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import LeaderSelection, selection_of
@@ -22,7 +23,7 @@ __all__ = ["wire_bytes", "wire_bytes_of"]
 def wire_bytes(
     numels: Sequence[int], *, bits: int | BlockBits = 8, block_size: int | None = 1024,
     two_phase: bool = False, l2: bool = False, double: bool = False, ranks: int = 4,
-    gathered: bool = False,
+    gathered: bool = False, owing: bool = False,
 ) -> int:  # fmt: skip
     """Bytes of a bucket of tensors, as in ``Stats`` but without probes and filled slots.
 
@@ -32,6 +33,7 @@ def wire_bytes(
         double: whether the tensors are float64.
         ranks: number of ranks.
         gathered: whether ranks gather codes of different elements.
+        owing: whether owners of two phases keep what they owe.
     """
     norm = 8 if double else 4
     if isinstance(bits, BlockBits):
@@ -55,6 +57,10 @@ def wire_bytes(
                 bytes_of_words = -(-tile // lanes) * word
                 words += bytes_of_words
                 means += unit + -(-bytes_of_words // unit) * unit
+    if owing:
+        tensors = tuple((numel, block_size or max(numel, 1)) for numel in numels)
+        norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
+        means = means_of_ranks(layout.lay_out(tensors, bits, norm_dtype), ranks, block_size)
     total = norm * (HEADER + blocks) + (8 * blocks if l2 else 0)
     if gathered:
         return total + ranks * (word * FLAG + words) // 2
@@ -84,4 +90,5 @@ def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int, whole: bo
     return chosen + wire_bytes(
         numels, bits=bits, block_size=options.block_size, two_phase=two_phase,
         l2=options.norm == "l2", ranks=ranks, gathered=options.disjoint,
+        owing=two_phase and options.feeds_rounding,
     )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hvd_gqsgd.codecs.base import Codec, CodeKind
 from hvd_gqsgd.codecs.by_name import CODECS, register_codec
 from hvd_gqsgd.codecs.exponential import ExponentialCodec
-from hvd_gqsgd.codecs.linear import LinearCodec, levels_for
+from hvd_gqsgd.codecs.linear import LinearCodec, NearestCodec, levels_for
 from hvd_gqsgd.codecs.plain import PlainCodec
 from hvd_gqsgd.codecs.support import (
     check_compressible,
@@ -26,6 +26,7 @@ __all__ = [
     "Codec",
     "ExponentialCodec",
     "LinearCodec",
+    "NearestCodec",
     "PlainCodec",
     "check_compressible",
     "check_device",
@@ -44,7 +45,7 @@ def make_codec(options: Options, bits: int, *, summands: int, rank: int, world_s
     Raises:
         ValueError: the lanes are too narrow.
     """
-    codec = CODECS[options.dither]
+    codec = NearestCodec if options.rounding == "nearest" else CODECS[options.dither]
     return codec(
         bits=bits,
         levels=codec.levels_for(bits, summands),

@@ -27,6 +27,8 @@ class CodeKind(IntEnum):
 
     LINEAR = 0
     EXPONENTIAL = 1
+    NEAREST = 2
+    """Linear codes, rounded to nearest."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Codec(ABC):
         """Writes the codes of ``xs`` on the global ``norms`` to ``words``.
 
         Dither is a hash of the seed, ``step``, the tensor's number, the element and, unless it is
-        correlated, the rank.
+        correlated, the rank. Codes that are rounded to nearest have none.
         """
         ops.quantize_each(
             xs, norms, words, self.block_size, *self.code,

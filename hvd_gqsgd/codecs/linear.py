@@ -8,13 +8,16 @@ Global-QSGD (arXiv 2305.18627), standard dithering on a norm M that all ranks sh
 In an Allreduce, lanes of b bits hold the sum of the codes of n ranks: s = floor((2^b - 1) / (2n)),
 so that no lane overflows, whatever the input. In a two-phase exchange nothing is added in the
 lanes, and s = 2^(b-1) - 1 for any number of ranks.
+
+To nearest, xi is 1/2 for all elements: halves go up, of negative elements too. The code of an
+element below M / (2s) is 0, and that of M is s.
 """
 
 from __future__ import annotations
 
 from hvd_gqsgd.codecs.base import Codec, CodeKind
 
-__all__ = ["LinearCodec", "levels_for"]
+__all__ = ["LinearCodec", "NearestCodec", "levels_for"]
 
 
 def levels_for(bits: int, ranks: int) -> int:
@@ -43,3 +46,9 @@ class LinearCodec(Codec):
     def levels_for(cls, bits: int, summands: int) -> int:
         """See the function ``levels_for``."""
         return levels_for(bits, summands)
+
+
+class NearestCodec(LinearCodec):
+    """The same codes, rounded to nearest in place of by dither; biased."""
+
+    kind = CodeKind.NEAREST

@@ -16,6 +16,7 @@ from hvd_gqsgd.exchanges.differences import DifferencesExchange
 from hvd_gqsgd.exchanges.gather import GatherExchange
 from hvd_gqsgd.exchanges.native import MpiExchange, NcclExchange
 from hvd_gqsgd.exchanges.one_phase import OnePhaseExchange
+from hvd_gqsgd.exchanges.owing import OwingExchange
 from hvd_gqsgd.exchanges.parts import PartsExchange
 from hvd_gqsgd.exchanges.selected import SelectedExchange
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
@@ -96,6 +97,8 @@ def _flat(setup: Setup) -> Exchange:
     options, transport = setup.options, setup.transport
     kind = options.exchange_for(transport.size)
     make = PartsExchange if options.disjoint else EXCHANGES[kind]
+    if make is TwoPhaseExchange and setup.keeps_own:
+        make = OwingExchange
     one_width = not isinstance(options.bits, BlockBits)
     if options.selected:  # native exchanges take whole gradients
         return make(setup)

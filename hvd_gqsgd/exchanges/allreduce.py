@@ -113,6 +113,10 @@ class Summed:
         self.widths.decode_sum(self.words, self.norms, items, outs, count, scale)
 
     def decode_own(self, items: Sequence[Item], outs: Sequence[Tensor]) -> None:
-        """Writes this rank's part of the sum to ``outs``, for some tensors."""
+        """See :class:`OwnResult`."""
         assert self.own is not None
         self.widths.decode_sum(self.own, self.norms, items, outs, 1, 1.0)
+
+    def owing(self, item: Item) -> Tensor | None:
+        """Nothing: see :class:`OwnResult`."""
+        return None

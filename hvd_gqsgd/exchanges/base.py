@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from hvd_gqsgd.transports.base import Transport
 __all__ = [
     "Exchange",
     "LastMessage",
+    "OwnResult",
     "Result",
     "Running",
     "Setup",
@@ -55,7 +56,8 @@ class Setup(NamedTuple):
     memory: Memory
     """The tensors that this rank keeps for error feedback."""
     keeps_own: bool = False
-    """Whether results have the codes of this rank too; see ``allreduce.Summed``."""
+    """Whether results have the codes of this rank too, and their means nothing that is rounded and
+    lost; see ``OwnResult``."""
 
 
 def first_message(setup: Setup, name: str) -> str:
@@ -123,6 +125,18 @@ class Result(Protocol):
         """Writes ``scale`` times the sum over these ranks to ``outs``, for some tensors."""
 
 
+@runtime_checkable
+class OwnResult(Result, Protocol):
+    """A result that has this rank's part of the sum too."""
+
+    def decode_own(self, items: Sequence[Item], outs: Sequence[Tensor]) -> None:
+        """Writes this rank's part of the sum, as the others have decoded it, to ``outs``."""
+
+    def owing(self, item: Item) -> Tensor | None:
+        """What this rank owes of the mean of a tensor from now on, flat; None: ranks owe
+        nothing."""
+
+
 Running = Generator[Collective, Tensor, Result]
 """An exchange of one bucket: yields each collective, and is sent its result."""
 
@@ -147,6 +161,8 @@ class Exchange(ABC):
     """The collectives of a bucket, in their order."""
     alone: ClassVar[bool] = False
     """Whether nothing is sent, as there is one rank."""
+    owes: ClassVar[bool] = False
+    """Whether ranks keep what they owe of a mean; see ``owing``."""
     counted: int = 1
     """Times that bytes on the wire are counted; see ``Stats``."""
 

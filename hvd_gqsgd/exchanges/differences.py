@@ -50,8 +50,9 @@ def is_whole(options: Options, step: int) -> bool:
 def of_whole_steps(options: Options) -> Options:
     """The options of the exchange in a whole step."""
     return dataclasses.replace(
-        options, keep=1, select="random", error_feedback="ef21", full_every=None
-    )
+        options, keep=1, select="random", error_feedback="ef21", full_every=None,
+        exchange="allreduce",
+    )  # fmt: skip
 
 
 @dataclass

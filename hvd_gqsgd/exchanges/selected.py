@@ -25,9 +25,9 @@ from torch import Tensor
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs.block_bits import BlockBits
-from hvd_gqsgd.exchanges.allreduce import Summed
 from hvd_gqsgd.exchanges.base import (
     Exchange,
+    OwnResult,
     Result,
     Running,
     Setup,
@@ -39,7 +39,7 @@ from hvd_gqsgd.exchanges.base import (
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.exchanges.parts import Parts
-from hvd_gqsgd.options import levels_of
+from hvd_gqsgd.options import LEAST_LEVELS, levels_of
 from hvd_gqsgd.selections import (
     Chosen,
     Estimates,
@@ -49,10 +49,6 @@ from hvd_gqsgd.selections import (
 )
 
 __all__ = ["SelectedExchange"]
-
-# With one level a side the squared error of rounding is above the square of what is rounded, and
-# estimates go astray (tests/test_feedback.py); with two they come near, slowly.
-LEAST_LEVELS = 2
 
 
 class SelectedExchange(WrappingExchange):
@@ -69,7 +65,7 @@ class SelectedExchange(WrappingExchange):
         self._setup = setup
         self.feedback = feedback_of(self.options, setup.memory)
         self._check_levels()
-        self._inner = make(setup._replace(header=0, keeps_own=self.options.estimates))
+        self._inner = make(setup._replace(header=0, keeps_own=self.options.feeds_rounding))
         self.selection = selection_of(self.options, self.rank, self.size)
         # In one phase a tensor is a shard for each rank.
         self.parts = self.size if self.options.exchange == "one_phase" else 1
@@ -85,20 +81,21 @@ class SelectedExchange(WrappingExchange):
             ValueError: the lanes have too few levels.
         """
         options = self.options
-        if not options.estimates:
+        if not options.estimates or options.rounding == "nearest":
             return
+        summands = self.size if options.exchange_for(self.size) == "allreduce" else 1
         blocks = options.bits if isinstance(options.bits, BlockBits) else None
         bits = options.least_bits if blocks is None else blocks.rule(self.size)[1]
-        levels = levels_of(bits, self.size)
+        levels = levels_of(bits, summands)
         if levels < LEAST_LEVELS:
             name = "bits"
             if not isinstance(options.bits, int):
                 name = f"min_bits of {type(options.bits).__name__}"
-            least = (2 * self.size * LEAST_LEVELS).bit_length()
+            least = (2 * summands * LEAST_LEVELS).bit_length()
             raise ValueError(
                 f"error_feedback={options.error_feedback!r} needs {LEAST_LEVELS} levels a side or "
                 f"more, and lanes of {bits} bits have {levels} for {self.size} ranks: pass {least} "
-                f"or more as {name}"
+                f"or more as {name}, or rounding='nearest'"
             )
 
     @property
@@ -145,6 +142,7 @@ class SelectedExchange(WrappingExchange):
         with terms.attempt():
             if terms.takes_part:
                 self._fill(small, pieces, chosen)
+                self._owed(small, pieces, chosen)
         result = yield from self._inner.run(small, terms)
         if isinstance(result, Parts):
             of_ranks = [self._runs(bucket, numbers, rank) for rank in range(self.size)]
@@ -158,6 +156,8 @@ class SelectedExchange(WrappingExchange):
         own: list[int] = []
         if self.feedback is not None:
             memory.begin(self.rank, self.size)
+            if not self._inner.owes:
+                memory.forget_owed()
             own = [memory.turn(identity) for identity in ids]
         if isinstance(self.feedback, Estimates):
             # The largest number and the smallest one are the same if all are.
@@ -215,7 +215,7 @@ class SelectedExchange(WrappingExchange):
 
     def learn(
         self, learned: set[int], item: Item, pieces: Sequence[Tensor], choice: Chosen,
-        own: Tensor | None, mean: Tensor,
+        own: Tensor | None, mean: Tensor, owing: Tensor | None = None,
     ) -> bool:  # fmt: skip
         """Lets error feedback take over the result of a gradient, once.
 
@@ -233,6 +233,8 @@ class SelectedExchange(WrappingExchange):
         if finite and item.place not in learned:
             learned.add(item.place)
             with torch.inference_mode(False), torch.no_grad():
+                if owing is not None:
+                    self.feedback.owe(item.identity, pieces[item.place], choice, owing)
                 self.feedback.learn(item.identity, pieces[item.place], choice, own, mean)
         return finite
 
@@ -266,6 +268,16 @@ class SelectedExchange(WrappingExchange):
             choice.take(piece, out)
             out.add_(poison)
 
+    def _owed(self, small: Bucket, pieces: Sequence[Tensor], chosen: Sequence[Chosen]) -> None:
+        """Gives the chosen elements what this rank owes of them."""
+        if self._inner.owes:
+            memory = self._setup.memory
+            for item, piece, choice in zip(small.items, pieces, chosen, strict=True):
+                owed = memory.get("owed", item.identity, piece)
+                if owed is not None:
+                    item.owed = self._setup.take(item.numel, item.dtype, item.device)
+                    choice.take(owed, item.owed)
+
 
 def _sizes_alone(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor without memory."""
@@ -293,16 +305,18 @@ class _Spread:
         small = [self.small.items[item.place] for item in items]
         self.result.decode(small, means, 1 / self.contribution.count if estimates else scale)
         owns: Sequence[Tensor | None] = [None] * len(items)
-        if estimates:
-            assert isinstance(self.result, Summed)
+        owing: Sequence[Tensor | None] = owns
+        if exchange.options.feeds_rounding:
+            assert isinstance(self.result, OwnResult)
             owns = parts = self._empty(items)
             self.result.decode_own(small, parts)
-        for item, mean, own, out in zip(items, means, owns, outs, strict=True):
+            owing = [self.result.owing(item) for item in small]
+        for item, mean, own, owed, out in zip(items, means, owns, owing, outs, strict=True):
             place = item.place * exchange.parts + (exchange.rank if exchange.parts > 1 else 0)
             choice = self.chosen[place]
             mean = exchange.selection.scaled(choice, mean)
             own = None if own is None else exchange.selection.scaled(choice, own)
-            learned = exchange.learn(self.learned, item, self.pieces, choice, own, mean)
+            learned = exchange.learn(self.learned, item, self.pieces, choice, own, mean, owed)
             if estimates and learned:
                 estimate = estimates.result(item.identity, self.pieces[place])
                 torch.mul(estimate, self.contribution.of_mean(scale), out=out.view(-1))
@@ -336,18 +350,18 @@ class _Gathered:
         exchange = self.exchange
         estimates = exchange.feedback if isinstance(exchange.feedback, Estimates) else None
         for item, out in zip(items, outs, strict=True):
-            own = None
             small = self.small.items[item.place]
             part, total = (
                 torch.empty(numel, dtype=small.dtype, device=small.device)
                 for numel in (small.numel, item.numel)
             )
             total.zero_()
+            own: Tensor | None = None
             for rank, chosen in enumerate(self.chosen):
                 choice = chosen[item.place]
                 self.result.decode_of(rank, [small], [part])
                 choice.add(exchange.selection.scaled(choice, part), total)
-                if rank == exchange.rank and estimates:
+                if rank == exchange.rank and exchange.options.feeds_rounding:
                     own = part.clone()
             torch.mul(total, scale, out=out.view(-1))
             choice, mean = self.chosen[exchange.rank][item.place], total

@@ -90,12 +90,15 @@ class TwoPhaseExchange(AllRanksExchange):
         return widths_of(self.options, self.codec(bits), layout, self._take, bucket.device)
 
     def _averaged(self, widths: Widths, norms: Tensor, means: Tensor) -> Result:
+        self._check_means(widths, means)
+        return _Averaged(everyone(self.size), widths, norms, means)
+
+    def _check_means(self, widths: Widths, means: Tensor) -> None:
         # Where ranks agree ahead none gives up, and the host need not look.
         if means.numel() != widths.means[-1] or (
             self._may_give_up and not bool((means[list(widths.means[:-1])] == 1).all())
         ):
             raise AgreementError(GAVE_UP)
-        return _Averaged(everyone(self.size), widths, norms, means)
 
     @property
     def count_of_remaining(self) -> int:

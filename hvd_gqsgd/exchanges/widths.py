@@ -13,7 +13,7 @@ from torch import Tensor
 from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
-from hvd_gqsgd.codecs import Codec
+from hvd_gqsgd.codecs import Codec, CodeKind
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.options import Options
 
@@ -204,7 +204,7 @@ class BlockWidths(Widths):
         ops.quantize_blocks(
             bucket.tensors, norms, self._plan, words.view(torch.int32), segments.blocks,
             segments.words, self._block, self._summands, codec.seed, step, bucket.identities,
-            codec.rank, codec.world_size, codec.correlated,
+            codec.rank, codec.world_size, codec.correlated, codec.kind is CodeKind.NEAREST,
         )  # fmt: skip
 
     def decode_sum(

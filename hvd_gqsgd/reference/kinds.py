@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["EXPONENTIAL", "LINEAR", "Code", "exponential", "linear", "two_phase_code"]
+__all__ = [
+    "EXPONENTIAL",
+    "LINEAR",
+    "NEAREST",
+    "Code",
+    "exponential",
+    "linear",
+    "nearest",
+    "two_phase_code",
+]
 
-LINEAR, EXPONENTIAL = 0, 1
+LINEAR, EXPONENTIAL, NEAREST = 0, 1, 2
 
 
 class Code(NamedTuple):
@@ -19,20 +28,25 @@ class Code(NamedTuple):
     @property
     def dither(self) -> str:
         """The kind as the package's option ``dither``."""
-        return {LINEAR: "linear", EXPONENTIAL: "exponential"}[self.kind]
+        return "exponential" if self.kind == EXPONENTIAL else "linear"
 
     def __str__(self) -> str:
-        return f"{self.dither}-{self.bits}"
+        return f"{'nearest' if self.kind == NEAREST else self.dither}-{self.bits}"
 
     @property
     def bias(self) -> int:
         """What lanes hold beside the code: s where codes are added, so that none is negative."""
-        return self.levels if self.kind == LINEAR else 0
+        return 0 if self.kind == EXPONENTIAL else self.levels
 
 
 def linear(bits: int, levels: int) -> Code:
     """Linear codes from -s to s."""
     return Code(LINEAR, bits, levels)
+
+
+def nearest(bits: int, levels: int) -> Code:
+    """Linear codes, rounded to nearest."""
+    return Code(NEAREST, bits, levels)
 
 
 def exponential(bits: int) -> Code:

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hvd_gqsgd.reference.kinds import LINEAR, Code, two_phase_code
+from hvd_gqsgd.reference.kinds import EXPONENTIAL, NEAREST, Code, two_phase_code
 from hvd_gqsgd.reference.linear import (
     Array,
     codes,
@@ -117,22 +117,24 @@ def tile_offsets(numel: int, block_size: int | None, bits: int, norm_type: Any) 
 
 
 def encode(x: Array, norms: Array, block_size: int | None, code: Code, xi: Array) -> Array:
-    """The codes of one rank, of either kind."""
-    if code.kind == LINEAR:
+    """The codes of one rank, of any kind; to nearest with 1/2 for all dither."""
+    if code.kind == NEAREST:
+        xi = np.full_like(xi, 2**31)
+    if code.kind != EXPONENTIAL:
         return codes(x, norms, block_size, code.levels, xi, code.bits)
     return exponential_codes(x, norms, block_size, code.bits, xi)
 
 
 def _one(code: Code) -> int:
     """What the norm itself is as a number of ``_contents``."""
-    return code.levels if code.kind == LINEAR else 1
+    return 1 if code.kind == EXPONENTIAL else code.levels
 
 
 def _contents(words: Array, numel: int, block_size: int | None, code: Code, real: Any) -> Array:
     """The codes of one rank, as numbers: from -s to s, or levels from -1 to 1."""
     bits = code.bits
     c = unpack(words, numel, block_size, bits, code.bias, 1)
-    if code.kind != LINEAR:
+    if code.kind == EXPONENTIAL:
         return exponential_levels(c % (1 << bits), bits).astype(real)
     # The top lane is signed. No word that ranks make has anything above it.
     top = places(numel, block_size, bits).lane == lanes_of(bits) - 1
@@ -144,7 +146,7 @@ def _share(
     received: Array, numel: int, block_size: int | None, code: Code, real: Any, scale: float
 ) -> Array:
     """scale * the sum of the rows, in the order of the rows, as a share of the norm."""
-    total = np.zeros(numel, np.int64 if code.kind == LINEAR else real)
+    total = np.zeros(numel, real if code.kind == EXPONENTIAL else np.int64)
     for words in received:
         total += _contents(words, numel, block_size, code, real)
     share: Array = total.astype(real) * real(scale / _one(code))

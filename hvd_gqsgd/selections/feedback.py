@@ -73,15 +73,20 @@ class Feedback(ABC):
             identity: of the gradient.
             given: the tensor that elements were chosen from, which may be overwritten.
             choice: of its elements.
-            own: these elements as the others have decoded them from this rank's codes, where
-                ``estimates``.
+            own: these elements as the others have decoded them from this rank's codes; None: their
+                rounding is not made up for.
             mean: their mean over the ranks; in a permutation the whole result.
         """
 
+    def owe(self, identity: int, given: Tensor, choice: Chosen, owing: Tensor) -> None:
+        """Takes over what this rank owes of the mean of the chosen elements, in place of what it
+        owed."""
+        choice.add(owing, choice.left(self.memory.zeros("owed", identity, given)))
+
 
 class Residual(Feedback):
-    """The part not sent is added to the next gradient; rounding, which is unbiased, is not part of
-    it."""
+    """The part not sent is added to the next gradient; rounding, unless it is biased, is not part
+    of it."""
 
     estimates = False
 
@@ -101,7 +106,10 @@ class Residual(Feedback):
         self, identity: int, given: Tensor, choice: Chosen, own: Tensor | None, mean: Tensor
     ) -> None:
         """See :class:`Feedback`."""
-        unsent = choice.left(given)
+        if own is None:
+            unsent = choice.left(given)
+        else:
+            choice.add(own.neg(), unsent := given)
         if self._beta < 1:
             before = self.memory.get("residual", identity, given)
             if before is None:

@@ -20,14 +20,14 @@ _log = logging.getLogger("hvd_gqsgd")
 
 KINDS: dict[ErrorFeedback | None, tuple[str, ...]] = {
     None: (),
-    "residual": ("residual",),
-    "ef21": ("own", "mean"),
-    "econtrol": ("residual", "own", "mean"),
+    "residual": ("residual", "owed"),
+    "ef21": ("own", "mean", "owed"),
+    "econtrol": ("residual", "own", "mean", "owed"),
     "marina": ("previous", "own", "mean"),
 }
 """The tensors of a gradient, by the option ``error_feedback``: the part not sent yet; the gradient
 of the step before; the estimate of this rank's gradient, and that of the mean, which all ranks have
-from the codes exchanged."""
+from the codes exchanged; and, in two phases, what this rank owes of the means that it has told."""
 
 
 class Memory:
@@ -152,6 +152,13 @@ class Memory:
             for tensors in self._of.values():
                 tensors.pop(identity, None)
 
+    def forget_owed(self) -> None:
+        """Drops what this rank owes, for an exchange in which ranks owe nothing; estimates that it
+        is a part of begin with zeros."""
+        if owed := self._of.get("owed"):
+            owed.clear()
+            self._history.clear()
+
     def __bool__(self) -> bool:
         """Whether there was a step with error feedback."""
         return bool(self._turns) or any(self._of.values())
@@ -206,7 +213,7 @@ class Memory:
         self._rank, self._size, self._loaded = 0, 0, False
         if state is None:
             return
-        others = [kind for kind in state["tensors"] if kind not in self._of]
+        others = [kind for kind, kept in state["tensors"].items() if kept and kind not in self._of]
         if others:
             kinds = {"residuals" if kind == "residual" else "estimates" for kind in others}
             _log.warning(

@@ -8,7 +8,8 @@ namespace gqsgd {
 enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 // Numbered as CodeKind of hvd_gqsgd/codecs/base.py; codes.h has the code of each kind.
-enum class CodeKind { kLinear, kExponential };
+// kNearest: linear ones, rounded to nearest and not by dither.
+enum class CodeKind { kLinear, kExponential, kNearest };
 
 // Numbers of levels a side.
 struct LevelRange {

@@ -142,8 +142,10 @@ struct BlockPlan {
 // The code of a block's elements at its width, in lanes with s added; for a block without a width
 // one that has a level.
 template <class Real>
-GQSGD_INLINE LinearCode<Real> block_code(int32_t width, int32_t summands = 1) {
+GQSGD_INLINE LinearCode<Real> block_code(int32_t width, int32_t summands = 1,
+                                         CodeKind kind = CodeKind::kLinear) {
   CodeArgs args{};
+  args.kind = kind;
   args.bits = width ? width : 2;
   const int32_t levels = block_levels(args.bits, summands);
   args.levels = levels ? levels : 1;

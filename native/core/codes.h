@@ -6,6 +6,7 @@
 //     levels_at(bits)    the levels a side that it may have; none, {0, 0}, if it has no such width
 //     most_ranks(bits, levels)  ranks whose codes can be put together in a lane
 //     grid(norm), encode(x, grid, dither)  from an element to what a lane holds
+//     drawn(dither)      the dither that takes the place of an element's, as the kind says
 //     bias()             what to add to each word of encoded elements
 //     decode(word, shift, top)  the number that one rank's lane holds, of the type Sum
 //     ratio(factor)      what to multiply a sum of decoded codes by to have it, times this factor,
@@ -38,6 +39,7 @@ template <class Real, class F>
 void with_code_type(CodeKind kind, int bits, F f) {
   switch (kind) {
     case CodeKind::kLinear:
+    case CodeKind::kNearest:
       return f(Type<LinearCode<Real>>{});
     case CodeKind::kExponential:
       return bits == 8 ? f(Type<ExponentialCode<Real, 8>>{}) : f(Type<ExponentialCode<Real, 4>>{});

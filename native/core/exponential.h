@@ -116,6 +116,7 @@ struct ExponentialCode {
     const float place = static_cast<float>((x * grid.pre) * grid.scale);
     return static_cast<int32_t>(exponential_code<kWidth>(place * share, dither));
   }
+  GQSGD_MEMBER uint32_t drawn(uint32_t dither) const { return dither; }
   template <class Word>
   GQSGD_MEMBER Sum decode(Word word, int shift, bool) const {
     return exponential_level<kWidth>(static_cast<uint32_t>(word >> shift));

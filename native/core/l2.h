@@ -13,7 +13,7 @@ constexpr int32_t kSquareUnits = 1 << 15;
 
 template <class Real>
 GQSGD_INLINE int64_t square_element(Real x, Grid<Real> grid) {
-  const int32_t nearest = quantize_element(x, grid, kSquareUnits, 15, 0x80000000u);
+  const int32_t nearest = quantize_element(x, grid, kSquareUnits, 15, kHalf);
   return static_cast<int64_t>(nearest) * nearest;
 }
 

@@ -58,6 +58,9 @@ GQSGD_INLINE int32_t quantize_element(Real x, Grid<Real> grid, int32_t levels, i
   return (fixed + static_cast<int32_t>(dither >> (32 - fraction))) >> fraction;
 }
 
+// The dither that rounds to nearest, halves up: floor(x * s / M + 1/2).
+constexpr uint32_t kHalf = uint32_t{1} << 31;
+
 // A sum of codes, back in the units of the gradient. `ratio` is the wanted factor (1/n for the
 // mean) over the levels; it is applied before the norm, so that a subnormal norm loses nothing.
 template <class Real>
@@ -105,13 +108,17 @@ struct LinearCode {
   int bits;
   int32_t levels;
   bool unsigned_words;
+  bool nearest;
 
   GQSGD_INLINE LevelRange levels_at(int bits) { return {1, ((1 << bits) - 1) / 2}; }
   GQSGD_INLINE int64_t most_ranks(int bits, int32_t levels) {
     return ((1 << bits) - 1) / (2 * levels);
   }
   GQSGD_MEMBER explicit LinearCode(const CodeArgs& args)
-      : bits(args.bits), levels(args.levels), unsigned_words(args.unsigned_words) {}
+      : bits(args.bits),
+        levels(args.levels),
+        unsigned_words(args.unsigned_words),
+        nearest(args.kind == CodeKind::kNearest) {}
   GQSGD_MEMBER uint64_t bias() const { return lane_bias(bits, levels, unsigned_words); }
   GQSGD_MEMBER Grid<Real> grid(Real norm) const {
     return make_grid(norm, levels, fraction_bits(bits));
@@ -119,6 +126,8 @@ struct LinearCode {
   GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t dither) const {
     return quantize_element(x, grid, levels, fraction_bits(bits), dither);
   }
+  // What to encode with, given the dither of an element.
+  GQSGD_MEMBER uint32_t drawn(uint32_t dither) const { return nearest ? kHalf : dither; }
   // No more than the bits of a code count, whatever a word from another rank has above them: sums
   // of what this gives must not overflow.
   template <class Word>
@@ -129,5 +138,28 @@ struct LinearCode {
   }
   GQSGD_MEMBER double ratio(double factor) const { return factor / levels; }
 };
+
+// The same, for loops that drawn() would keep from being vectorized.
+template <class Real>
+struct NearestCode : LinearCode<Real> {
+  GQSGD_MEMBER explicit NearestCode(const LinearCode<Real>& code) : LinearCode<Real>(code) {}
+  GQSGD_MEMBER int32_t encode(Real x, Grid<Real> grid, uint32_t) const {
+    return LinearCode<Real>::encode(x, grid, kHalf);
+  }
+};
+
+// f(code), of the type that rounds as the code says.
+template <class Code, class F>
+GQSGD_INLINE void with_rounding(const Code& code, F f) {
+  f(code);
+}
+template <class Real, class F>
+GQSGD_INLINE void with_rounding(const LinearCode<Real>& code, F f) {
+  if (code.nearest) {
+    f(NearestCode<Real>(code));
+  } else {
+    f(code);
+  }
+}
 
 }  // namespace gqsgd

@@ -118,10 +118,12 @@ void quantize_blocks(const CodeArgs& args, const BlockPlan& plan, const T* x, ui
     if (place.width) {
       alignas(kLine) uint32_t lanes[kMostLanes];
       const auto norm = static_cast<const typename Traits<T>::Norm*>(args.norms)[b];
-      const LinearCode<Real> code = block_code<Real>(place.width, plan.summands);
-      encode_block(x + tile.begin, tile.size, lanes_of(columns, place.width, plan.summands), code,
-                   code.grid(bit_cast<Real>(norm)), tile_key(key, static_cast<uint64_t>(b)), offset,
-                   lanes);
+      const LinearCode<Real> code = block_code<Real>(place.width, plan.summands, args.kind);
+      with_rounding(code, [&](const auto& own) {
+        encode_block(x + tile.begin, tile.size, lanes_of(columns, place.width, plan.summands), own,
+                     own.grid(bit_cast<Real>(norm)), tile_key(key, static_cast<uint64_t>(b)),
+                     offset, lanes);
+      });
       pack_block(lanes, columns, code, plan.summands, out);
     }
     if (place.unused) clear_words(out + place.words, place.unused);

@@ -77,19 +77,21 @@ GQSGD_INLINE void encode_any(const T* __restrict x, const Layout::Tile& tile, in
 template <class Word, class T, class Code, class Grid>
 GQSGD_INLINE void encode_tile(const T* x, const Layout::Tile& tile, int64_t lanes, const Code& code,
                               Grid grid, uint64_t keyed, uint32_t offset, Word* out) {
-  if constexpr (sizeof(Word) == sizeof(uint32_t)) {
-    const bool whole = tile.size == lanes * tile.words && tile.words % (2 * kPair) == 0;
-    if (whole && code.bits == 8) {
-      return encode_lanes<8>(x, tile.words, code, grid, keyed, offset, out);
+  with_rounding(code, [&](const auto& own) {
+    if constexpr (sizeof(Word) == sizeof(uint32_t)) {
+      const bool whole = tile.size == lanes * tile.words && tile.words % (2 * kPair) == 0;
+      if (whole && code.bits == 8) {
+        return encode_lanes<8>(x, tile.words, own, grid, keyed, offset, out);
+      }
+      if (whole && code.bits == 4) {
+        return encode_lanes<4>(x, tile.words, own, grid, keyed, offset, out);
+      }
+      if (whole && code.bits == 16) {
+        return encode_lanes<16>(x, tile.words, own, grid, keyed, offset, out);
+      }
     }
-    if (whole && code.bits == 4) {
-      return encode_lanes<4>(x, tile.words, code, grid, keyed, offset, out);
-    }
-    if (whole && code.bits == 16) {
-      return encode_lanes<16>(x, tile.words, code, grid, keyed, offset, out);
-    }
-  }
-  encode_any(x, tile, lanes, code, grid, keyed, offset, out);
+    encode_any(x, tile, lanes, own, grid, keyed, offset, out);
+  });
 }
 
 template <class T, class Word, class Code>

@@ -114,7 +114,7 @@ template <class Code, class Real>
 __device__ __forceinline__ uint32_t lane_of(const Code& code, Real x, Grid<Real> grid,
                                             uint64_t keyed, int i, uint32_t offset) {
   const uint32_t drawn = dither_bits(keyed, static_cast<uint32_t>(i)) + offset;
-  return static_cast<uint32_t>(code.encode(x, grid, drawn) + code.levels);
+  return static_cast<uint32_t>(code.encode(x, grid, code.drawn(drawn)) + code.levels);
 }
 
 template <class Code>
@@ -138,15 +138,15 @@ __device__ __forceinline__ void write_words(const uint32_t* lanes, int32_t colum
 template <class T>
 __global__ void quantize_blocks_kernel(Layout layout, BlockPlan plan,
                                        const typename Traits<T>::Norm* norms, const T* x,
-                                       uint64_t key, uint32_t offset, uint32_t* words,
-                                       int64_t begin, int64_t end) {
+                                       CodeKind kind, uint64_t key, uint32_t offset,
+                                       uint32_t* words, int64_t begin, int64_t end) {
   using Real = typename Traits<T>::Real;
   __shared__ uint32_t lanes[kMostLanes];
   for (int64_t b = begin + blockIdx.x; b < end; b += gridDim.x) {
     const Layout::Tile tile = layout.tile(b);
     const int32_t columns = columns_of(tile.size);
     const BlockPlan::Place place = plan.place(b, columns);
-    const LinearCode<Real> code = block_code<Real>(place.width, plan.summands);
+    const LinearCode<Real> code = block_code<Real>(place.width, plan.summands, kind);
     if (place.width) {
       const Grid<Real> grid = code.grid(bit_cast<Real>(norms[b]));
       const uint64_t keyed = tile_key(key, static_cast<uint64_t>(b));
@@ -292,8 +292,8 @@ void CudaKernels::quantize_blocks(const CodeArgs& args, const BlockPlan& plan, c
   with_type(args.dtype, [&](auto type) {
     using T = decltype(type);
     launch(stream, grid_for(end - begin, 1), kThreads, quantize_blocks_kernel<T>, layout, plan,
-           static_cast<const typename Traits<T>::Norm*>(args.norms), static_cast<const T*>(x), key,
-           offset, words, begin, end);
+           static_cast<const typename Traits<T>::Norm*>(args.norms), static_cast<const T*>(x),
+           args.kind, key, offset, words, begin, end);
   });
 }
 

@@ -44,8 +44,9 @@ __global__ void quantize_kernel(Layout layout, Code code, const typename Traits<
           }
 #pragma unroll
           for (int k = 0; k < kWords; ++k) {
-            const uint32_t dither = dither_bits(keyed, static_cast<uint32_t>(first + k)) + offset;
-            const int32_t c = code.encode(load(in[kAhead ? lane : 0][k]), grid, dither);
+            const uint32_t bits = dither_bits(keyed, static_cast<uint32_t>(first + k));
+            const int32_t c =
+                code.encode(load(in[kAhead ? lane : 0][k]), grid, code.drawn(bits + offset));
             out[k] += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
           }
         });

@@ -129,7 +129,7 @@ __global__ void requantize_kernel(MeansLayout at, Code code,
 #pragma unroll
     for (int lane = 0; lane < kMostLanes; ++lane) {
       const uint32_t index = static_cast<uint32_t>(lane * count + word);
-      const int32_t c = code.encode(mean[lane], grid, dither_bits(keyed, index));
+      const int32_t c = code.encode(mean[lane], grid, code.drawn(dither_bits(keyed, index)));
       if (lane < lanes) out += static_cast<Word>(static_cast<int64_t>(c)) << (lane * code.bits);
     }
     words[word] = finite ? out : Word{0};

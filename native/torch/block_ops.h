@@ -147,7 +147,7 @@ struct BlockOps {
                               Tensor words, at::IntArrayRef blocks, at::IntArrayRef word_starts,
                               int64_t block_size, int64_t summands, int64_t seed, int64_t step,
                               at::IntArrayRef tensor_ids, int64_t rank, int64_t world_size,
-                              bool correlated) {
+                              bool correlated, bool nearest) {
     check_one_each(tensor_ids, "tensor_ids", xs.size());
     const BlockSegments segments(blocks, word_starts);
     const Bucket bucket(segments, norms, plan, block_size);
@@ -165,7 +165,8 @@ struct BlockOps {
       TORCH_CHECK_VALUE(x.device() == norms.device(), "the tensor must be on ", norms.device(),
                         ", got one on ", x.device());
       const Layout layout = bucket.layout(x.numel(), first);
-      const CodeArgs args = bucket.args(dtype_of(x, "the tensor"), x.numel(), first);
+      CodeArgs args = bucket.args(dtype_of(x, "the tensor"), x.numel(), first);
+      if (nearest) args.kind = CodeKind::kNearest;
       const BlockPlan places = bucket.plan_of(first, 0, word_starts.back(), summands);
       const RankDither dither =
           rank_dither(seed, step, tensor_ids[i], rank, world_size, correlated);

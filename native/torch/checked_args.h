@@ -71,7 +71,9 @@ inline std::string known_kinds() {
   std::string text;
   int64_t kind = 0;
   const auto name = [&](auto type) {
-    text += (kind ? " or " : "") + std::to_string(kind) + " (" + decltype(type)::type::kName + ")";
+    const bool nearest = kind == static_cast<int64_t>(CodeKind::kNearest);
+    const char* called = nearest ? "nearest" : decltype(type)::type::kName;
+    text += (kind ? " or " : "") + std::to_string(kind) + " (" + called + ")";
   };
   while (with_numbered_kind(kind, 0, name)) ++kind;
   return text;

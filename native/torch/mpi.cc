@@ -69,6 +69,7 @@ void mpi_allreduce(const Tensor& x, Tensor out, int64_t comm, int64_t block_size
   };
   switch (args.kind) {
     case gqsgd::CodeKind::kLinear:
+    case gqsgd::CodeKind::kNearest:
       return gqsgd::linear_allreduce(reduction, chunk, group);
     case gqsgd::CodeKind::kExponential:
       return gqsgd::exponential_allreduce(reduction, group);

@@ -58,6 +58,8 @@ def test_other_front_ends(rank, size, several):
 LED = {"keep": 1 / 16, "select": "leader"}
 EF21 = {"keep": 1 / 16, "error_feedback": "ef21"}
 MARINA = {"keep": 1 / 16, "select": "permutation", "error_feedback": "marina", "full_every": 2}
+NEAREST = {"bits": 2, "rounding": "nearest"}
+NARROW = NEAREST | {"error_feedback": "ef21"}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,11 @@ MARINA = {"keep": 1 / 16, "select": "permutation", "error_feedback": "marina", "
         pytest.param(LED | {"error_feedback": "econtrol"}, marks=pytest.mark.few),
         pytest.param(MARINA, marks=pytest.mark.core),
         pytest.param(MARINA | {"select": "random"}, marks=pytest.mark.few),
+        pytest.param(NARROW, marks=pytest.mark.core),
+        pytest.param(
+            {"select": "permutation", "keep": 1 / 4, "error_feedback": "residual"} | NEAREST,
+            marks=pytest.mark.few,
+        ),
     ],
     ids=str,
 )
@@ -161,12 +168,14 @@ def test_a_tensor_without_a_name(rank, size, several):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("select", ["random", "permutation", "leader", "ef21", "marina"])
+@pytest.mark.parametrize("select", ["random", "permutation", "leader", "ef21", "marina", "nearest"])
 def test_ranks_leave_by_join(rank, size, several, select):
     """The leader of a step among them."""
-    chosen = {"ef21": {"error_feedback": "ef21"}, "marina": MARINA | {"keep": 1 / 8}}.get(
-        select, {"select": select}
-    )
+    chosen = {
+        "ef21": {"error_feedback": "ef21"},
+        "marina": MARINA | {"keep": 1 / 8},
+        "nearest": NEAREST | {"error_feedback": "residual"},
+    }.get(select, {"select": select})
     chosen = {"keep": 1 / 8} | chosen
     parameter = nn.Parameter(torch.zeros(5000))
     named = [("x", parameter)]
