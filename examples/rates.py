@@ -1,6 +1,6 @@
 """Rates of convergence where few elements are exchanged, on two problems with a known minimum.
 
-    python examples/rates.py                # all ranks in this process, in five minutes
+    python examples/rates.py                # all ranks in this process, in ten minutes
     python examples/rates.py --plot rates.png
 
 A quadratic function, and the logistic regression of scikit-learn's handwritten digits with an L2

@@ -205,7 +205,7 @@ def test_noise_adds_up() -> None:
     """Where samples differ between steps, the noise of their differences stays until the next
     whole step: 2 (m - 1) (1 - p) / p times that of the mean gradient, in the place of m - 1."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(700, 2, 2**14, generator=generator)
+    rows = torch.randn(500, 2, 2**14, generator=generator)
 
     def noise(**options: Any) -> float:
         world = ranks(2, keep=1 / 8, **options)

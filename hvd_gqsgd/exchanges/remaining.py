@@ -28,7 +28,7 @@ from hvd_gqsgd.exchanges.base import CodedExchange, Running, Setup, Terms
 from hvd_gqsgd.exchanges.collectives import Collective, Sum
 from hvd_gqsgd.exchanges.widths import Widths
 
-__all__ = ["AllRanksExchange", "RemainingSum"]
+__all__ = ["MOST_REHEARSED", "SAFE_RANKS", "AllRanksExchange", "RemainingSum"]
 
 # The smallest piece of memory from malloc has room for the 4 bytes of each of so many ranks.
 SAFE_RANKS = 6
