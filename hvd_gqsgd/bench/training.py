@@ -57,6 +57,8 @@ def run(
     Args:
         interface: network interface of this rank; None: Gloo chooses one.
     """
+    # Each arm has names of its own; Horovod remembers the messages of 1024 names, and warns then.
+    os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "16384")
     hvd.init()
     torch.set_num_threads(1)
     with_group = any(name in (*DDP_ARMS, *FSDP_ARMS) for name in arms)

@@ -248,6 +248,9 @@ class BucketExchange(GroupExchange):
             self._joining.add(waiting, None if alone else kind, buffer.nbytes)
             # Here, after the work that this thread has enqueued on a GPU.
             finished = self._step()
+            # Once the others of the bucket are counted: else it might look as if there were none.
+            for small in waiting.gradients.small if waiting.gradients is not None else ():
+                self._stats.bypass("small", small.nbytes, lambda: self.rank)
         self._hand_back(finished)
         return averaged
 
@@ -355,8 +358,6 @@ class BucketExchange(GroupExchange):
         if self._names is None:
             return None
         found = waiting.gradients = NamedGradients(parts, self._names, self.options.min_numel)
-        for small in found.small:
-            self._stats.bypass("small", small.nbytes, lambda: self.rank)
         if found.small:
             waiting.small = average_plainly(found.small_ones(), self.group)
             waiting.small.add_done_callback(lambda _: self._progress())

@@ -47,6 +47,17 @@ class Several(nn.Module):
         return sum((named[name] * gradients[name]).sum() for name in reversed(gradients))
 
 
+class Sum(nn.Module):
+    """The sum of all elements of parameters."""
+
+    def __init__(self, parameters: nn.ParameterList) -> None:
+        super().__init__()
+        self.parts = parameters
+
+    def forward(self) -> Tensor:
+        return sum(part.sum() for part in self.parts)
+
+
 def gradients_of(step: int, rank: int) -> dict[str, Tensor]:
     """The gradients of a rank; the same for every caller."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
@@ -184,6 +195,17 @@ def test_a_copy_of_the_model_goes_on(states, rank, size, several):
         found = backward(copied, copied.module, step, rank)
         expected = backward(wrapped, model, step, rank)
         assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
+
+
+@pytest.mark.few
+def test_many_small_gradients_beside_a_large_one(states, rank, size, caplog):
+    """No warning that nothing was compressed."""
+    model = nn.ParameterList([torch.ones(5000), *(torch.ones(3) for _ in range(120))])
+    state = new_state(states, model.named_parameters(), **RESIDUAL)
+    wrapped = wrap(Sum(model), state)
+    wrapped().backward()
+    assert "compressed none" not in caplog.text
+    assert state.stats().tensors_small == 120
 
 
 @pytest.mark.few
