@@ -25,7 +25,7 @@ from hvd_gqsgd.tools import sharded_model as sharded
 from hvd_gqsgd.tools.accuracy import squared_error
 from hvd_gqsgd.tools.cost_model import PRESETS, Machine
 from hvd_gqsgd.tools.node_model import Cluster
-from hvd_gqsgd.tools.settings import FP32, LINEAR_8, SETTINGS, Setting, kept, possible
+from hvd_gqsgd.tools.settings import FP32, LINEAR_8, SETTINGS, Setting, possible
 
 LINK = Machine(alpha=1e-3, beta=1e8, gamma=1e9)
 
@@ -39,31 +39,6 @@ def test_formulas() -> None:
     assert model.tree_seconds(8e6, 4, LINK) == pytest.approx(tree)
     assert model.two_phase_seconds(8e6, 4, LINK) == pytest.approx(6e-3 + 1.5 * 8e6 / 1e8)
     assert model.allreduce_seconds(8e6, 1, LINK) == 0
-
-
-def test_marina_takes_the_mean_of_its_steps() -> None:
-    """Of a permutation in 15 of 16 steps, and 8 bits in the other, and copies in all; up to 63
-    ranks, on nodes too."""
-    gradients = model.Gradients(10**6, 10)  # one bucket
-    _, permutation, _, marina = kept(1 / 16, 4)
-
-    def seconds(machine: Machine) -> float:
-        part, whole, both = (
-            model.exchange_seconds(setting, gradients, 4, machine)
-            for setting in (permutation, LINEAR_8, marina)
-        )
-        return both - (15 * part + whole) / 16
-
-    free = dataclasses.replace(PRESETS["200mbit"], copy=0, norm=0, operation=0, alpha=0)
-    assert 0 < seconds(free) < 1e-3
-    copies = 4 * 10**6 * (3 + 11) * 1e-10
-    assert seconds(dataclasses.replace(free, copy=1e-10)) == pytest.approx(copies, rel=0.1)
-    assert [possible(marina, ranks) for ranks in (63, 64)] == [True, False]
-    cluster, passes = Cluster(2, 2), (0.01, 0.02)
-    (flat,) = node_model.steps_of(gradients, cluster, PRESETS["1gbe"], *passes, [marina]).items()
-    assert flat[0].name.endswith("MARINA, flat")
-    steps = predicted(gradients, 4, PRESETS["1gbe"], 0.1, keep=1 / 16)["steps"]
-    assert steps[marina.name]["relative_error"] is None
 
 
 @pytest.mark.parametrize(

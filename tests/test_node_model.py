@@ -11,6 +11,7 @@ import pytest
 from hvd_gqsgd.bench import predict
 from hvd_gqsgd.bench.measured import against
 from hvd_gqsgd.bench.networks import Network
+from hvd_gqsgd.bench.prediction import predict as predicted
 from hvd_gqsgd.bench.prediction import predict_sharded
 from hvd_gqsgd.nodes import nodes_of_sizes
 from hvd_gqsgd.tools import advice, cost_model, node_model
@@ -23,6 +24,7 @@ from hvd_gqsgd.tools.settings import (
     SETTINGS,
     TWO_PHASE_8,
     Setting,
+    kept,
     possible,
 )
 
@@ -233,3 +235,28 @@ def test_hosts_that_cannot_be(
     printed = capsys.readouterr().err
     assert str(file) in printed
     assert said in printed
+
+
+def test_marina_takes_the_mean_of_its_steps() -> None:
+    """Of a permutation in 15 of 16 steps, and 8 bits in the other, and copies in all; up to 63
+    ranks, on nodes too."""
+    gradients = Gradients(10**6, 10)  # one bucket
+    _, permutation, _, marina = kept(1 / 16, 4)
+
+    def seconds(machine: Machine) -> float:
+        part, whole, both = (
+            cost_model.exchange_seconds(setting, gradients, 4, machine)
+            for setting in (permutation, LINEAR_8, marina)
+        )
+        return both - (15 * part + whole) / 16
+
+    free = dataclasses.replace(PRESETS["200mbit"], copy=0, norm=0, operation=0, alpha=0)
+    assert 0 < seconds(free) < 1e-3
+    copies = 4 * 10**6 * (3 + 11) * 1e-10
+    assert seconds(dataclasses.replace(free, copy=1e-10)) == pytest.approx(copies, rel=0.1)
+    assert [possible(marina, ranks) for ranks in (63, 64)] == [True, False]
+    cluster, passes = Cluster(2, 2), (0.01, 0.02)
+    (flat,) = node_model.steps_of(gradients, cluster, PRESETS["1gbe"], *passes, [marina]).items()
+    assert flat[0].name.endswith("MARINA, flat")
+    steps = predicted(gradients, 4, PRESETS["1gbe"], 0.1, keep=1 / 16)["steps"]
+    assert steps[marina.name]["relative_error"] is None

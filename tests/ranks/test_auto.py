@@ -15,7 +15,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from conftest import process_group
-from helpers import assert_same_on_all_ranks, backward, gradients, mlp
+from helpers import assert_same_on_all_ranks, backward, gradients, mlp, summable
 from hooked import Given, wrap
 
 from hvd_gqsgd import AgreementError, BlockBits, GlobalQSGD, simulate
@@ -122,11 +122,6 @@ def test_a_compressor_that_does_not_pay_is_not_used(several, take):
     assert compressor.stats().decisions == 0
     assert len(plan_of(compressor)) > 1
     assert_same_plan(compressor)
-
-
-def summable(size, seed):
-    """Gradients of all ranks, (size, 5000), whose sum is exact in float32."""
-    return gradients(size, 5000, seed=seed).mul_(64).round_().clamp_(-(2**20), 2**20)
 
 
 def test_uncompressed_steps_are_those_of_horovod(rank, size, take):
