@@ -38,6 +38,8 @@ class Network:
     name: str
     modules: tuple[tuple[Shape, ...], ...]
     """The shapes of the parameters of each module that FSDP2 reduces and gathers."""
+    min_numel: int = 4096
+    """Tensors with fewer elements are not compressed."""
 
     @classmethod
     def of_model(cls, name: str) -> Network:
@@ -115,7 +117,7 @@ class Network:
     @property
     def gradients(self) -> Gradients:
         """The gradients of all parameters."""
-        return Gradients.of(map(_size, self.shapes))
+        return Gradients.of(map(_size, self.shapes), self.min_numel)
 
 
 def number_of(text: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.measured is not None:
             show_against(*read_measured(options.measured, machine), options.json)
             return
-        network = _network(options)
+        network = dataclasses.replace(_network(options), min_numel=options.min_numel)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     _plot(network, machine, options)
@@ -92,6 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         help=f"number of tensors, for --parameters (default: {TENSORS})",
     )  # fmt: skip
     parser.add_argument(
+        "--min-numel", type=int, default=Network.min_numel, metavar="N",
+        help="tensors with fewer elements are not compressed, but by FSDP2 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--compute", type=float, default=100, metavar="MS",
         help="forward and backward pass of one rank alone (default: %(default)s)",
     )  # fmt: skip
@@ -141,6 +146,8 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             "--ranks must be at least 1, and --compute a number of at least 0, got "
             f"{options.ranks} and {options.compute:g}"
         )
+    if options.min_numel < 0:
+        parser.error(f"--min-numel must be at least 0, got {options.min_numel}")
     if options.per_node < 1 or options.ranks % options.per_node:
         parser.error(
             "--per-node must be a number that divides --ranks, got "
