@@ -1,10 +1,10 @@
 """``bits="auto"`` on one rank: measures steps, tells the other ranks, and takes the arm that all
 ranks take.
 
-With each step one small message goes around, a Sum in which each rank has a place of its own. It
-carries the times of the step before, and is read when the next step begins, so that no rank waits
-for it in between. All ranks see the same numbers at the same step. A rank that has left by
-``hvd.join()`` leaves its place empty, and nothing is decided in the meantime.
+With each step one small message goes around, a Max. It carries the times of the step before, and is
+read when the next step begins, so that no rank waits for it in between. All ranks see the same
+numbers at the same step. The message shows whether a rank has left by ``hvd.join()``; nothing is
+decided in the meantime.
 
 The first step of a session is uncompressed on all ranks, and a second message carries the state:
 ranks that join later, or that have loaded no checkpoint, adopt that of the rank that is furthest.
@@ -25,7 +25,6 @@ from torch import Tensor
 
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
 from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
-from hvd_gqsgd.auto.message import pack, unpack
 from hvd_gqsgd.auto.prediction import predict
 from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
 from hvd_gqsgd.checks import check_int, check_step
@@ -267,22 +266,25 @@ class Conductor:
             return
         if times is not None and self._on_gpu:  # the host only enqueues the work
             times = (times[2],) * 3
-        words = [1, self.coming, self._taken, *(times or (0, 0, 0)), *self._numel, *self._tensors]
-        rank, size = transport.rank, transport.size
-        self._message = transport.sum_async(pack(words, rank, size), f"{self.label}.step")
+        step, arm = self.coming, self._taken
+        # Negatives give the smallest ones. Of a rank that has left, Horovod takes zeros.
+        load = (*self._numel, *self._tensors)
+        words = [-1, step, -step, arm, -arm, *(times or (0, 0, 0)), *load]
+        message = torch.tensor(words, dtype=torch.int64, device="cpu")
+        self._message = transport.max_async(message, f"{self.label}.step")
         if not self._met:
             state = [
                 1, self.coming, host_number(), self._known_for,
                 *digests(self._options), *self._words,
             ]  # fmt: skip
-            table = np.zeros((size, len(state)), np.int64)
-            table[rank] = state
+            table = np.zeros((transport.size, len(state)), np.int64)
+            table[transport.rank] = state
             self._state_message = transport.sum_async(
                 torch.from_numpy(table.ravel()), f"{self.label}.state"
             )
 
     def _received(self, transport: Transport, message: Handle) -> Tensor:
-        """The sum of a message of the step before."""
+        """The result of a message of the step before."""
         began = time.monotonic()
         while not message.done():
             waited = time.monotonic() - began
@@ -320,20 +322,18 @@ class Conductor:
         if message is None:  # this rank is alone
             return
         assert self._chooser is not None
-        size = transport.size
-        rows = unpack(self._received(transport, message), size)
-        all_here = int(rows[:, 0].sum()) == size
+        words: list[int] = self._received(transport, message).tolist()
+        here, step, least_step, arm, least_arm, busy, held, period, *load = words
         if state is not None:
             states = self._received(transport, state)
-            self._met = all_here
-            if all_here:
-                self._adopt(states.view(size, -1).tolist(), transport)
+            self._met = here < 0
+            if self._met:
+                self._adopt(states.view(transport.size, -1).tolist(), transport)
             return
-        if not all_here:
+        if here == 0:
             return  # ranks have left: the others keep the arm that these come back with
-        _, furthest, arm, busy, held, period, *load = rows.max(axis=0).tolist()
-        self.coming += furthest - self.current
-        if (rows[:, 1:3] != rows[0, 1:3]).any():
+        self.coming += step - self.current
+        if (step, arm) != (-least_step, -least_arm):
             self._chooser.restart()  # ranks have come back
             return
         self._load = load

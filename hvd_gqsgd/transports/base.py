@@ -115,10 +115,7 @@ class Transport(Protocol):
         """Starts an elementwise maximum over all ranks, in place, of an int32 or int64 tensor."""
 
     def sum_async(self, tensor: Tensor, name: str) -> Handle:
-        """Starts an elementwise sum over all ranks, in place, of an int32 or int64 tensor.
-
-        That of a float32 tensor is exact to 2^-22, relative, and may go together with gradients.
-        """
+        """Starts an elementwise sum over all ranks, in place, of an int32 or int64 tensor."""
 
     def alltoall_async(
         self, tensor: Tensor, splits: Sequence[int], name: str,

@@ -97,20 +97,6 @@ class _HorovodHandle:
         return tensor
 
 
-@dataclass
-class _Total:
-    """The sum of an operation that averages."""
-
-    mean: _HorovodHandle
-    size: int
-
-    def done(self) -> bool:
-        return self.mean.done()
-
-    def wait(self) -> Tensor:
-        return self.mean.wait().mul_(self.size)
-
-
 def _started(handle: int, name: str, holders: list[Tensor]) -> _HorovodHandle:
     in_flight = of_horovod("in flight", _InFlight)
     in_flight.add(handle, holders)
@@ -172,10 +158,8 @@ class HorovodTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._allreduce(tensor, name, hvd.Max)
 
-    def sum_async(self, tensor: Tensor, name: str) -> _HorovodHandle | _Total:
+    def sum_async(self, tensor: Tensor, name: str) -> _HorovodHandle:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
-        if tensor.dtype == torch.float32:  # as gradients, which Horovod exchanges together with it
-            return _Total(self._allreduce(tensor, name, hvd.Average), self.size)
         return self._allreduce(tensor, name, hvd.Sum)
 
     def alltoall_async(

@@ -14,11 +14,6 @@ def gradients(size: int, numel: int, seed: int = 0, dtype: torch.dtype = torch.f
     return (normal * torch.randn(numel, generator=generator, dtype=torch.float64).exp()).to(dtype)
 
 
-def summable(size: int, seed: int) -> Tensor:
-    """Gradients of all ranks, (size, 5000), whose sum is exact in float32."""
-    return gradients(size, 5000, seed=seed).mul_(64).round_().clamp_(-(2**20), 2**20)
-
-
 def assert_same_on_all_ranks(tensor: Tensor) -> None:
     """Every rank must have the same bits."""
     bits = tensor.detach().contiguous().view(-1).view(torch.uint8)

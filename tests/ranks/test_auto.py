@@ -15,7 +15,7 @@ import horovod.torch as hvd
 import pytest
 import torch
 from conftest import process_group
-from helpers import assert_same_on_all_ranks, backward, gradients, mlp, summable
+from helpers import assert_same_on_all_ranks, backward, gradients, mlp
 from hooked import Given, wrap
 
 from hvd_gqsgd import AgreementError, BlockBits, GlobalQSGD, simulate
@@ -125,11 +125,10 @@ def test_a_compressor_that_does_not_pay_is_not_used(several, take):
 
 
 def test_uncompressed_steps_are_those_of_horovod(rank, size, take):
-    """To the bit, where sums of float32 do not depend on their order, which is another one beside
-    other tensors; and nothing more is counted on the wire."""
+    """To the bit, and nothing more is counted on the wire."""
     compressor = GlobalQSGD(bits="auto", min_numel=0)
     for number in range(3):
-        everyone = summable(size, seed=number)
+        everyone = gradients(size, 5000, seed=number)
         mean = hvd.allreduce(everyone[rank].clone(), compression=compressor, name="x")
         assert torch.equal(mean, hvd.allreduce(everyone[rank].clone(), name="y"))
     stats = compressor.stats()
@@ -172,11 +171,10 @@ def test_nodes(rank, size, monkeypatch):
 
 @pytest.mark.core
 def test_a_plan_replays_the_bits(rank, size, several, take, monkeypatch):
-    """Where sums do not depend on their order: Horovod adds up several uncompressed tensors of a
-    step, the message of the step among them, in an order that varies."""
+    """Of one tensor a step: Horovod adds up several uncompressed ones in an order that varies."""
 
     def means(compressor):
-        everyone = [summable(size, seed=number)[rank] for number in range(40)]
+        everyone = [gradients(size, 5000, seed=number)[rank] for number in range(40)]
         return [hvd.allreduce(x, compression=compressor, name="x") for x in everyone]
 
     compressor = GlobalQSGD(bits="auto", min_numel=0)
