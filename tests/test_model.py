@@ -48,6 +48,7 @@ def test_formulas() -> None:
         ("transformer", 253, 63_082_496),
         ("dlrm", 38, 17_114_913),
         ("resnet20", 59, 269_722),
+        ("digits", 8, 151_306),
     ],
 )
 def test_shapes(name: str, tensors: int, parameters: int) -> None:

@@ -11,7 +11,8 @@ import pytest
 from torch import nn
 
 from hvd_gqsgd.bench import predict
-from hvd_gqsgd.bench.gradients import MODELS, layers_of
+from hvd_gqsgd.bench.digits import Digits
+from hvd_gqsgd.bench.gradients import MODELS, layers_of, shapes_of
 from hvd_gqsgd.bench.networks import Network, number_of
 from hvd_gqsgd.tools.cost_model import Gradients
 
@@ -110,6 +111,11 @@ def test_a_size(parameters: int, tensors: int) -> None:
     assert (gradients.elements, gradients.tensors) == (parameters, tensors)
     assert sum(network.module_sizes) == parameters
     assert len(network.modules) == -(-tensors // 10)
+
+
+def test_the_digits_have_their_shapes() -> None:
+    named = [(name, tuple(p.shape)) for name, p in Digits(rank=0).named_parameters()]
+    assert named == shapes_of("digits")
 
 
 @pytest.mark.parametrize("name", MODELS)

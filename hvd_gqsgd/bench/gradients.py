@@ -95,6 +95,15 @@ def _dlrm() -> Iterator[Named]:
             yield from _linear(f"{side}.{layer}", outputs, inputs)
 
 
+def _digits() -> Iterator[Named]:
+    """The CNN of ``examples/digits_cnn.py``; see ``bench.digits``."""
+    for layer, (outputs, inputs) in ((0, (32, 1)), (2, (64, 32))):
+        yield f"layers.{layer}.weight", (outputs, inputs, 3, 3)
+        yield f"layers.{layer}.bias", (outputs,)
+    yield from _linear("layers.6", 128, 64 * 4 * 4)
+    yield from _linear("layers.8", 10, 128)
+
+
 def _linear(name: str, outputs: int, inputs: int) -> Iterator[Named]:
     yield f"{name}.weight", (outputs, inputs)
     yield f"{name}.bias", (outputs,)
@@ -110,5 +119,6 @@ MODELS = {
     "transformer": _transformer,
     "dlrm": _dlrm,
     "resnet20": _resnet20,
+    "digits": _digits,
 }
 """Models, by name."""

@@ -1,6 +1,7 @@
 """Training steps of a model's shape, under Horovod, DDP and FSDP2, with and without GlobalQSGD.
 
-The model computes one dot product per parameter, so that the exchange takes nearly all of the time.
+The model computes one dot product per parameter, so that the exchange takes nearly all of the time;
+``digits`` is a small CNN that computes what it does in training.
 It overlaps with the backward pass as in training. Each arm has its own copy of the parameters.
 """
 
@@ -24,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 
 from hvd_gqsgd import GlobalQSGD, ddp_hook
 from hvd_gqsgd.auto.conductor import Conductor
+from hvd_gqsgd.bench.digits import Digits
 from hvd_gqsgd.bench.gradients import shapes_of
 from hvd_gqsgd.bench.operators import AUTO_DDP, DDP_ARMS, FP16, FSDP_ARMS, OURS
 from hvd_gqsgd.bench.rounds import MOST_LOAD, interleaved, progress_bar
@@ -122,7 +124,7 @@ def measure(
             errors[name] = f"{type(error).__name__}: {error}"
     timed: dict[str, Arm | FsdpArm] = dict(made)
     if not exchange_alone:
-        alone = _Model(model)
+        alone = _network(model)
         timed[COMPUTE] = Arm("", alone, [], _optimizer(alone), None, 0)
     calls = {name: arm.exchange if exchange_alone else arm.step for name, arm in timed.items()}
     links = {name: _Link(interface) for name in calls}
@@ -234,6 +236,10 @@ class _Model(nn.Module):
         return torch.stack(dots).sum() * scale
 
 
+def _network(model: str) -> _Model | Digits:
+    return Digits(hvd.rank()) if model == "digits" else _Model(model)
+
+
 @dataclass
 class Arm:
     """A way to train, and the state of its model."""
@@ -285,7 +291,7 @@ class Arm:
     def get_ready(self, exchange_alone: bool) -> None:
         """Prepares the next call: sets the gradients, if the exchange alone is timed."""
         if exchange_alone:
-            assert isinstance(self.network, _Model)
+            assert isinstance(self.network, _Model | Digits)
             slopes = self.network.slopes.values()
             for parameter, slope in zip(self.network.parameters(), slopes, strict=True):
                 parameter.grad = slope.view_as(parameter).clone()
@@ -306,7 +312,7 @@ def make_arm(name: str, model: str) -> Arm | FsdpArm:
         from hvd_gqsgd.bench.fsdp import FsdpArm  # takes seconds
 
         return FsdpArm(name, model)
-    network = _Model(model)
+    network = _network(model)
     named = list(network.named_parameters())
     optimizer = _optimizer(network)
     if name in DDP_ARMS:
