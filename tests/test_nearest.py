@@ -111,8 +111,8 @@ def test_the_contraction_of_the_theory(levels: int, rows: int) -> None:
 
 
 def test_nearest_at_widths_per_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one level in all blocks of an Allreduce estimates come to the mean; with dither not, in as
-    many steps."""
+    """With one level in all blocks of an Allreduce estimates come to the mean; with dither not, in
+    as many steps."""
     generator = torch.Generator().manual_seed(0)
     rows, bits = torch.randn(3, 4096, generator=generator), BlockBits(3, min_bits=3)
     world = ranks(3, error_feedback="ef21", rounding="nearest", bits=bits)
