@@ -36,21 +36,28 @@ SETTINGS: dict[str, dict[str, Any] | None] = {
     "8 bits, EF21": {"error_feedback": "ef21"},
     "3 bits, EF21": {"bits": 3, "error_feedback": "ef21"},
     "2 bits to nearest, EF21": {"bits": 2, "rounding": "nearest", "error_feedback": "ef21"},
-    "2 bits to nearest, residual": {"bits": 2, "rounding": "nearest", "error_feedback": "residual"},
+    "4 bits": {"bits": 4},
+    "4 bits to nearest, residual": {"bits": 4, "rounding": "nearest", "error_feedback": "residual"},
     "1/8 at random": {"keep": 1 / 8},
     "1/8 as a permutation": {"keep": 1 / 8, "select": "permutation"},
     "1/8 in turn": {"keep": 1 / 8, "error_feedback": "residual"},
     "1/8 in turn, EF21": {"keep": 1 / 8, "error_feedback": "ef21"},
+    "1/8 in turn, 2 bits to nearest, EF21": {
+        "keep": 1 / 8,
+        "bits": 2,
+        "rounding": "nearest",
+        "error_feedback": "ef21",
+    },
     "1/8 in turn, EControl": {"keep": 1 / 8, "error_feedback": "econtrol"},
     "1/8 at random, MARINA": {"keep": 1 / 8, "error_feedback": "marina"},
     "1/8 as a permutation, MARINA": MARINA,
     "1/16 by a leader": {"keep": 1 / 16, "select": "leader"},
     "1/16 by a leader, EF21": {"keep": 1 / 16, "select": "leader", "error_feedback": "ef21"},
 }
-NOT_DRAWN = (
-    "3 bits, EF21", "2 bits to nearest, EF21", "2 bits to nearest, residual",
+NOT_DRAWN = {
+    *(name for name in SETTINGS if "3 bits" in name or "4 bits" in name or "nearest" in name),
     "1/8 in turn", "1/8 in turn, EControl", "1/8 at random, MARINA", "1/16 by a leader",
-)  # fmt: skip
+}  # fmt: skip
 DRAWN = [name for name in SETTINGS if name not in NOT_DRAWN]
 
 

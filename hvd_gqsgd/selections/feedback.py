@@ -24,7 +24,9 @@ With the gradient g of a rank, the part C(.) of it that is exchanged, and its me
       h' = h + C(g - g_before),  or  h + Q(g - h),    the result is the mean of h'
 
 Estimates follow the codes that were exchanged, rounding included: their mean over the ranks is the
-same number on all ranks only if each rank adds to its own what the others have decoded from it.
+same number on all ranks only if each rank adds to its own what the others have decoded from it. In
+two phases it is that number and what the owners of segments owe; see ``exchanges/owing.py``.
+Residuals have the rounding error too where it is biased (``rounding="nearest"``).
 """
 
 from __future__ import annotations

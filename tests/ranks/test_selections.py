@@ -204,6 +204,7 @@ def test_ranks_leave_by_join(rank, size, several, select):
         {"select": "permutation"},
         {"select": "leader"},
         {"error_feedback": "ef21"},
+        NARROW,
     ],
     ids=str,
 )
