@@ -58,7 +58,9 @@ def test_shapes(name: str, tensors: int, parameters: int) -> None:
     assert sum(math.prod(shape) for _, shape in shapes) == parameters
     gradients = Network.of_model(name).gradients
     assert (gradients.tensors, gradients.elements) == (tensors, parameters)
-    assert 0 < gradients.small_elements < parameters / (10 if name in ("resnet20", "digits") else 100)
+    assert (
+        0 < gradients.small_elements < parameters / (10 if name in ("resnet20", "digits") else 100)
+    )
 
 
 @pytest.mark.parametrize("setting", [FP32, LINEAR_8])

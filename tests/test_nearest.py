@@ -33,6 +33,13 @@ TWO_PHASE: list[dict[str, Any]] = [
     {"error_feedback": "ef21", "bits": 3, "block_size": 7},
     NEAREST | {"error_feedback": "econtrol", "bits": 3, "block_size": 256},
 ]
+ECONTROL: list[dict[str, Any]] = [
+    TWO_PHASE[-1],
+    NEAREST | {"error_feedback": "econtrol", "bits": 2},
+    {"error_feedback": "econtrol", "bits": 4, "exchange": "two_phase"},
+    {"error_feedback": "econtrol", "bits": 4, "keep": 1 / 4, "exchange": "two_phase"},
+    {"error_feedback": "econtrol", "bits": 6, "exchange": "allreduce"},
+]
 RESIDUAL: list[dict[str, Any]] = [
     NEAREST | {"error_feedback": "residual", "bits": 2},
     NEAREST | {"error_feedback": "residual", "bits": 4, "exchange": "allreduce"},
@@ -184,6 +191,33 @@ def test_what_ranks_owe_is_what_estimates_lack(options: dict[str, Any], size: in
     assert lacking.norm() > 0.1 * (summed(world, "mean") / size).norm()
     first, second = (state["memory"]["tensors"]["mean"] for state in world.state_dicts()[:2])
     assert all(same_bits(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("options", ECONTROL, ids=str)
+def test_econtrol_has_what_owners_owe(options: dict[str, Any]) -> None:
+    """The results of all steps and the mean residual add up to the gradients, whoever owns an
+    element; the ranks' own estimates alone lack what was owed in each step."""
+    size, world = 4, ranks(4, **options)
+    sent, exact = dict.fromkeys(NUMELS, 0.0), dict.fromkeys(NUMELS, 0.0)
+    for i in range(15):
+        for rows, mean in means_of(world, i, size, torch.float32).values():
+            sent[mean.numel()] += mean.double()
+            exact[mean.numel()] += rows.double().mean(0)
+    kept = dict.fromkeys(NUMELS, 0.0)
+    for state in world.state_dicts():
+        for x in state["memory"]["tensors"]["residual"].values():
+            kept[x.numel()] += x.double() / size
+    for numel in NUMELS:
+        assert relative(sent[numel] + kept[numel], exact[numel]) < 1e-5
+    assert relative(sent[9000], exact[9000]) > 0.01
+
+
+def test_econtrol_at_2_bits_comes_to_a_gradient() -> None:
+    """A quarter of the share of the residual does; a whole one goes astray."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, 2048, generator=generator)
+    world = ranks(4, **ECONTROL[1])
+    assert min(relative(step(world, rows), rows.mean(0)) for _ in range(120)) < 0.01
 
 
 @pytest.mark.parametrize("options", RESIDUAL, ids=str)

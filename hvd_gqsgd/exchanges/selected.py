@@ -233,9 +233,9 @@ class SelectedExchange(WrappingExchange):
         if finite and item.place not in learned:
             learned.add(item.place)
             with torch.inference_mode(False), torch.no_grad():
+                self.feedback.learn(item.identity, pieces[item.place], choice, own, mean)
                 if owing is not None:
                     self.feedback.owe(item.identity, pieces[item.place], choice, owing)
-                self.feedback.learn(item.identity, pieces[item.place], choice, own, mean)
         return finite
 
     def _disjoint(self, terms: Terms) -> bool:

@@ -26,6 +26,7 @@ With the gradient g of a rank, the part C(.) of it that is exchanged, and its me
 Estimates follow the codes that were exchanged, rounding included: their mean over the ranks is the
 same number on all ranks only if each rank adds to its own what the others have decoded from it. In
 two phases it is that number and what the owners of segments owe; see ``exchanges/owing.py``.
+The residual of econtrol has what is owed in each step, as the results lack it.
 Residuals have the rounding error too where it is biased (``rounding="nearest"``).
 """
 
@@ -82,7 +83,7 @@ class Feedback(ABC):
 
     def owe(self, identity: int, given: Tensor, choice: Chosen, owing: Tensor) -> None:
         """Takes over what this rank owes of the mean of the chosen elements, in place of what it
-        owed."""
+        owed; after ``learn``."""
         choice.add(owing, choice.left(self.memory.zeros("owed", identity, given)))
 
 
@@ -196,12 +197,13 @@ class Controlled(Estimates):
 
     The share of the residual is a sixth of the contraction, which is what those of the paper's
     theorems come to where few elements are sent. With a whole one, residuals of elements that are
-    not sent for 2 / keep steps grow.
+    not sent for 2 / keep steps grow. Lanes of 2 bits contract less: with a sixth, and what is owed
+    as part of the residual, estimates of a gradient that stays the same go astray.
     """
 
     def __init__(self, memory: Memory, options: Options) -> None:
         super().__init__(memory, options)
-        self._share = options.keep / 6
+        self._share = options.keep / (24 if options.least_bits == 2 else 6)
 
     def given(self, identity: int, x: Tensor, take: Take) -> Tensor:
         """See :class:`Feedback`."""
@@ -218,6 +220,13 @@ class Controlled(Estimates):
         residual = self.memory.zeros("residual", identity, given)
         choice.add(own.neg(), residual.mul_(1 - self._share).add_(given))
         super().learn(identity, given, choice, own, mean)
+
+    def owe(self, identity: int, given: Tensor, choice: Chosen, owing: Tensor) -> None:
+        """See :class:`Feedback`. The result lacks all that is owed, in this step: so the mean of
+        the residuals gets it, from the rank that owes it."""
+        super().owe(identity, given, choice, owing)
+        owed = self.memory.zeros("owed", identity, given)
+        self.memory.zeros("residual", identity, given).add_(owed, alpha=self.memory.size)
 
 
 CLASSES: dict[str, type[Feedback]] = {

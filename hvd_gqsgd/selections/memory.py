@@ -47,6 +47,11 @@ class Memory:
         self.steps_begun = 0
         """Steps that the pipelines of this memory have begun, on this rank alone."""
 
+    @property
+    def size(self) -> int:
+        """Ranks of the step that has begun."""
+        return self._size
+
     @staticmethod
     def dtype(of: torch.dtype) -> torch.dtype:
         """Type of the tensors for gradients of this type."""
