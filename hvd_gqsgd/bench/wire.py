@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,6 @@ from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.agreement import HEADER
 from hvd_gqsgd.exchanges.contribution import MARKS
 from hvd_gqsgd.exchanges.differences import of_whole_steps
-from hvd_gqsgd.exchanges.owing import means_of_ranks
 from hvd_gqsgd.layout import FLAG
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import LeaderSelection, selection_of
@@ -48,6 +48,7 @@ def wire_bytes(
     word = 4 if 32 % bits == 0 else 8
     lanes, unit = 8 * word // bits, max(norm, word)
     blocks, words, means = 0, 0, ranks * unit
+    tiles: list[int] = []
     for numel in numels:
         block = block_size or max(numel, 1)
         sizes = [min(block, numel - i) for i in range(0, numel, block)]
@@ -56,15 +57,20 @@ def wire_bytes(
             for tile in (min(layout.TILE, size - i) for i in range(0, size, layout.TILE)):
                 bytes_of_words = -(-tile // lanes) * word
                 words += bytes_of_words
+                tiles.append(bytes_of_words)
                 means += unit + -(-bytes_of_words // unit) * unit
     if owing:
-        tensors = tuple((numel, block_size or max(numel, 1)) for numel in numels)
-        norm_dtype = layout.norm_dtype(torch.float64 if double else torch.float32)
-        means = means_of_ranks(layout.lay_out(tensors, bits, norm_dtype), ranks, block_size)
+        ends = [len(tiles) * rank // ranks for rank in range(ranks + 1)]
+        of_ranks = [tiles[begin:end] for begin, end in itertools.pairwise(ends)]
+        means = sum(8 + _in_eights(norm * len(own)) + _in_eights(sum(own)) for own in of_ranks)
     total = norm * (HEADER + blocks) + (8 * blocks if l2 else 0)
     if gathered:
         return total + ranks * (word * FLAG + words) // 2
     return total + (words // 2 + means // 2 if two_phase else 16 * word + words)
+
+
+def _in_eights(count: int) -> int:
+    return -(-count // 8) * 8
 
 
 def wire_bytes_of(options: Options, numels: Sequence[int], ranks: int, whole: bool = False) -> int:
