@@ -240,6 +240,19 @@ def test_residuals_have_the_rounding(options: dict[str, Any]) -> None:
     assert lost > 0.05
 
 
+@pytest.mark.parametrize("block", [2048, 3000, None])
+def test_buckets_of_any_size(block: int | None) -> None:
+    """The second norms are those of tiles, wherever the segment of a rank begins."""
+    options: dict[str, Any] = {"error_feedback": "ef21", "bits": 4, "exchange": "two_phase"}
+    worlds = [ranks(3, **options, block_size=block, bucket_mb=mb) for mb in (25, 0.01)]
+    for i in range(3):
+        rows = torch.randn(3, 2, 10_007, generator=torch.Generator().manual_seed(i))
+        whole, cut = (
+            world.means([[("a", a.clone()), ("b", b.clone())] for a, b in rows]) for world in worlds
+        )
+        assert all(map(same_bits, whole, cut))
+
+
 @pytest.mark.parametrize("options", [TWO_PHASE[0], TWO_PHASE[2], RESIDUAL[0]], ids=str)
 def test_a_skipped_step_and_a_checkpoint(options: dict[str, Any]) -> None:
     """A step with infinity leaves what is owed, and states have it."""

@@ -14,7 +14,7 @@ times the number of ranks, is added to its own tensor before the first rounding:
 owe the mean what they owed before, whoever owns an element.
 
 The second rounding is on norms of the owner's own means, which need no norms of all ranks, and
-travel with the codes, a norm for each block of at most 1024 elements.
+travel with the codes, a norm for each tile.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import Codec, make_codec
-from hvd_gqsgd.exchanges.base import OwnResult, Result, Running, Terms
+from hvd_gqsgd.exchanges.base import OwnResult, Result, Running, Setup, Terms
 from hvd_gqsgd.exchanges.contribution import Contribution, everyone
 from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
 from hvd_gqsgd.exchanges.widths import OneWidth, Widths
 from hvd_gqsgd.options import digest
 
-__all__ = ["OwingExchange", "means_of_ranks"]
+__all__ = ["OwingExchange"]
 
 _UNIT = torch.int64
 """Type of a message of means, all parts of which begin at a multiple of 8 bytes."""
@@ -48,6 +48,10 @@ class OwingExchange(TwoPhaseExchange):
     """Two phases, with what owners owe as part of the tensors; for codes of one width."""
 
     owes = True
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        self._second: dict[int, Codec] = {}
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
@@ -80,10 +84,12 @@ class OwingExchange(TwoPhaseExchange):
 
     def _again(self, bits: int) -> Codec:
         """The codec of the second rounding: of an owner's means alone."""
-        block = min(self.options.block_size or layout.TILE, layout.TILE)
-        own = digest(("again", self.options.seed))
-        options = dataclasses.replace(self.options, block_size=block, seed=own)
-        return make_codec(options, bits, summands=1, rank=0, world_size=1)
+        if bits not in self._second:
+            block = min(self.options.block_size or layout.TILE, layout.TILE)
+            own = digest(("again", self.options.seed))
+            options = dataclasses.replace(self.options, block_size=block, seed=own)
+            self._second[bits] = make_codec(options, bits, summands=1, rank=0, world_size=1)
+        return self._second[bits]
 
     def _averaged(self, widths: Widths, norms: Tensor, means: Tensor) -> Result:
         self._check_means(widths, means)
@@ -141,9 +147,13 @@ def _pieces_of(place: layout.Layout, part: layout.Part) -> Iterator[_Piece]:
         return begin + layout.words_before(tile, numel, block, place.bits)
 
     while first < last:
-        # To the end of the block, or all whole blocks, or what is left.
+        # To the end of the block, or all whole blocks, or all that is left. Blocks that do not end
+        # with a whole tile are pieces of their own, so that second norms are those of tiles.
         inside, whole = first % each, last - last % each
-        end = min(last, first - inside + each) if inside else whole if whole > first else last
+        if inside or (each > 1 and block % layout.TILE):
+            end = min(last, first - inside + each)
+        else:
+            end = whole if whole > first else last
         elements = slice(element(first), element(end))
         norms = slice(
             place.norms[part.tensor].start + first // each,
@@ -200,12 +210,6 @@ def _places(
 
 def _units(count: int, dtype: torch.dtype) -> int:
     return -(-count * dtype.itemsize // _UNIT.itemsize)
-
-
-def means_of_ranks(place: layout.Layout, ranks: int, block_size: int | None) -> int:
-    """Bytes of the means of all ranks."""
-    block = min(block_size or layout.TILE, layout.TILE)
-    return _places(*_key(place), ranks, block)[-1].end * _UNIT.itemsize
 
 
 class _OwingWidths(OneWidth):
