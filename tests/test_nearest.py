@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, as_numpy, assert_same, data, encode, instruction_set, name, same_bits
-from test_feedback import relative, step
+from test_feedback import relative, residuals, step
 from test_selections import ranks
 from torch import Tensor
 
@@ -285,6 +285,36 @@ def test_a_state_for_an_exchange_that_owes_nothing() -> None:
     mean, fresh = step(summing, rows[2]), ranks(3, **options)
     assert same_bits(mean, step(fresh, rows[2]))
     assert not any(state["memory"]["tensors"]["owed"] for state in summing.state_dicts())
+
+
+def test_residuals_of_a_state_for_an_exchange_that_owes_nothing() -> None:
+    """They take over what is owed: nothing is lost between the exchanges."""
+    options: dict[str, Any] = {"error_feedback": "residual", "bits": 4, **NEAREST}
+    world = ranks(3, **options, exchange="two_phase")
+    rows = torch.randn(4, 3, 8192)
+    sent = sum(step(world, each).double() for each in rows[:2])
+    assert summed(world, "owed").norm() > 0.1 * residuals(world).mean(0).norm()
+    summing = ranks(3, **options, exchange="allreduce")
+    summing.load_state_dicts(world.state_dicts())
+    sent += sum(step(summing, each).double() for each in rows[2:])
+    exact = rows.double().mean(1).sum(0)
+    assert relative(sent + residuals(summing).mean(0), exact) < 1e-6
+    assert relative(sent, exact) > 0.05
+    assert not any(state["memory"]["tensors"]["owed"] for state in summing.state_dicts())
+
+
+def test_a_state_whose_tensors_do_not_fit_together() -> None:
+    """All ranks raise the error, and none waits."""
+    options: dict[str, Any] = {"error_feedback": "residual", "bits": 4, **NEAREST}
+    world = ranks(3, **options, exchange="two_phase")
+    step(world, torch.randn(3, 8192))
+    states = world.state_dicts()
+    for x in states[1]["memory"]["tensors"]["owed"].values():
+        x.resize_(17)
+    summing = ranks(3, **options, exchange="allreduce")
+    summing.load_state_dicts(states)
+    with pytest.raises(ValueError, match="8192 elements for a gradient of 17: load a state of the"):
+        step(summing, torch.randn(3, 8192))
 
 
 @pytest.mark.parametrize("options", [*TWO_PHASE, *RESIDUAL], ids=str)

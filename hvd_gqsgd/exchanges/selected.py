@@ -157,7 +157,8 @@ class SelectedExchange(WrappingExchange):
         if self.feedback is not None:
             memory.begin(self.rank, self.size)
             if not self._inner.owes:
-                memory.forget_owed()
+                with terms.attempt():
+                    memory.forget_owed()
             own = [memory.turn(identity) for identity in ids]
         if isinstance(self.feedback, Estimates):
             # The largest number and the smallest one are the same if all are.

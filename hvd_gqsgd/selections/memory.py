@@ -25,9 +25,15 @@ KINDS: dict[ErrorFeedback | None, tuple[str, ...]] = {
     "econtrol": ("residual", "own", "mean", "owed"),
     "marina": ("previous", "own", "mean"),
 }
-"""The tensors of a gradient, by the option ``error_feedback``: the part not sent yet; the gradient
-of the step before; the estimate of this rank's gradient, and that of the mean, which all ranks have
-from the codes exchanged; and, in two phases, what this rank owes of the means that it has told."""
+"""The tensors of a gradient, by the option ``error_feedback``.
+
+- ``residual``: the part not sent yet.
+- ``previous``: the gradient of the step before.
+- ``own``: the estimate of this rank's gradient.
+- ``mean``: the estimate of the mean, which all ranks have from the codes exchanged.
+- ``owed``: the part of the means that this rank has rounded off and owes, with error feedback of
+  the rounding in two phases; none otherwise.
+"""
 
 
 class Memory:
@@ -158,11 +164,22 @@ class Memory:
                 tensors.pop(identity, None)
 
     def forget_owed(self) -> None:
-        """Drops what this rank owes, for an exchange in which ranks owe nothing; estimates that it
-        is a part of begin with zeros."""
-        if owed := self._of.get("owed"):
-            owed.clear()
-            self._history.clear()
+        """Empties what this rank owes, for an exchange in which ranks owe nothing: its residuals
+        take it over, and estimates that it is a part of begin with zeros.
+
+        Raises:
+            ValueError: tensors of different lengths were loaded for one gradient.
+        """
+        owed = self._of.get("owed")
+        if not owed:
+            return
+        if "own" not in self._of:
+            with torch.inference_mode(False), torch.no_grad():
+                for identity, x in owed.items():
+                    # The mean of the ranks' residuals gets what this rank alone owes.
+                    self.zeros("residual", identity, x).add_(x, alpha=self._size)
+        owed.clear()
+        self._history.clear()
 
     def __bool__(self) -> bool:
         """Whether there was a step with error feedback."""
