@@ -12,29 +12,37 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.options import WIRE_VERSION, Options, digest
 
-__all__ = ["apart", "digests", "mark_words", "marked_apart", "message"]
+__all__ = ["DIGESTS", "apart", "digests", "mark_words", "marked_apart", "message"]
 
+DIGESTS = 64
+"""How many ``digests`` there are in every build, so that those of two builds can be compared."""
 BITS = 31  # of a word; headers may be of 32 bits
 _FULL = 2**BITS - 1
 
 
 def digests(options: Options) -> list[int]:
-    """31 bits for all options and the meaning of bytes on the wire, and for each option."""
-    return [options.digest(), *(digest(repr(value)) for value, _ in options.values().values())]
+    """``DIGESTS`` numbers of 31 bits: for the build, for each option, and zeros."""
+    values = options.values()
+    build = digest(("build", WIRE_VERSION, *values))
+    numbers = [build, *(digest(repr(value)) for value, _ in values.values())]
+    assert len(numbers) <= DIGESTS
+    return numbers + [0] * (DIGESTS - len(numbers))
 
 
 def apart(options: Options, same: Sequence[bool]) -> list[str]:
-    """The options that ranks differ in; an empty name, if it is what bytes on the wire mean.
+    """The options that ranks differ in; an empty name alone, if they have different builds.
 
     Args:
         options: of this rank.
         same: for each number of ``digests``, whether all ranks have the same.
     """
-    names = ["", *options.values()]
-    found = [name for name, is_same in zip(names, same, strict=True) if not is_same]
-    return found[1:] or found
+    same_build, *same_options = same
+    if not same_build:
+        return [""]
+    each = zip(options.values(), same_options, strict=False)
+    return [name for name, is_same in each if not is_same]
 
 
 def mark_words(options: Options) -> list[int]:

@@ -29,7 +29,7 @@ from hvd_gqsgd.selection_rules import check_selection, checked_keep
 
 __all__ = ["LEAST_LEVELS", "Options", "digest", "levels_of"]
 
-# Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
+# Part of what ranks compare: a release has another one if bytes on the wire change their meaning.
 WIRE_VERSION = 5
 
 # Fewer levels a side than that, and exchange="auto" takes two phases. With 31 (8 bits, 4 ranks) the
