@@ -4,8 +4,9 @@ Where there is room for it, each option has a digest of its own. The header of a
 two words, which are reduced to the maximum: a word with a mark of one or two bits for each option,
 and its complement. A mark is 0 for the default, and depends on a hash otherwise. From the maxima
 the ranks know the largest and the smallest word of a rank. An option whose marks differ there is
-one that ranks differ in. That one rank has the default and another one has not is always seen;
-another difference may not be.
+one that ranks differ in. If an option has the default on one rank and another value on another
+rank, at least one such option is named; on two ranks, all of them are. Other differences may have
+no name.
 """
 
 from __future__ import annotations
