@@ -136,7 +136,7 @@ def test_one_level_brings_estimates_nearer_to_nearest_alone(
     )
     world = ranks(size, **options, rounding="nearest")
     assert min(relative(step(world, rows), rows.mean(0)) for _ in range(40)) < 1e-5
-    with pytest.raises(ValueError, match=r"lanes of 2 bits have 1 .* or rounding='nearest'"):
+    with pytest.raises(ValueError, match=r"lanes of 2 bits have 1 .* or pass rounding='nearest'"):
         step(ranks(size, **options), rows)
     monkeypatch.setattr(selected, "LEAST_LEVELS", 1)
     world = ranks(size, **options)
