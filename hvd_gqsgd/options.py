@@ -362,6 +362,8 @@ OF_AUTO = ("error", "plan")
 """Options that go with ``bits="auto"`` alone."""
 OF_KEEP = ("keep", "select", "error_feedback", "low_pass", "full_every", "rounding")
 """Options that have an effect if a part of the elements is exchanged, or with error feedback."""
+OF_FEEDBACK = ("error_feedback", "low_pass", "full_every", "rounding")
+"""Options of error feedback, which takes the gradients of parameters one by one."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 
 
