@@ -123,6 +123,11 @@ def check_selection(options: Options) -> None:
 
 
 def _check_nearest(options: Options) -> None:
+    if options.bits == "auto":  # first, as error feedback does not go with it either
+        raise ValueError(
+            "rounding='nearest' does not go with bits='auto', whose settings round by dither: pass "
+            "a number of bits, or leave rounding out"
+        )
     if options.error_feedback is None and options.select != "leader":
         raise ValueError(
             "rounding='nearest' is biased, and needs error feedback: pass "

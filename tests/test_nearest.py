@@ -260,6 +260,7 @@ def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
         (EF21 | {"norm": "l2"}, "takes norm='max', got norm='l2'"),
         (EF21 | {"correlated": False}, "has no effect with rounding='nearest'"),
         (EF21 | {"bits": "auto"}, "does not go with bits='auto'"),
+        (NEAREST | {"bits": "auto"}, "does not go with bits='auto'.* or leave rounding out"),
         (EF21 | {"hierarchy": "node"}, "hierarchy='node' does not go with"),
         (EF21 | {"exchange": "one_phase"}, "leave exchange out"),
         (
