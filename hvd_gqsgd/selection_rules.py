@@ -79,9 +79,10 @@ def check_selection(options: Options) -> None:
     without = ("marina",) if nearest else ("marina", "residual")
     if options.keep == 1 and (select != "random" or feedback in without):
         this = f"select={select!r}" if select != "random" else f"error_feedback={feedback!r}"
+        remedy = "rounding='nearest', " if feedback == "residual" and select == "random" else ""
         raise ValueError(
-            f"{this} has no effect with keep=1, which exchanges all elements: pass keep=1/64, or "
-            f"leave {this} out"
+            f"{this} has no effect with keep=1, which exchanges all elements: pass keep=1/64, "
+            f"{remedy}or leave {this} out"
         )
     if options.low_pass != 1 and feedback != "residual" and (feedback or select != "leader"):
         raise ValueError(
