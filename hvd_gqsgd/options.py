@@ -13,6 +13,7 @@ from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS
+from hvd_gqsgd.levels import ENOUGH_LEVELS, LEAST_LEVELS, levels_of
 from hvd_gqsgd.option_types import (
     Bits,
     Dither,
@@ -27,18 +28,10 @@ from hvd_gqsgd.option_types import (
 from hvd_gqsgd.plan import check_plan
 from hvd_gqsgd.selection_rules import check_selection, checked_keep
 
-__all__ = ["LEAST_LEVELS", "Options", "digest", "levels_of"]
+__all__ = ["Options", "digest"]
 
 # Part of what ranks compare: a release has another one if bytes on the wire change their meaning.
 WIRE_VERSION = 5
-
-# Fewer levels a side than that, and exchange="auto" takes two phases. With 31 (8 bits, 4 ranks) the
-# examples reach the loss of fp32; with 15 (8 ranks) the language model loses 0.7 % of perplexity.
-ENOUGH_LEVELS = 31
-
-# With one level a side the squared error of stochastic rounding is above the square of what is
-# rounded, and estimates go astray (tests/test_feedback.py); with two they come near, slowly.
-LEAST_LEVELS = 2
 
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
@@ -351,11 +344,6 @@ class Options:
         of_keep = () if self.selected else OF_KEEP
         names = (name for name in OPTIONS if name not in (*without, *of_auto, *of_keep))
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-def levels_of(bits: int, summands: int) -> int:
-    """Levels a side in a lane that holds the sum of so many codes."""
-    return ((1 << bits) - 1) // (2 * summands)
 
 
 OF_AUTO = ("error", "plan")

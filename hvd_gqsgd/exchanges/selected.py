@@ -39,7 +39,7 @@ from hvd_gqsgd.exchanges.base import (
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.exchanges.parts import Parts
-from hvd_gqsgd.options import LEAST_LEVELS, levels_of
+from hvd_gqsgd.levels import LEAST_LEVELS, levels_of
 from hvd_gqsgd.selections import (
     Chosen,
     Estimates,
