@@ -59,7 +59,9 @@ class Options:
             codes, a mean on the rank that owns a segment, and an Allgather of means; it has
             ``2**(bits - 1) - 1`` levels per side for any world size. ``"auto"`` takes two phases
             for codes that cannot be added and for ``BlockBits``, and where an Allreduce would have
-            fewer than 31 levels and two phases have more.
+            fewer than 31 levels and two phases have more. With error feedback of the rounding
+            (estimates, or ``rounding="nearest"``) it takes two phases where an Allreduce would have
+            fewer than 2 levels, and an Allreduce for ``BlockBits`` and ``"marina"``.
             ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds once: the
             exchange of ``GlobalQSGD.fsdp``, accepted by ``simulate`` alone. ``"gather"`` is that of
             the weights of ``GlobalQSGD.fsdp``, and is not an option of users.
