@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from hvd_gqsgd.checks import check_choice, unknown_option
 from hvd_gqsgd.option_types import Exchange
-from hvd_gqsgd.options import OF_AUTO, OPTIONS, Options
+from hvd_gqsgd.options import OF_AUTO, OF_FEEDBACK, OPTIONS, Options
 
 __all__ = ["FrontEnd"]
 
@@ -71,21 +71,17 @@ class FrontEnd:
         return options
 
     def _without_names(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The keywords without ``named_parameters`` where these go with error feedback.
+        """The keywords without ``named_parameters`` where these go with error feedback alone.
 
         Raises:
             ValueError: error feedback is not possible here, or has no names.
         """
         rest = dict(given)
-        feedback = given.get("error_feedback") is not None or given.get("select") == "leader"
-        if not feedback:
-            return rest
         if not self.knows_parameters:
-            raise ValueError(
-                "error_feedback and select='leader' keep a part of the gradient of each parameter, "
-                f"and {self.name} does not get parameters one by one: leave them out, or use "
-                "GlobalQSGD(named_parameters=...) with Horovod or DDP"
-            )
+            self._refuse_feedback(given)
+            return rest
+        if given.get("error_feedback") is None and given.get("select") != "leader":
+            return rest
         if "named_parameters" in self.without and rest.pop("named_parameters", None) is None:
             name = "error_feedback" if given.get("error_feedback") is not None else "select"
             raise ValueError(
@@ -93,6 +89,26 @@ class FrontEnd:
                 "name: pass named_parameters=model.named_parameters(), or leave it out"
             )
         return rest
+
+    def _refuse_feedback(self, given: Mapping[str, Any]) -> None:
+        """Checks that no option asks for error feedback.
+
+        Raises:
+            ValueError: one does.
+        """
+        defaults = {f.name: f.default for f in dataclasses.fields(Options)}
+        found = [
+            f"{name}={value!r}"
+            for name, value in given.items()
+            if (name in OF_FEEDBACK and value != defaults[name])
+            or (name, value) == ("select", "leader")
+        ]
+        if found:
+            raise ValueError(
+                f"{self.name} takes no error feedback, as it does not get the gradients of "
+                f"parameters one by one: leave {' and '.join(found)} out, or use "
+                "GlobalQSGD(named_parameters=...) with Horovod or DDP"
+            )
 
     def documented(self, function: Function) -> Function:
         """Replaces ``**options`` in the signature of a function by the options."""
@@ -106,10 +122,12 @@ class FrontEnd:
             if f.name not in self.without
             and f.name not in signature.parameters
             and not (f.name in OF_AUTO and not self.trains)
+            and not (f.name in OF_FEEDBACK and not self.knows_parameters)
         ]
         function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
         return function
 
     def _unknown(self, name: str) -> str:
-        known = [option for option in OPTIONS if option not in self.without]
+        without = (*self.without, *(() if self.knows_parameters else OF_FEEDBACK))
+        known = [option for option in OPTIONS if option not in without]
         return unknown_option(self.name, name, [*known, *self.own])

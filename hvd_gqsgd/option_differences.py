@@ -4,37 +4,46 @@ Where there is room for it, each option has a digest of its own. The header of a
 two words, which are reduced to the maximum: a word with a mark of one or two bits for each option,
 and its complement. A mark is 0 for the default, and depends on a hash otherwise. From the maxima
 the ranks know the largest and the smallest word of a rank. An option whose marks differ there is
-one that ranks differ in. That one rank has the default and another one has not is always seen;
-another difference may not be.
+one that ranks differ in. If an option has the default on one rank and another value on another
+rank, at least one such option is named; on two ranks, all of them are. Other differences may have
+no name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.options import WIRE_VERSION, Options, digest
 
-__all__ = ["apart", "digests", "mark_words", "marked_apart", "message"]
+__all__ = ["DIGESTS", "apart", "digests", "mark_words", "marked_apart", "message"]
 
+DIGESTS = 64
+"""How many ``digests`` there are in every build, so that those of two builds can be compared."""
 BITS = 31  # of a word; headers may be of 32 bits
 _FULL = 2**BITS - 1
 
 
 def digests(options: Options) -> list[int]:
-    """31 bits for all options and the meaning of bytes on the wire, and for each option."""
-    return [options.digest(), *(digest(repr(value)) for value, _ in options.values().values())]
+    """``DIGESTS`` numbers of 31 bits: for the build, for each option, and zeros."""
+    values = options.values()
+    build = digest(("build", WIRE_VERSION, *values))
+    numbers = [build, *(digest(repr(value)) for value, _ in values.values())]
+    assert len(numbers) <= DIGESTS
+    return numbers + [0] * (DIGESTS - len(numbers))
 
 
 def apart(options: Options, same: Sequence[bool]) -> list[str]:
-    """The options that ranks differ in; an empty name, if it is what bytes on the wire mean.
+    """The options that ranks differ in; an empty name alone, if they have different builds.
 
     Args:
         options: of this rank.
         same: for each number of ``digests``, whether all ranks have the same.
     """
-    names = ["", *options.values()]
-    found = [name for name, is_same in zip(names, same, strict=True) if not is_same]
-    return found[1:] or found
+    same_build, *same_options = same
+    if not same_build:
+        return [""]
+    each = zip(options.values(), same_options, strict=False)
+    return [name for name, is_same in each if not is_same]
 
 
 def mark_words(options: Options) -> list[int]:

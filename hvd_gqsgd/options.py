@@ -13,6 +13,7 @@ from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS
+from hvd_gqsgd.levels import ENOUGH_LEVELS, LEAST_LEVELS, levels_of
 from hvd_gqsgd.option_types import (
     Bits,
     Dither,
@@ -27,18 +28,10 @@ from hvd_gqsgd.option_types import (
 from hvd_gqsgd.plan import check_plan
 from hvd_gqsgd.selection_rules import check_selection, checked_keep
 
-__all__ = ["LEAST_LEVELS", "Options", "digest", "levels_of"]
+__all__ = ["Options", "digest"]
 
-# Part of what ranks compare: changes whenever the bytes on the wire change their meaning.
+# Part of what ranks compare: a release has another one if bytes on the wire change their meaning.
 WIRE_VERSION = 5
-
-# Fewer levels a side than that, and exchange="auto" takes two phases. With 31 (8 bits, 4 ranks) the
-# examples reach the loss of fp32; with 15 (8 ranks) the language model loses 0.7 % of perplexity.
-ENOUGH_LEVELS = 31
-
-# With one level a side the squared error of stochastic rounding is above the square of what is
-# rounded, and estimates go astray (tests/test_feedback.py); with two they come near, slowly.
-LEAST_LEVELS = 2
 
 BLOCK_SIZE = 1024  # unless bits=BlockBits(...)
 
@@ -66,7 +59,9 @@ class Options:
             codes, a mean on the rank that owns a segment, and an Allgather of means; it has
             ``2**(bits - 1) - 1`` levels per side for any world size. ``"auto"`` takes two phases
             for codes that cannot be added and for ``BlockBits``, and where an Allreduce would have
-            fewer than 31 levels and two phases have more.
+            fewer than 31 levels and two phases have more. With error feedback of the rounding
+            (estimates, or ``rounding="nearest"``) it takes two phases where an Allreduce would have
+            fewer than 2 levels, and an Allreduce for ``BlockBits`` and ``"marina"``.
             ``"one_phase"`` ends with the mean on the rank that owns a shard, and rounds once: the
             exchange of ``GlobalQSGD.fsdp``, accepted by ``simulate`` alone. ``"gather"`` is that of
             the weights of ``GlobalQSGD.fsdp``, and is not an option of users.
@@ -353,15 +348,12 @@ class Options:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
 
-def levels_of(bits: int, summands: int) -> int:
-    """Levels a side in a lane that holds the sum of so many codes."""
-    return ((1 << bits) - 1) // (2 * summands)
-
-
 OF_AUTO = ("error", "plan")
 """Options that go with ``bits="auto"`` alone."""
 OF_KEEP = ("keep", "select", "error_feedback", "low_pass", "full_every", "rounding")
 """Options that have an effect if a part of the elements is exchanged, or with error feedback."""
+OF_FEEDBACK = ("error_feedback", "low_pass", "full_every", "rounding")
+"""Options of error feedback, which takes the gradients of parameters one by one."""
 OPTIONS = tuple(f.name for f in dataclasses.fields(Options))
 
 

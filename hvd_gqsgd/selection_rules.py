@@ -79,9 +79,10 @@ def check_selection(options: Options) -> None:
     without = ("marina",) if nearest else ("marina", "residual")
     if options.keep == 1 and (select != "random" or feedback in without):
         this = f"select={select!r}" if select != "random" else f"error_feedback={feedback!r}"
+        remedy = "rounding='nearest', " if feedback == "residual" and select == "random" else ""
         raise ValueError(
-            f"{this} has no effect with keep=1, which exchanges all elements: pass keep=1/64, or "
-            f"leave {this} out"
+            f"{this} has no effect with keep=1, which exchanges all elements: pass keep=1/64, "
+            f"{remedy}or leave {this} out"
         )
     if options.low_pass != 1 and feedback != "residual" and (feedback or select != "leader"):
         raise ValueError(
@@ -123,6 +124,11 @@ def check_selection(options: Options) -> None:
 
 
 def _check_nearest(options: Options) -> None:
+    if options.bits == "auto":  # first, as error feedback does not go with it either
+        raise ValueError(
+            "rounding='nearest' does not go with bits='auto', whose settings round by dither: pass "
+            "a number of bits, or leave rounding out"
+        )
     if options.error_feedback is None and options.select != "leader":
         raise ValueError(
             "rounding='nearest' is biased, and needs error feedback: pass "

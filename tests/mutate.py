@@ -63,7 +63,7 @@ HASH = "native/core/hash.h"
 BLOCK_BITS = "native/core/block_bits.h"
 EXPONENTIAL_H = "native/core/exponential.h"
 NORMS = "native/cpu/norms_inl.h"
-LEVELS = "hvd_gqsgd/codecs/linear.py"
+LEVELS = "hvd_gqsgd/levels.py"
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,12 @@ MUTANTS = [
     Mutant("to nearest instead of dither", LINEAR, DRAWN, "(1 << (fraction - 1))",
            (UNBIASED, EACH_UNBIASED, OPERATORS, RANKS)),
     Mutant("half of the dither", LINEAR, DRAWN, f"({DRAWN} >> 1)", (UNBIASED, DITHER, RANKS)),
-    Mutant("s + 1 levels", LEVELS, "// (2 * ranks)\n", "// (2 * ranks) + 1\n", (OVERFLOW,)),
-    Mutant("levels for n - 1 ranks", LEVELS, "// (2 * ranks)\n", "// (2 * max(ranks - 1, 1))\n",
+    Mutant("s + 1 levels", LEVELS, "// (2 * summands)\n", "// (2 * summands) + 1\n", (OVERFLOW,)),
+    Mutant("levels for n - 1 ranks", LEVELS, "// (2 * summands)\n",
+           "// (2 * max(summands - 1, 1))\n",
            (OVERFLOW,)),
-    Mutant("levels for n + 1 ranks", LEVELS, "// (2 * ranks)\n", "// (2 * (ranks + 1))\n",
+    Mutant("levels for n + 1 ranks", LEVELS, "// (2 * summands)\n",
+           "// (2 * (summands + 1))\n",
            (WIDTHS, VARIANCE)),
     Mutant("no upper clip", LINEAR, "  place = place < limit ? place : limit;\n", "", (CUT_OFF,)),
     Mutant("no lower clip", LINEAR, "  place = place > -limit ? place : -limit;\n", "",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,11 +13,13 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd import AgreementError, simulate
+from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.agreement import Ahead, check, refuse
 from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.options import Options
-from hvd_gqsgd.transports.simulated import SimulatedWorld
+from hvd_gqsgd.stats import Stats
+from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
 ROWS = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0))
 OPERATORS: list[dict[str, Any]] = [
@@ -116,3 +122,63 @@ def test_refusal() -> None:
     with pytest.raises(AgreementError, match="could not take part"):
         pipeline.wait(ticket)
     check(SimulatedWorld(1).transport(0), options, "options")
+
+
+@dataclass(frozen=True)
+class LaterOptions(Options):
+    """Those of a build with one more."""
+
+    later: int = 0
+
+
+class ThreadedWorld(SimulatedWorld):
+    """Ranks in threads of their own, that wait for each other."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self._lock = threading.Lock()
+
+    def transport(self, rank: int) -> SimulatedTransport:
+        return ThreadedTransport(self, rank)
+
+    def start(self, *args: Any) -> Any:
+        with self._lock:
+            return super().start(*args)
+
+
+class ThreadedTransport(SimulatedTransport):
+    def idle(self, waited: float = 0.0) -> None:
+        assert waited < 10
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([Options(), LaterOptions(bits=4)], "different builds of hvd_gqsgd: install the same one"),
+        ([Options(), Options(bits=4, seed=1)], "different options: bits, seed; pass the same"),
+    ],
+    ids=["builds", "options"],
+)
+def test_what_ranks_differ_in(options: list[Options], message: str) -> None:
+    world = ThreadedWorld(2)
+    with ThreadPoolExecutor(2) as pool:
+        checks = [
+            pool.submit(check, world.transport(rank), own, "options")
+            for rank, own in enumerate(options)
+        ]
+        for each in checks:
+            with pytest.raises(AgreementError, match=message):
+                each.result()
+
+
+def test_conductors_of_different_builds() -> None:
+    """All learn it, before they read the state of another build."""
+    world = SimulatedWorld(3)
+    each = [Options(bits="auto"), Options(bits="auto"), LaterOptions(bits="auto", error=1e-3)]
+    conductors = [Conductor(options, Stats(), patience=0) for options in each]
+    for rank, conductor in enumerate(conductors):
+        conductor.begin(world.transport(rank))
+    for rank, conductor in enumerate(conductors):
+        with pytest.raises(AgreementError, match="the ranks use different builds of hvd_gqsgd"):
+            conductor.begin(world.transport(rank))

@@ -337,7 +337,9 @@ def test_options_that_are_not_possible(options: dict[str, Any], message: str) ->
 
 
 def test_error_feedback_needs_names_of_parameters() -> None:
-    with pytest.raises(ValueError, match=r"error_feedback and .* simulate\(\) does not get"):
+    with pytest.raises(
+        ValueError, match=r"simulate\(\) takes no error feedback, as it does not get"
+    ):
         simulate(torch.randn(2, 100), keep=1 / 8, error_feedback="ef21")
     with pytest.raises(ValueError, match=r"pass GlobalQSGD\(named_parameters"):
         GlobalQSGD(keep=1 / 8, error_feedback="residual")
@@ -356,7 +358,7 @@ def test_levels_that_bring_estimates_nearer(
     options["exchange"] = "allreduce"
     if not comes:
         with pytest.raises(
-            ValueError, match=r"lanes of 3 bits have 1 for 3 ranks: pass 4 or more as bits, or rou"
+            ValueError, match=r"lanes of 3 bits have 1 for 3 ranks: leave exchange out, or pass 4"
         ):
             step(ranks(3, **options), rows)
         monkeypatch.setattr(selected, "LEAST_LEVELS", 1)

@@ -1,4 +1,4 @@
-"""Error feedback where names are missing, and where memory overflows."""
+"""Error feedback where names or levels are missing, and where memory overflows."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from test_selections import ranks
 from torch import nn
 
 from hvd_gqsgd import DDPState
+
+NEAREST: dict[str, Any] = {"rounding": "nearest"}
 
 
 @pytest.mark.parametrize("options", KINDS[:5], ids=str)
@@ -68,3 +70,28 @@ def test_a_state_of_ddp_needs_them_for_error_feedback_alone(options: dict[str, A
     state = DDPState(named_parameters=model.named_parameters(), **options)
     assert "named_parameters=<2 of them>" in repr(state)
     assert repr(copy.deepcopy(state)) == repr(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "remedies"),
+    [
+        ({"bits": 5, "exchange": "allreduce"}, [{"exchange": "auto"}, {"bits": 6}, NEAREST]),
+        ({"bits": 4, "exchange": "allreduce"}, [{"exchange": "auto"}, {"bits": 6}]),
+        ({"bits": 2, "exchange": "allreduce"}, [{"bits": 6}]),
+        ({"bits": 2}, [{"bits": 3}, NEAREST]),
+        ({"bits": 5, "keep": 1 / 8, "error_feedback": "marina"}, [{"bits": 6}]),
+    ],
+    ids=str,
+)
+def test_each_remedy_for_few_levels_helps(
+    options: dict[str, Any], remedies: list[dict[str, Any]]
+) -> None:
+    options = {"error_feedback": "ef21"} | options
+    rows = torch.randn(8, 1024)
+    texts = {"exchange": "leave exchange out", "bits": "pass {} or more as bits"}
+    texts["rounding"] = "pass rounding='nearest'"
+    text = ", or ".join(texts[name].format(v) for each in remedies for name, v in each.items())
+    with pytest.raises(ValueError, match=rf"for 8 ranks: {text}$"):
+        step(ranks(8, **options), rows)
+    for remedy in remedies:
+        assert step(ranks(8, **options | remedy), rows).isfinite().all()

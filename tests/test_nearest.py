@@ -143,7 +143,7 @@ def test_one_level_brings_estimates_nearer_to_nearest_alone(
     )
     world = ranks(size, **options, rounding="nearest")
     assert min(relative(step(world, rows), rows.mean(0)) for _ in range(40)) < 1e-5
-    with pytest.raises(ValueError, match=r"lanes of 2 bits have 1 .* or rounding='nearest'"):
+    with pytest.raises(ValueError, match=r"lanes of 2 bits have 1 .* or pass rounding='nearest'"):
         step(ranks(size, **options), rows)
     monkeypatch.setattr(selected, "LEAST_LEVELS", 1)
     world = ranks(size, **options)
@@ -337,13 +337,14 @@ def test_bytes_on_the_wire(options: dict[str, Any]) -> None:
         (EF21 | {"norm": "l2"}, "takes norm='max', got norm='l2'"),
         (EF21 | {"correlated": False}, "has no effect with rounding='nearest'"),
         (EF21 | {"bits": "auto"}, "does not go with bits='auto'"),
+        (NEAREST | {"bits": "auto"}, "does not go with bits='auto'.* or leave rounding out"),
         (EF21 | {"hierarchy": "node"}, "hierarchy='node' does not go with"),
         (EF21 | {"exchange": "one_phase"}, "leave exchange out"),
         (
             NEAREST | {"error_feedback": "residual", "bits": BlockBits(4), "exchange": "two_phase"},
             "does not go with rounding='nearest' and bits=BlockBits",
         ),
-        ({"error_feedback": "residual"}, "has no effect with keep=1"),
+        ({"error_feedback": "residual"}, "no effect with keep=1, .* rounding='nearest', or leave"),
     ],
     ids=str,
 )

@@ -18,7 +18,7 @@ from hvd_gqsgd.codecs import check_device
 from hvd_gqsgd.frontends.ddp import DDPState, GQSGDState
 from hvd_gqsgd.frontends.parameter_names import ParameterNames
 from hvd_gqsgd.option_types import OptionKeywords
-from hvd_gqsgd.options import Options, digest
+from hvd_gqsgd.options import OF_FEEDBACK, Options, digest
 
 MEGABYTES = "bucket_mb must be above 0 and at most 2048 megabytes, got "
 WEIGHT = torch.ones(3)
@@ -247,8 +247,8 @@ def test_keywords_are_the_options() -> None:
     [
         (GlobalQSGD, set()),
         (DDPState, {"bucket_mb"}),
-        (simulate, {"error", "plan"}),
-        (allreduce, {"bucket_mb", "min_numel", "error", "plan"}),
+        (simulate, {"error", "plan", *OF_FEEDBACK}),
+        (allreduce, {"bucket_mb", "min_numel", "error", "plan", *OF_FEEDBACK}),
     ],
 )
 def test_signatures_show_the_options(function: Callable[..., Any], missing: set[str]) -> None:
@@ -260,6 +260,28 @@ def test_signatures_show_the_options(function: Callable[..., Any], missing: set[
         else:
             assert parameters[option.name].default == option.default
     assert not any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"rounding": "nearest"},
+        {"keep": 1 / 8, "full_every": 8},
+        {"keep": 1 / 8, "low_pass": 0.5},
+        {"keep": 1 / 8, "select": "leader", "low_pass": 0.5},
+        {"error_feedback": "residual", "rounding": "nearest"},
+    ],
+    ids=str,
+)
+def test_one_error_for_all_options_of_error_feedback(given: dict[str, Any]) -> None:
+    """That names all to be left out; their defaults are accepted."""
+    leave = " and ".join(f"{name}={value!r}" for name, value in given.items() if name != "keep")
+    with pytest.raises(
+        ValueError, match=rf"simulate\(\) takes no error feedback, .*: leave {leave} out"
+    ):
+        simulate(ROWS, **given)
+    defaults: dict[str, Any] = {n: getattr(Options(), n) for n in given}
+    assert torch.equal(simulate(ROWS, **defaults), simulate(ROWS))
 
 
 @pytest.mark.parametrize("name", FRONT_ENDS)

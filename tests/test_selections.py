@@ -294,7 +294,7 @@ def test_options_that_are_not_possible(options: dict[str, Any], message: str) ->
 
 
 def test_a_leader_needs_names_of_parameters() -> None:
-    with pytest.raises(ValueError, match=r"simulate\(\) does not get parameters one"):
+    with pytest.raises(ValueError, match=r"simulate\(\) takes no error feedback"):
         simulate(torch.randn(2, 100), keep=1 / 8, select="leader")
     with pytest.raises(ValueError, match=r"pass GlobalQSGD\(named_parameters"):
         GlobalQSGD(keep=1 / 8, select="leader")

@@ -30,7 +30,7 @@ from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
 from hvd_gqsgd.checks import check_int, check_step
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
-from hvd_gqsgd.option_differences import apart, digests, message
+from hvd_gqsgd.option_differences import DIGESTS, apart, digests, message
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.plan import SETTING_NAMES as NAMES
 from hvd_gqsgd.plan import Plan, check_plan
@@ -42,6 +42,9 @@ from hvd_gqsgd.transports.base import Handle, Transport
 __all__ = ["Conductor"]
 
 _log = logging.getLogger("hvd_gqsgd")
+
+STATE_WORDS = 128
+"""Numbers of a rank in the second message; the same in every build."""
 
 
 class Conductor:
@@ -277,8 +280,8 @@ class Conductor:
                 1, self.coming, host_number(), self._known_for,
                 *digests(self._options), *self._words,
             ]  # fmt: skip
-            table = np.zeros((transport.size, len(state)), np.int64)
-            table[transport.rank] = state
+            table = np.zeros((transport.size, STATE_WORDS), np.int64)
+            table[transport.rank, : len(state)] = state
             self._state_message = transport.sum_async(
                 torch.from_numpy(table.ravel()), f"{self.label}.state"
             )
@@ -303,14 +306,13 @@ class Conductor:
         Raises:
             AgreementError: ranks have different options.
         """
-        own = digests(self._options)
-        columns = zip(*(row[4 : 4 + len(own)] for row in rows), strict=True)
+        columns = zip(*(row[4 : 4 + DIGESTS] for row in rows), strict=True)
         same = [len({*column}) == 1 for column in columns]
         if not all(same):
             self._session = None  # compare again, if the program goes on
             raise AgreementError(message(self._options, apart(self._options, same)))
         _, step, _, known_for, *words = max(rows, key=lambda row: row[1])
-        words = words[len(own) :]
+        words = words[DIGESTS : DIGESTS + len(self._words)]
         self._find_arms(transport.nodes or nodes_of_hosts(tuple(row[2] for row in rows)))
         self._chooser = self._adopted(words, known_for)
         self.coming = step + 1

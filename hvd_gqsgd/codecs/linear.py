@@ -16,6 +16,7 @@ element below M / (2s) is 0, and that of M is s.
 from __future__ import annotations
 
 from hvd_gqsgd.codecs.base import Codec, CodeKind
+from hvd_gqsgd.levels import levels_of
 
 __all__ = ["LinearCodec", "NearestCodec", "levels_for"]
 
@@ -26,7 +27,7 @@ def levels_for(bits: int, ranks: int) -> int:
     Raises:
         ValueError: the lanes are too narrow for even one level; names the width that works.
     """
-    levels = ((1 << bits) - 1) // (2 * ranks)
+    levels = levels_of(bits, ranks)
     if levels < 1:
         needed = (2 * ranks).bit_length()
         raise ValueError(

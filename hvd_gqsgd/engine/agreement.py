@@ -237,7 +237,7 @@ def check(transport: Transport, options: Options, name: str) -> None:
     _max(transport, header, name)
     if _agrees(header.tolist()):
         return
-    # All ranks have come here.
+    # All ranks have come here, those of other builds too.
     numbers = [_pair(number) for number in digests(options)]
     pairs = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     _max(transport, pairs, name)

@@ -15,7 +15,7 @@ from hvd_gqsgd.bucket import Bucket, Item, Kind, kind_of
 from hvd_gqsgd.engine.streams import Streams, hand_in
 from hvd_gqsgd.options import digest
 
-__all__ = ["BucketPlan", "Filling"]
+__all__ = ["AS_FLUSHED", "BucketPlan", "Filling"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class BucketPlan:
     """Bucket number and position of each name."""
     sizes: Sequence[int]
     """How many tensors each bucket waits for."""
+    splits: bool = True
+    """Whether a bucket of tensors without a place is full with so many bytes."""
 
     @classmethod
     def of(cls, tensors: Iterable[tuple[Hashable, Kind, int]], bucket_bytes: int) -> BucketPlan:
@@ -45,6 +47,10 @@ class BucketPlan:
             else:
                 filling[kind] = (number, total + nbytes)
         return cls(places, sizes)
+
+
+AS_FLUSHED = BucketPlan({}, [], splits=False)
+"""Tensors of one kind travel together from flush to flush, however many."""
 
 
 @functools.lru_cache(maxsize=2**15)  # the same tensors come step after step
@@ -121,7 +127,7 @@ class Filling:
         if planned is not None:
             full = len(bucket.items) == self._plan.sizes[planned[0]]
         else:
-            full = bucket.nbytes >= self._bucket_bytes
+            full = self._plan.splits and bucket.nbytes >= self._bucket_bytes
         if full:
             del self._open[key]
         return bucket, item, full

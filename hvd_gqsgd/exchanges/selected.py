@@ -39,7 +39,7 @@ from hvd_gqsgd.exchanges.base import (
 from hvd_gqsgd.exchanges.collectives import Collective, Max, Sum
 from hvd_gqsgd.exchanges.contribution import Contribution
 from hvd_gqsgd.exchanges.parts import Parts
-from hvd_gqsgd.options import LEAST_LEVELS, levels_of
+from hvd_gqsgd.levels import LEAST_LEVELS, levels_of
 from hvd_gqsgd.selections import (
     Chosen,
     Estimates,
@@ -87,16 +87,24 @@ class SelectedExchange(WrappingExchange):
         blocks = options.bits if isinstance(options.bits, BlockBits) else None
         bits = options.least_bits if blocks is None else blocks.rule(self.size)[1]
         levels = levels_of(bits, summands)
-        if levels < LEAST_LEVELS:
-            name = "bits"
-            if not isinstance(options.bits, int):
-                name = f"min_bits of {type(options.bits).__name__}"
-            least = (2 * summands * LEAST_LEVELS).bit_length()
-            raise ValueError(
-                f"error_feedback={options.error_feedback!r} needs {LEAST_LEVELS} levels a side or "
-                f"more, and lanes of {bits} bits have {levels} for {self.size} ranks: pass {least} "
-                f"or more as {name}, or rounding='nearest'"
-            )
+        if levels >= LEAST_LEVELS:
+            return
+        name = "bits"
+        if not isinstance(options.bits, int):
+            name = f"min_bits of {type(options.bits).__name__}"
+        least = (2 * summands * LEAST_LEVELS).bit_length()
+        remedies = [f"pass {least} or more as {name}"]
+        marina = options.error_feedback == "marina"
+        asked = options.exchange == "allreduce" and not (marina or blocks)
+        if asked and levels_of(bits, 1) >= LEAST_LEVELS:
+            remedies.insert(0, "leave exchange out")
+        if levels and not marina:
+            remedies.append("pass rounding='nearest'")
+        raise ValueError(
+            f"error_feedback={options.error_feedback!r} needs {LEAST_LEVELS} levels a side or "
+            f"more, and lanes of {bits} bits have {levels} for {self.size} ranks: "
+            f"{', or '.join(remedies)}"
+        )
 
     @property
     def _settled(self) -> Exchange:

@@ -67,15 +67,16 @@ class AutoCompressor:
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
-        if not (  # as for those before it: a step may have hundreds, and must not take longer
-            tensor.dtype is not self._taken
-            or self._handed_out
-            or tensor.is_cuda
-            or tensor.requires_grad
-            or tensor.layout is not torch.strided
-            or not tensor.is_contiguous()
-            or self._transport.session is not self._session
-        ):
+        passes = (  # as those before it: a step may have hundreds, and must not take longer
+            tensor.dtype is self._taken
+            and not self._handed_out
+            and not tensor.is_cuda
+            and not tensor.requires_grad
+            and tensor.layout is torch.strided
+            and tensor.is_contiguous()
+            and self._transport.session is self._session
+        )
+        if passes:
             numel = tensor.numel()
             self._passed.append(numel)
             if numel < self._min_numel:
@@ -151,6 +152,7 @@ class AutoCompressor:
             exchange.restart()
             exchange.steps.check_idle()
         self._exchanges.clear()
+        self._count_passed()  # here, as they are no load of the first step to come
         self._handed_out = True
 
     def _of(self, arm: Arm) -> HorovodExchange:

@@ -32,6 +32,7 @@ from hvd_gqsgd.bucket import kind_of
 from hvd_gqsgd.codecs import check_device
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.engine.agreement import Ahead, check, find_nodes, refusal, refuse
+from hvd_gqsgd.engine.bucketing import AS_FLUSHED
 from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.joining import Joined, Joining
 from hvd_gqsgd.engine.pipeline import Pipeline
@@ -173,9 +174,11 @@ class BucketExchange(GroupExchange):
         )
         self.steps = steps or Steps(self.options.width, feedback=self.options.error_feedback)
         self._stats = stats
+        # One header a bucket of DDP, whatever its gradients: the one that ``_refuse`` sends.
         self._pipeline = Pipeline(
-            self.options, self._transport, protocol=Ahead, steps=self.steps, stats=stats
-        )
+            self.options, self._transport, protocol=Ahead, steps=self.steps, stats=stats,
+            plan=AS_FLUSHED,
+        )  # fmt: skip
         # Held by the thread that works on the pipeline: that of the backward pass, or one of the
         # process group's. Those do not wait for it, but leave word that there is more to do.
         self._lock = threading.Lock()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from hvd_gqsgd.levels import ENOUGH_LEVELS, LEAST_LEVELS, levels_of
+
 __all__ = [
     "BLOCKS_4",
     "EXPONENTIAL_8",
@@ -78,12 +80,6 @@ EXPONENTIAL_8 = Setting(
 SETTINGS = (FP32, FP16, LINEAR_8, TWO_PHASE_8, LINEAR_4, BLOCKS_4, EXPONENTIAL_8)
 """The settings that are compared."""
 
-MIN_LEVELS = 31
-"""Fewest levels a side in an Allreduce, as for ``exchange="auto"``."""
-
-LEAST_LEVELS = 2
-"""Fewest levels a side of differences."""
-
 
 def levels(setting: Setting, ranks: int) -> int | None:
     """Levels a side of zero; None without quantization.
@@ -96,14 +92,14 @@ def levels(setting: Setting, ranks: int) -> int | None:
     """
     if not setting.quantized:
         return None
-    return ((1 << int(setting.bits)) - 1) // (2 * (1 if setting.two_phase else ranks))
+    return levels_of(int(setting.bits), 1 if setting.two_phase else ranks)
 
 
 def possible(setting: Setting, ranks: int) -> bool:
-    """Whether lanes hold the sum of the codes of all ranks, with ``MIN_LEVELS`` or more, or, of
+    """Whether lanes hold the sum of the codes of all ranks, with ``ENOUGH_LEVELS`` or more, or, of
     differences, ``LEAST_LEVELS`` or more."""
     found = levels(of_whole_steps(setting) if setting.whole_every else setting, ranks)
-    least = LEAST_LEVELS if setting.differences else MIN_LEVELS
+    least = LEAST_LEVELS if setting.differences else ENOUGH_LEVELS
     return found is None or (setting.two_phase and not setting.whole_every) or found >= least
 
 

@@ -165,13 +165,18 @@ def test_a_state_of_horovod_goes_on(states, rank, size, several):
 
 
 @pytest.mark.few
-@pytest.mark.parametrize("where", ["all ranks", "one rank"])
-def test_a_parameter_without_a_name(states, rank, size, several, where):
-    """An error on all ranks, and none waits; in the next step too."""
+@pytest.mark.parametrize(
+    ("where", "cap"), [("all ranks", 0.05), ("one rank", 0.05), ("one rank", 1)]
+)
+def test_a_parameter_without_a_name(states, rank, size, several, monkeypatch, where, cap):
+    """An error on all ranks, and none waits; in the next step too. Also in a bucket of DDP that is
+    larger than one of Horovod would be."""
+    if cap == 1:
+        monkeypatch.setattr(Options, "bucket_bytes", 4096)
     model = Several()
     lacks = rank == 0 or where == "all ranks"
     named = [(name, p) for name, p in model.named_parameters() if name != "image" or not lacks]
-    wrapped = wrap(model, new_state(states, named, **RESIDUAL), bucket_cap_mb=0.05)
+    wrapped = wrap(model, new_state(states, named, **RESIDUAL), bucket_cap_mb=cap)
     own = r"takes the parameters of named_parameters alone, got .* shape \[8, 16, 5, 5\]"
     for step in range(2):
         with pytest.raises(RuntimeError, match=own if lacks else "could not take part"):

@@ -37,7 +37,7 @@ def test_ranks_that_disagree(rank, size, other):
     ({"bucket_mb": 5}, TypeError, "no option 'bucket_mb': FSDP reduces a module at a time"),
     ({"bits": DynamicBits(8)}, ValueError, r"bits must not be DynamicBits\(\.\.\.\)"),
     ({"error_feedback": "ef21", "named_parameters": [("x", torch.ones(1))]}, ValueError,
-     r"and GlobalQSGD\.fsdp\(\) does not get parameters one by one: leave .* Horovod or DDP"),
+     r"GlobalQSGD\.fsdp\(\) takes no error feedback, .*: leave error_feedback='ef21' out, or use"),
 ], ids=str)  # fmt: skip
 def test_an_error_of_one_rank_is_one_on_all(rank, size, options, kind, message):
     model = shard(Given(5000))
