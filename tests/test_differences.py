@@ -15,10 +15,14 @@ from torch import Tensor
 
 from hvd_gqsgd import BlockBits, DynamicBits
 from hvd_gqsgd.bench.wire import wire_bytes_of
+from hvd_gqsgd.engine.agreement import Ahead
+from hvd_gqsgd.engine.pipeline import Pipeline
+from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.differences import is_whole
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import RandomSelection
 from hvd_gqsgd.simulation import SimulatedRanks
+from hvd_gqsgd.transports.simulated import SimulatedWorld
 
 CPU = torch.device("cpu")
 SELECTS = pytest.mark.parametrize("select", ["random", "permutation"])
@@ -179,6 +183,60 @@ def test_a_tensor_that_is_new(select: Any) -> None:
         means = world.means([[(name, x[rank]) for name, x in names.items()] for rank in range(3)])
         for mean, x in zip(means, names.values(), strict=True):
             assert (relative(mean, x.mean(0)) < 0.1) == (i in (0, 2))
+
+
+class Model:
+    """Two ranks with a pipeline each, as under DDP."""
+
+    def __init__(self, name: str, options: Options, steps: list[Steps]) -> None:
+        world, self.name = SimulatedWorld(2), name
+        self.ranks = [
+            Pipeline(options, world.transport(rank), protocol=Ahead, steps=own)
+            for rank, own in enumerate(steps)
+        ]
+
+    def exchange(self, rows: Tensor, number: int) -> None:
+        """Exchanges two gradients of each rank, up to their decoding."""
+        self.tickets = []
+        for pipeline, own in zip(self.ranks, rows, strict=True):
+            pipeline.begin_step(number)
+            self.tickets.append([pipeline.submit(x, f"{self.name}{i}") for i, x in enumerate(own)])
+            pipeline.flush()
+        arrived = [False]
+        while not all(arrived):
+            arrived = [
+                pipeline.poll(ticket) is not None
+                for pipeline, own in zip(self.ranks, self.tickets, strict=True)
+                for ticket in own
+            ]
+
+    def decode(self, rank: int) -> Tensor:
+        return torch.stack([self.ranks[rank].decode(t, 0.5) for t in self.tickets[rank]])
+
+
+@pytest.mark.parametrize("kind", ["marina", "ef21"])
+def test_two_models_of_one_memory(kind: Any) -> None:
+    """Rank 0 decodes the first model before the second one begins, and rank 1 after: the results of
+    both are the same, and those that each model has with a memory of its own."""
+    options = Options(keep=1 / 4, error_feedback=kind, bucket_mb=1e-3)
+    memories = [[Steps(options.width, feedback=kind) for _ in range(2)] for _ in range(3)]
+    (a, b), others = (
+        [Model(name, options, steps) for name, steps in zip("ab", of, strict=True)]
+        for of in (memories[:1] * 2, memories[1:])
+    )
+    for i, rows in enumerate(torch.randn(8, 2, 2, 2, 2000)):
+        found = {}
+        a.exchange(rows[0], 2 * i)
+        for rank in range(1 if i % 2 else 2):
+            found[a, rank] = a.decode(rank)
+        b.exchange(rows[1], 2 * i + 1)
+        if i % 2:
+            found[a, 1] = a.decode(1)
+        found |= {(b, rank): b.decode(rank) for rank in range(2)}
+        for j, (model, other) in enumerate(zip((a, b), others, strict=True)):
+            other.exchange(rows[j], 2 * i + j)
+            for rank in range(2):
+                assert same_bits(found[model, rank], other.decode(rank)), (i, j, rank)
 
 
 @pytest.mark.parametrize(
