@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from torch import Tensor
 from hvd_gqsgd import BlockBits, DynamicBits
 from hvd_gqsgd.bench.wire import wire_bytes_of
 from hvd_gqsgd.engine.agreement import Ahead
+from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.differences import is_whole
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.selections import RandomSelection
 from hvd_gqsgd.simulation import SimulatedRanks
-from hvd_gqsgd.transports.simulated import SimulatedWorld
+from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
 CPU = torch.device("cpu")
 SELECTS = pytest.mark.parametrize("select", ["random", "permutation"])
@@ -185,6 +187,17 @@ def test_a_tensor_that_is_new(select: Any) -> None:
             assert (relative(mean, x.mean(0)) < 0.1) == (i in (0, 2))
 
 
+def arrive(pipelines: Sequence[Pipeline], tickets: Sequence[Sequence[Ticket]]) -> None:
+    """Takes all buckets to their end."""
+    arrived = [False]
+    while not all(arrived):
+        arrived = [
+            pipeline.poll(ticket) is not None
+            for pipeline, own in zip(pipelines, tickets, strict=True)
+            for ticket in own
+        ]
+
+
 class Model:
     """Two ranks with a pipeline each, as under DDP."""
 
@@ -202,13 +215,7 @@ class Model:
             pipeline.begin_step(number)
             self.tickets.append([pipeline.submit(x, f"{self.name}{i}") for i, x in enumerate(own)])
             pipeline.flush()
-        arrived = [False]
-        while not all(arrived):
-            arrived = [
-                pipeline.poll(ticket) is not None
-                for pipeline, own in zip(self.ranks, self.tickets, strict=True)
-                for ticket in own
-            ]
+        arrive(self.ranks, self.tickets)
 
     def decode(self, rank: int) -> Tensor:
         return torch.stack([self.ranks[rank].decode(t, 0.5) for t in self.tickets[rank]])
@@ -286,6 +293,53 @@ def test_bytes_on_the_wire() -> None:
         whole, sent = i == 0 or is_whole(options, i), world.stats.compressed_bytes_on_wire
         assert sent - before == wire_bytes_of(options, numels, 4, whole=whole)
         before = sent
+
+
+class Leaving(SimulatedTransport):
+    """As Horovod's, whose ranks may leave; notes each message."""
+
+    ranks_may_leave = True
+    sent: ClassVar[list[tuple[str, int]]] = []
+
+    def max_async(self, tensor: Tensor, name: str) -> Any:
+        self.sent.append((name, tensor.numel()))
+        return super().max_async(tensor, name)
+
+    def sum_async(self, tensor: Tensor, name: str) -> Any:
+        self.sent.append((name, tensor.numel()))
+        return super().sum_async(tensor, name)
+
+
+@SELECTS
+def test_whole_messages_are_rehearsed_by_their_size(select: Any) -> None:
+    """From 7 ranks on, of one size for each name, also for a bucket that has lost a tensor; once,
+    and no others."""
+    options = marina(select=select, full_every=1000)
+    world, size = SimulatedWorld(7), 7
+    pipelines = [
+        Pipeline(
+            options, Leaving(world, rank),
+            steps=Steps(options.width, feedback=options.error_feedback),
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    Leaving.sent.clear()
+    for step_names, rehearsed in (("ab", 2), ("ab", 0), ("a", 2), ("a", 0), ("ab", 0)):
+        before = len(Leaving.sent)
+        tickets = [[p.submit(torch.randn(3000), name) for name in step_names] for p in pipelines]
+        for pipeline in pipelines:
+            pipeline.flush()
+        arrive(pipelines, tickets)
+        for pipeline, own in zip(pipelines, tickets, strict=True):
+            for ticket in own:
+                pipeline.decode(ticket, 1 / size)
+        names = [name for name, _ in Leaving.sent[before:]]
+        assert sum(".whole." in name for name in names) == size * rehearsed
+        assert not any(".remaining." in name for name in names)
+        if not rehearsed:
+            assert sum(".rest." in name for name in names) == 2 * size
+    whole = {sent for sent in Leaving.sent if ".whole." in sent[0]}
+    assert len({name for name, _ in whole}) == len(whole) == 4
 
 
 def test_a_state_of_ef21() -> None:

@@ -84,7 +84,7 @@ class DifferencesExchange(SelectedExchange):
         self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
         if self._at_risk:
             self.messages += REST
-        self._remembered: set[str] = set()
+        self._remembered: set[tuple[str, tuple[int, ...]]] = set()
         self._step = _Step(frozenset(), 0)
 
     @property
@@ -122,11 +122,16 @@ class DifferencesExchange(SelectedExchange):
         ``exchanges.remaining``."""
         if not self._at_risk or len(self._remembered) >= MOST_REHEARSED:
             return False
-        return bucket.name not in self._remembered
+        return _key(bucket) not in self._remembered
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         numbers, whole = yield from self._agree(bucket, terms)
+        most = self.options.most_bits  # the one width that is rehearsed
+        if not terms.all_here:
+            terms.bits = most
+        rehearses = terms.rehearses and not (whole and terms.bits == most)
+        terms.rehearses = False  # for a permutation: its Allgather is used where all are here
         if whole:
             running = _named(self._whole.exchange(bucket, terms, numbers))
         else:
@@ -139,12 +144,12 @@ class DifferencesExchange(SelectedExchange):
             result = yield from running
         except Exception as kept:  # raised once the others have their messages
             error = kept
-        if terms.rehearses and not whole:
-            yield from _named(self._whole.rehearse(bucket, terms.bits))
+        if rehearses:
+            yield from _named(self._whole.rehearse(bucket, most))
         else:
             for name in REST:
                 yield Max(name, torch.zeros(1, dtype=torch.int32, device="cpu"))
-        self._remembered.add(bucket.name)
+        self._remembered.add(_key(bucket))
         if result is None:
             assert error is not None
             raise error
@@ -203,11 +208,17 @@ class _WholeExchange(SelectedExchange):
         yield from self._inner.rehearse_all(self._small(bucket, self._setup.take), bits)
 
 
+def _key(bucket: Bucket) -> tuple[str, tuple[int, ...]]:
+    """What the names of messages of whole steps depend on."""
+    return bucket.name, tuple(item.numel for item in bucket.items)
+
+
 def _named(running: Generator[Collective, Tensor, T]) -> Generator[Collective, Tensor, T]:
-    """An exchange whose messages have names of their own: Horovod remembers one size of a name."""
+    """An exchange whose messages have names by their size: Horovod remembers one size of a name."""
     collective = next(running)
     while True:
-        result = yield dataclasses.replace(collective, message=f"whole.{collective.message}")
+        name = f"whole.{collective.message}.{collective.tensor.numel()}"
+        result = yield dataclasses.replace(collective, message=name)
         try:
             collective = running.send(result)
         except StopIteration as end:
