@@ -16,14 +16,14 @@ from torch import Tensor
 
 from hvd_gqsgd import BlockBits, DynamicBits
 from hvd_gqsgd.bench.wire import wire_bytes_of
-from hvd_gqsgd.engine.agreement import Ahead
+from hvd_gqsgd.engine.agreement import AgreementProtocol, Ahead, WithNorms
 from hvd_gqsgd.engine.flight import Ticket
 from hvd_gqsgd.engine.pipeline import Pipeline
 from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.differences import is_whole
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import LEAST_LEVELS, Options, levels_of
 from hvd_gqsgd.selections import RandomSelection
-from hvd_gqsgd.simulation import SimulatedRanks
+from hvd_gqsgd.simulation import SimulatedRanks, simulate
 from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
 CPU = torch.device("cpu")
@@ -159,6 +159,26 @@ def test_the_lemma(select: Any, size: int) -> None:
     assert too_far(squares, before + variance)
 
 
+def test_the_rounding_of_a_whole_step() -> None:
+    """Its delta is at most THEORY's bound for any tensor, below 1 with levels enough; with 2 levels
+    it is below 1 for normal numbers, and above 1 for one large number among many small ones."""
+    size, block = 3, 1024
+    normal, spiked = torch.randn(size, 64 * block), torch.full((size, 64 * block), 0.01)
+    spiked[0, ::block] = 1
+
+    def delta(rows: Tensor, bits: int) -> float:
+        plain = {"exchange": "allreduce", "block_size": block, "correlated": False}
+        error = simulate(rows, bits=bits, **plain) - rows.mean(0)
+        return float(size**2 * error.square().sum() / rows.square().sum())
+
+    levels = levels_of(8, size)
+    bound = min(size * block / (4 * levels**2), math.sqrt(size * block) / levels)
+    assert levels > math.sqrt(size * block) / 2
+    assert max(delta(normal, 8), delta(spiked, 8)) < bound < 1
+    assert levels_of(4, size) == LEAST_LEVELS == 2
+    assert delta(normal, 4) < 1 < delta(spiked, 4)
+
+
 @SELECTS
 def test_gradients_that_stay_the_same(select: Any) -> None:
     """Differences of zero leave the estimates as they are, to the bit; each whole step brings them
@@ -199,12 +219,14 @@ def arrive(pipelines: Sequence[Pipeline], tickets: Sequence[Sequence[Ticket]]) -
 
 
 class Model:
-    """Two ranks with a pipeline each, as under DDP."""
+    """Two ranks with a pipeline each."""
 
-    def __init__(self, name: str, options: Options, steps: list[Steps]) -> None:
+    def __init__(
+        self, name: str, options: Options, steps: list[Steps], protocol: type[AgreementProtocol]
+    ) -> None:
         world, self.name = SimulatedWorld(2), name
         self.ranks = [
-            Pipeline(options, world.transport(rank), protocol=Ahead, steps=own)
+            Pipeline(options, world.transport(rank), protocol=protocol, steps=own)
             for rank, own in enumerate(steps)
         ]
 
@@ -222,13 +244,20 @@ class Model:
 
 
 @pytest.mark.parametrize("kind", ["marina", "ef21"])
-def test_two_models_of_one_memory(kind: Any) -> None:
+@pytest.mark.parametrize(
+    "protocols", [(Ahead, Ahead), (Ahead, WithNorms), (WithNorms, Ahead)],
+    ids=["DDP", "DDP, Horovod", "Horovod, DDP"],
+)  # fmt: skip
+def test_two_models_of_one_memory(kind: Any, protocols: Any) -> None:
     """Rank 0 decodes the first model before the second one begins, and rank 1 after: the results of
     both are the same, and those that each model has with a memory of its own."""
     options = Options(keep=1 / 4, error_feedback=kind, bucket_mb=1e-3)
     memories = [[Steps(options.width, feedback=kind) for _ in range(2)] for _ in range(3)]
     (a, b), others = (
-        [Model(name, options, steps) for name, steps in zip("ab", of, strict=True)]
+        [
+            Model(*each, protocol)
+            for *each, protocol in zip("ab", [options] * 2, of, protocols, strict=True)
+        ]
         for of in (memories[:1] * 2, memories[1:])
     )
     for i, rows in enumerate(torch.randn(8, 2, 2, 2, 2000)):
