@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -15,10 +16,15 @@ from torch import Tensor
 
 from hvd_gqsgd import BlockBits, DynamicBits
 from hvd_gqsgd.bench.wire import wire_bytes_of
+from hvd_gqsgd.engine.agreement import AgreementProtocol, Ahead, WithNorms
+from hvd_gqsgd.engine.flight import Ticket
+from hvd_gqsgd.engine.pipeline import Pipeline
+from hvd_gqsgd.engine.steps import Steps
 from hvd_gqsgd.exchanges.differences import is_whole
-from hvd_gqsgd.options import Options
+from hvd_gqsgd.options import LEAST_LEVELS, Options, levels_of
 from hvd_gqsgd.selections import RandomSelection
-from hvd_gqsgd.simulation import SimulatedRanks
+from hvd_gqsgd.simulation import SimulatedRanks, simulate
+from hvd_gqsgd.transports.simulated import SimulatedTransport, SimulatedWorld
 
 CPU = torch.device("cpu")
 SELECTS = pytest.mark.parametrize("select", ["random", "permutation"])
@@ -153,6 +159,26 @@ def test_the_lemma(select: Any, size: int) -> None:
     assert too_far(squares, before + variance)
 
 
+def test_the_rounding_of_a_whole_step() -> None:
+    """Its delta is at most THEORY's bound for any tensor, below 1 with levels enough; with 2 levels
+    it is below 1 for normal numbers, and above 1 for one large number among many small ones."""
+    size, block = 3, 1024
+    normal, spiked = torch.randn(size, 64 * block), torch.full((size, 64 * block), 0.01)
+    spiked[0, ::block] = 1
+
+    def delta(rows: Tensor, bits: int) -> float:
+        plain = {"exchange": "allreduce", "block_size": block, "correlated": False}
+        error = simulate(rows, bits=bits, **plain) - rows.mean(0)
+        return float(size**2 * error.square().sum() / rows.square().sum())
+
+    levels = levels_of(8, size)
+    bound = min(size * block / (4 * levels**2), math.sqrt(size * block) / levels)
+    assert levels > math.sqrt(size * block) / 2
+    assert max(delta(normal, 8), delta(spiked, 8)) < bound < 1
+    assert levels_of(4, size) == LEAST_LEVELS == 2
+    assert delta(normal, 4) < 1 < delta(spiked, 4)
+
+
 @SELECTS
 def test_gradients_that_stay_the_same(select: Any) -> None:
     """Differences of zero leave the estimates as they are, to the bit; each whole step brings them
@@ -179,6 +205,74 @@ def test_a_tensor_that_is_new(select: Any) -> None:
         means = world.means([[(name, x[rank]) for name, x in names.items()] for rank in range(3)])
         for mean, x in zip(means, names.values(), strict=True):
             assert (relative(mean, x.mean(0)) < 0.1) == (i in (0, 2))
+
+
+def arrive(pipelines: Sequence[Pipeline], tickets: Sequence[Sequence[Ticket]]) -> None:
+    """Takes all buckets to their end."""
+    arrived = [False]
+    while not all(arrived):
+        arrived = [
+            pipeline.poll(ticket) is not None
+            for pipeline, own in zip(pipelines, tickets, strict=True)
+            for ticket in own
+        ]
+
+
+class Model:
+    """Two ranks with a pipeline each."""
+
+    def __init__(
+        self, name: str, options: Options, steps: list[Steps], protocol: type[AgreementProtocol]
+    ) -> None:
+        world, self.name = SimulatedWorld(2), name
+        self.ranks = [
+            Pipeline(options, world.transport(rank), protocol=protocol, steps=own)
+            for rank, own in enumerate(steps)
+        ]
+
+    def exchange(self, rows: Tensor, number: int) -> None:
+        """Exchanges two gradients of each rank, up to their decoding."""
+        self.tickets = []
+        for pipeline, own in zip(self.ranks, rows, strict=True):
+            pipeline.begin_step(number)
+            self.tickets.append([pipeline.submit(x, f"{self.name}{i}") for i, x in enumerate(own)])
+            pipeline.flush()
+        arrive(self.ranks, self.tickets)
+
+    def decode(self, rank: int) -> Tensor:
+        return torch.stack([self.ranks[rank].decode(t, 0.5) for t in self.tickets[rank]])
+
+
+@pytest.mark.parametrize("kind", ["marina", "ef21"])
+@pytest.mark.parametrize(
+    "protocols", [(Ahead, Ahead), (Ahead, WithNorms), (WithNorms, Ahead)],
+    ids=["DDP", "DDP, Horovod", "Horovod, DDP"],
+)  # fmt: skip
+def test_two_models_of_one_memory(kind: Any, protocols: Any) -> None:
+    """Rank 0 decodes the first model before the second one begins, and rank 1 after: the results of
+    both are the same, and those that each model has with a memory of its own."""
+    options = Options(keep=1 / 4, error_feedback=kind, bucket_mb=1e-3)
+    memories = [[Steps(options.width, feedback=kind) for _ in range(2)] for _ in range(3)]
+    (a, b), others = (
+        [
+            Model(*each, protocol)
+            for *each, protocol in zip("ab", [options] * 2, of, protocols, strict=True)
+        ]
+        for of in (memories[:1] * 2, memories[1:])
+    )
+    for i, rows in enumerate(torch.randn(8, 2, 2, 2, 2000)):
+        found = {}
+        a.exchange(rows[0], 2 * i)
+        for rank in range(1 if i % 2 else 2):
+            found[a, rank] = a.decode(rank)
+        b.exchange(rows[1], 2 * i + 1)
+        if i % 2:
+            found[a, 1] = a.decode(1)
+        found |= {(b, rank): b.decode(rank) for rank in range(2)}
+        for j, (model, other) in enumerate(zip((a, b), others, strict=True)):
+            other.exchange(rows[j], 2 * i + j)
+            for rank in range(2):
+                assert same_bits(found[model, rank], other.decode(rank)), (i, j, rank)
 
 
 @pytest.mark.parametrize(
@@ -228,6 +322,53 @@ def test_bytes_on_the_wire() -> None:
         whole, sent = i == 0 or is_whole(options, i), world.stats.compressed_bytes_on_wire
         assert sent - before == wire_bytes_of(options, numels, 4, whole=whole)
         before = sent
+
+
+class Leaving(SimulatedTransport):
+    """As Horovod's, whose ranks may leave; notes each message."""
+
+    ranks_may_leave = True
+    sent: ClassVar[list[tuple[str, int]]] = []
+
+    def max_async(self, tensor: Tensor, name: str) -> Any:
+        self.sent.append((name, tensor.numel()))
+        return super().max_async(tensor, name)
+
+    def sum_async(self, tensor: Tensor, name: str) -> Any:
+        self.sent.append((name, tensor.numel()))
+        return super().sum_async(tensor, name)
+
+
+@SELECTS
+def test_whole_messages_are_rehearsed_by_their_size(select: Any) -> None:
+    """From 7 ranks on, of one size for each name, also for a bucket that has lost a tensor; once,
+    and no others."""
+    options = marina(select=select, full_every=1000)
+    world, size = SimulatedWorld(7), 7
+    pipelines = [
+        Pipeline(
+            options, Leaving(world, rank),
+            steps=Steps(options.width, feedback=options.error_feedback),
+        )
+        for rank in range(size)
+    ]  # fmt: skip
+    Leaving.sent.clear()
+    for step_names, rehearsed in (("ab", 2), ("ab", 0), ("a", 2), ("a", 0), ("ab", 0)):
+        before = len(Leaving.sent)
+        tickets = [[p.submit(torch.randn(3000), name) for name in step_names] for p in pipelines]
+        for pipeline in pipelines:
+            pipeline.flush()
+        arrive(pipelines, tickets)
+        for pipeline, own in zip(pipelines, tickets, strict=True):
+            for ticket in own:
+                pipeline.decode(ticket, 1 / size)
+        names = [name for name, _ in Leaving.sent[before:]]
+        assert sum(".whole." in name for name in names) == size * rehearsed
+        assert not any(".remaining." in name for name in names)
+        if not rehearsed:
+            assert sum(".rest." in name for name in names) == 2 * size
+    whole = {sent for sent in Leaving.sent if ".whole." in sent[0]}
+    assert len({name for name, _ in whole}) == len(whole) == 4
 
 
 def test_a_state_of_ef21() -> None:

@@ -162,7 +162,6 @@ class Pipeline:
             self._begin_step()
         self._way.exchange.check(x.numel())
         self._done_its_part = False
-
         bucket, item, full = self._filling.add(x, name, scale, out, self._prefix)
         ticket = Ticket(bucket, item)
         self._record.submitted(ticket)
@@ -326,6 +325,7 @@ class Pipeline:
         self._proposal = self.steps.propose(exchange.summands, step)
         self._all_here = None if self._way.branches else True
         exchange.codec(self._proposal.bits)
+        exchange.begin_step()
         self.stats.steps += 1
         self.steps_begun += 1
 

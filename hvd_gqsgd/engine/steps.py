@@ -144,7 +144,6 @@ class Steps:
         number = self._next_step if step is None else step
         width = self._schedule.width(summands)
         self._next_step = number + 1
-        self.memory.steps_begun += 1
         return Agreement(number, width, tuple(self._schedule.state()))
 
     def settle(self, agreement: Agreement, record: StepRecord) -> None:

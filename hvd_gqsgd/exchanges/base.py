@@ -219,6 +219,9 @@ class Exchange(ABC):
         """Whether the result of the first message decides which messages follow."""
         return False
 
+    def begin_step(self) -> None:  # noqa: B027
+        """Called before the buckets of a step are run."""
+
     def to_rehearse(self, bucket: Bucket) -> bool:
         """Whether this rank proposes the rehearsal of ``Terms.rehearses``."""
         return False

@@ -5,9 +5,11 @@ selection. A step is a whole one if a coin says so, by a hash of the seed and th
 has no estimates that belong to those of the others. All elements of what gradients differ from
 their estimates by then go by an Allreduce, as with EF21 and ``keep=1``.
 
-What the choice between these depends on is the same for all buckets of a step: the coin, the ranks
-that are here, and the history of all estimates. So a rank that gives up a step knows the messages
-that follow in each bucket, as soon as it has the result of the first message of one.
+The choice depends on the coin, the ranks that are here, and a history of estimates. Where a rank
+may give up a step between two messages, it is the history of all buckets. So such a rank knows the
+messages that follow in each bucket, as soon as it has the result of the first message of one. Where
+no rank may, it is the history of the bucket: other pipelines of the same memory decode at moments
+that differ between ranks.
 
 With ranks that have left by ``hvd.join()`` all steps are whole ones, as an estimate of the mean has
 those of all ranks in it. Horovod must remember their messages by then: see ``exchanges.remaining``.
@@ -57,12 +59,12 @@ def of_whole_steps(options: Options) -> Options:
 
 @dataclass
 class _Step:
-    """A step of this rank, and what the first messages have told of it."""
+    """The history that a choice depends on, and what the first messages have told of it."""
 
-    number: int
-    """Of those that the memory has seen."""
+    known: frozenset[int]
+    """Gradients with estimates: all of this rank, or those of a bucket."""
     history: int
-    """Of all estimates of this rank, when the step began."""
+    """Of these, when the step or the bucket began."""
     whole: bool | None = None
     """Whether it is a whole one for all buckets; None: no first message has told."""
 
@@ -82,8 +84,8 @@ class DifferencesExchange(SelectedExchange):
         self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
         if self._at_risk:
             self.messages += REST
-        self._remembered: set[str] = set()
-        self._step = _Step(-1, 0)
+        self._remembered: set[tuple[str, tuple[int, ...]]] = set()
+        self._step = _Step(frozenset(), 0)
 
     @property
     def _settled(self) -> Exchange:
@@ -107,16 +109,29 @@ class DifferencesExchange(SelectedExchange):
         """See :class:`Exchange`."""
         return True
 
+    def begin_step(self) -> None:
+        """See :class:`Exchange`."""
+        if self._setup.header:
+            memory = self._setup.memory
+            memory.begin(self.rank, self.size)
+            known = memory.together()
+            self._step = _Step(known, memory.history(known))
+
     def to_rehearse(self, bucket: Bucket) -> bool:
         """Whether Horovod does not remember the messages of a whole step, and has to: see
         ``exchanges.remaining``."""
         if not self._at_risk or len(self._remembered) >= MOST_REHEARSED:
             return False
-        return bucket.name not in self._remembered
+        return _key(bucket) not in self._remembered
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
         """See :class:`Exchange`."""
         numbers, whole = yield from self._agree(bucket, terms)
+        most = self.options.most_bits  # the one width that is rehearsed
+        if not terms.all_here:
+            terms.bits = most
+        rehearses = terms.rehearses and not (whole and terms.bits == most)
+        terms.rehearses = False  # for a permutation: its Allgather is used where all are here
         if whole:
             running = _named(self._whole.exchange(bucket, terms, numbers))
         else:
@@ -129,12 +144,12 @@ class DifferencesExchange(SelectedExchange):
             result = yield from running
         except Exception as kept:  # raised once the others have their messages
             error = kept
-        if terms.rehearses and not whole:
-            yield from _named(self._whole.rehearse(bucket, terms.bits))
+        if rehearses:
+            yield from _named(self._whole.rehearse(bucket, most))
         else:
             for name in REST:
                 yield Max(name, torch.zeros(1, dtype=torch.int32, device="cpu"))
-        self._remembered.add(bucket.name)
+        self._remembered.add(_key(bucket))
         if result is None:
             assert error is not None
             raise error
@@ -146,12 +161,9 @@ class DifferencesExchange(SelectedExchange):
         """Exchanges the first message; returns the numbers of exchanges before of each gradient,
         and whether the step is a whole one for these."""
         memory, ids = self._setup.memory, bucket.identities
-        memory.begin(self.rank, self.size)
-        if self._step.number != memory.steps_begun:
-            self._step = _Step(memory.steps_begun, memory.history_of_all)
-        step = self._step
+        step = self._step_of(ids)
         # Where all have the same history, they are new to all ranks.
-        new = not memory.has_estimates(ids)
+        new = not (step.known.issuperset(ids) and memory.has_estimates(ids))
         turns = [memory.turn(identity) for identity in ids]
         told = yield from self._largest([*turns, step.history, -step.history])
         # A rank that gives up gets no results where they have the header: see ``Exchange.run``.
@@ -164,11 +176,23 @@ class DifferencesExchange(SelectedExchange):
         if not terms.given_up:
             for identity, turn in zip(ids, turns, strict=True):
                 memory.begin_turn(identity, turn)
+            memory.forget_estimates(ids if differ else set(ids) - step.known)
             # The first bucket to know does so for all, before any of them has new estimates.
             if differ and step.whole is None:
-                memory.forget_estimates()
+                memory.forget_estimates(step.known & memory.together())
             step.whole = whole
         return turns, whole or new
+
+    def _step_of(self, ids: Sequence[int]) -> _Step:
+        """The step of these gradients: that of all buckets where ranks may give up between two
+        messages, and otherwise one of their own, which no other pipeline of the memory changes."""
+        memory, alone = self._setup.memory, not self._setup.header
+        memory.set_apart(ids, alone)
+        if not alone:
+            return self._step
+        memory.begin(self.rank, self.size)
+        known = memory.with_history(ids)
+        return _Step(known, memory.history(known))
 
 
 class _WholeExchange(SelectedExchange):
@@ -184,11 +208,17 @@ class _WholeExchange(SelectedExchange):
         yield from self._inner.rehearse_all(self._small(bucket, self._setup.take), bits)
 
 
+def _key(bucket: Bucket) -> tuple[str, tuple[int, ...]]:
+    """What the names of messages of whole steps depend on."""
+    return bucket.name, tuple(item.numel for item in bucket.items)
+
+
 def _named(running: Generator[Collective, Tensor, T]) -> Generator[Collective, Tensor, T]:
-    """An exchange whose messages have names of their own: Horovod remembers one size of a name."""
+    """An exchange whose messages have names by their size: Horovod remembers one size of a name."""
     collective = next(running)
     while True:
-        result = yield dataclasses.replace(collective, message=f"whole.{collective.message}")
+        name = f"whole.{collective.message}.{collective.tensor.numel()}"
+        result = yield dataclasses.replace(collective, message=name)
         try:
             collective = running.send(result)
         except StopIteration as end:

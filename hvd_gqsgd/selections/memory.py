@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -50,8 +49,7 @@ class Memory:
         self._history: dict[int, int] = {}
         self._rank = self._size = 0
         self._loaded = False  # and not used yet, by the rank that they are of
-        self.steps_begun = 0
-        """Steps that the pipelines of this memory have begun, on this rank alone."""
+        self._apart: set[int] = set()
 
     @property
     def size(self) -> int:
@@ -122,10 +120,21 @@ class Memory:
         number of ranks has changed."""
         return sum(self._history.get(identity, 0) for identity in identities) % 2**62
 
-    @property
-    def history_of_all(self) -> int:
-        """That of all gradients that have one."""
-        return self.history(self._history)
+    def set_apart(self, identities: Iterable[int], apart: bool) -> None:
+        """Tells whether the ranks compare the history of these gradients bucket by bucket, or with
+        that of all others of a step."""
+        if apart:
+            self._apart.update(identities)
+        else:
+            self._apart.difference_update(identities)
+
+    def together(self) -> frozenset[int]:
+        """The gradients with a history that are not set apart."""
+        return frozenset(self._history) - self._apart
+
+    def with_history(self, identities: Iterable[int]) -> frozenset[int]:
+        """Those of these gradients that have a history."""
+        return frozenset(identities) & self._history.keys()
 
     def has_estimates(self, identities: Iterable[int]) -> bool:
         """Whether these gradients have a history, and all tensors but residuals."""
@@ -143,11 +152,8 @@ class Memory:
         high, low = digest(("exchange", before, now)), digest(("change", before, now))
         self._history[identity] = (high << 31 | low) or 1
 
-    def forget_estimates(self, identities: Iterable[int] | None = None) -> None:
-        """Drops the estimates of some gradients, or of all, which begin with zeros again; residuals
-        stay."""
-        if identities is None:
-            identities = {*self._history, *itertools.chain.from_iterable(self._of.values())}
+    def forget_estimates(self, identities: Iterable[int]) -> None:
+        """Drops the estimates of some gradients, which begin with zeros again; residuals stay."""
         for identity in identities:
             self._history.pop(identity, None)
             for kind, tensors in self._of.items():
@@ -232,6 +238,7 @@ class Memory:
         for tensors in self._of.values():
             tensors.clear()
         self._turns, self._history = {}, {}
+        self._apart.clear()
         self._rank, self._size, self._loaded = 0, 0, False
         if state is None:
             return

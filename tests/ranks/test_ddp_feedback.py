@@ -234,6 +234,26 @@ def test_two_models_in_one_backward_pass(states, rank, size, several):
             assert torch.equal(found[name].grad, mean)
 
 
+@pytest.mark.core
+def test_two_states_of_one_compressor_in_one_backward_pass(states, rank, size, several):
+    """Ranks decode the buckets of both models at different moments, and agree."""
+    models = [Several(), Several()]
+    named = [(f"{i}.{name}", p) for i, m in enumerate(models) for name, p in m.named_parameters()]
+    options = {"keep": 1 / 8, "error_feedback": "marina", "full_every": 3}
+    compressor = GlobalQSGD(**options, min_numel=MIN_NUMEL, named_parameters=named)
+    wrapped = []
+    for model in models:
+        states.append(compressor.ddp_state(process_group()))
+        wrapped.append(wrap(model, states[-1], bucket_cap_mb=0.05))
+    for step in range(8):
+        for _, parameter in named:
+            parameter.grad = None
+        losses = [each(gradients_of(2 * step + i, rank)) for i, each in enumerate(wrapped)]
+        sum(losses).backward()
+        found = [p.grad for name, p in named if p.numel() >= MIN_NUMEL]
+        assert_same_on_all_ranks(torch.cat([x.reshape(-1) for x in found]))
+
+
 @pytest.mark.few
 def test_compiled_autograd_hands_in_gradients(states, rank, size, several):
     model, world = Given(5000), SimulatedRanks(size, Options(**RESIDUAL))
