@@ -80,7 +80,7 @@ class DifferencesExchange(SelectedExchange):
     def __init__(self, setup: Setup, make: Callable[[Setup], Exchange]) -> None:
         super().__init__(setup, make)
         self._whole = _WholeExchange(setup._replace(options=of_whole_steps(setup.options)), make)
-        assert len(self._whole.messages) == len(self.messages)
+        self._ends = dict(zip(self._whole.messages, self.messages, strict=True))
         self._at_risk = self.size > SAFE_RANKS and setup.transport.ranks_may_leave
         if self._at_risk:
             self.messages += REST
@@ -133,7 +133,7 @@ class DifferencesExchange(SelectedExchange):
         rehearses = terms.rehearses and not (whole and terms.bits == most)
         terms.rehearses = False  # for a permutation: its Allgather is used where all are here
         if whole:
-            running = _named(self._whole.exchange(bucket, terms, numbers))
+            running = self._named(self._whole.exchange(bucket, terms, numbers))
         else:
             running = self.exchange(bucket, terms, numbers)
         if not (self._at_risk and terms.all_here):
@@ -145,7 +145,7 @@ class DifferencesExchange(SelectedExchange):
         except Exception as kept:  # raised once the others have their messages
             error = kept
         if rehearses:
-            yield from _named(self._whole.rehearse(bucket, most))
+            yield from self._named(self._whole.rehearse(bucket, most))
         else:
             for name in REST:
                 yield Max(name, torch.zeros(1, dtype=torch.int32, device="cpu"))
@@ -154,6 +154,19 @@ class DifferencesExchange(SelectedExchange):
             assert error is not None
             raise error
         return result
+
+    def _named(self, running: Generator[Collective, Tensor, T]) -> Generator[Collective, Tensor, T]:
+        """A whole exchange whose messages have names by their size, as Horovod remembers one size
+        of a name. They end as those of differences, whose connections they take."""
+        collective = next(running)
+        while True:
+            end = self._ends[collective.message]
+            name = f"whole.{collective.tensor.numel()}.{end}"
+            result = yield dataclasses.replace(collective, message=name)
+            try:
+                collective = running.send(result)
+            except StopIteration as done:
+                return done.value  # type: ignore[no-any-return]
 
     def _agree(
         self, bucket: Bucket, terms: Terms
@@ -211,15 +224,3 @@ class _WholeExchange(SelectedExchange):
 def _key(bucket: Bucket) -> tuple[str, tuple[int, ...]]:
     """What the names of messages of whole steps depend on."""
     return bucket.name, tuple(item.numel for item in bucket.items)
-
-
-def _named(running: Generator[Collective, Tensor, T]) -> Generator[Collective, Tensor, T]:
-    """An exchange whose messages have names by their size: Horovod remembers one size of a name."""
-    collective = next(running)
-    while True:
-        name = f"whole.{collective.message}.{collective.tensor.numel()}"
-        result = yield dataclasses.replace(collective, message=name)
-        try:
-            collective = running.send(result)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]

@@ -134,7 +134,8 @@ class Memory:
 
     def with_history(self, identities: Iterable[int]) -> frozenset[int]:
         """Those of these gradients that have a history."""
-        return frozenset(identities) & self._history.keys()
+        # One by one: another pipeline's thread may add gradients in the meantime.
+        return frozenset(identity for identity in identities if identity in self._history)
 
     def has_estimates(self, identities: Iterable[int]) -> bool:
         """Whether these gradients have a history, and all tensors but residuals."""

@@ -235,11 +235,12 @@ def test_two_models_in_one_backward_pass(states, rank, size, several):
 
 
 @pytest.mark.core
-def test_two_states_of_one_compressor_in_one_backward_pass(states, rank, size, several):
+@pytest.mark.parametrize("select", ["random", "permutation"])
+def test_two_states_of_one_compressor_in_one_backward_pass(states, rank, size, several, select):
     """Ranks decode the buckets of both models at different moments, and agree."""
     models = [Several(), Several()]
     named = [(f"{i}.{name}", p) for i, m in enumerate(models) for name, p in m.named_parameters()]
-    options = {"keep": 1 / 8, "error_feedback": "marina", "full_every": 3}
+    options = {"keep": 1 / 8, "error_feedback": "marina", "full_every": 3, "select": select}
     compressor = GlobalQSGD(**options, min_numel=MIN_NUMEL, named_parameters=named)
     wrapped = []
     for model in models:
