@@ -169,6 +169,8 @@ class SelectedExchange(WrappingExchange):
                     memory.forget_owed()
             own = [memory.turn(identity) for identity in ids]
         if isinstance(self.feedback, Estimates):
+            # What is left of estimates that have lost their history may differ between ranks.
+            memory.forget_estimates({*ids} - memory.with_history(ids))
             # The largest number and the smallest one are the same if all are.
             history = memory.history(ids)
             own += [history, -history]
@@ -268,12 +270,14 @@ class SelectedExchange(WrappingExchange):
 
     def _fill(self, small: Bucket, pieces: Sequence[Tensor], chosen: Sequence[Chosen]) -> None:
         """Copies the chosen elements of all pieces; NaN for them if there is one in a piece."""
-        largest = self._setup.take(len(pieces), small.norm_dtype, small.device)
-        ops.block_max_each(pieces, None, largest)
+        targets = (x for item in small.items for x in item.x.chunk(self.parts))
+        # A tensor without elements has no norm.
+        filled = [each for each in zip(pieces, chosen, targets, strict=True) if each[0].numel()]
+        largest = self._setup.take(len(filled), small.norm_dtype, small.device)
+        ops.block_max_each([piece for piece, _, _ in filled], None, largest)
         floats = torch.float64 if small.norm_dtype == torch.int64 else torch.float32
         zero_or_nan = largest.view(floats) * 0
-        targets = (x for item in small.items for x in item.x.chunk(self.parts))
-        for piece, choice, out, poison in zip(pieces, chosen, targets, zero_or_nan, strict=True):
+        for (piece, choice, out), poison in zip(filled, zero_or_nan, strict=True):
             choice.take(piece, out)
             out.add_(poison)
 

@@ -254,6 +254,8 @@ class Memory:
         for kind, kept in self._of.items():
             for key, x in state["tensors"].get(kind, {}).items():
                 kept[key] = x.clone().reshape(-1)
+        if others and "owed" in self._of:  # by means of what is dropped
+            self._of["owed"].clear()
         self._turns = dict(state["turns"])
         self._history = {} if others else dict(state["history"])
         self._rank, self._size, self._loaded = state["rank"], state["size"], True
