@@ -210,9 +210,9 @@ def test_a_communicator_checks_its_arguments(rank, size, nccl):
         (lambda: group.allreduce(x, x.double(), norms, None, words, *place), TypeError, "out mu"),
         (lambda: group.allreduce(x, x, norms, norms, words, *place), TypeError, "squares must"),
         (
-            lambda: group.allreduce(x, x, norms, None, words, block, 2, 8, 1, *rest),
+            lambda: group.allreduce(x, x, norms, None, words, block, 3, 8, 1, *rest),
             ValueError,
-            "kind must be 0 .linear. or 1 .exponential., got 2",
+            "kind must be 0 .linear. or 1 .exponential. or 2 .nearest., got 3",
         ),
         (
             lambda: group.allreduce(

@@ -109,7 +109,7 @@ def test_errors_of_the_native_op(size):
             "code": Code(EXPONENTIAL, 8, 0)
         },
         "bits must be 4 or 8 for exponential codes, got 5": {"code": exponential(5)},
-        "kind must be 0 .linear. or 1 .exponential., got 2": {"code": Code(2, 8, 1)},
+        "kind must be 0 .linear. or 1 .exponential. or 2 .nearest., got 3": {"code": Code(3, 8, 1)},
         "chunk must be from 1": {"chunk": 0},
         "block_size must be at least 1, got 0": {"block": 0},
     }.items():
