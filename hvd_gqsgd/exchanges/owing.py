@@ -23,7 +23,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +32,9 @@ from hvd_gqsgd import layout
 from hvd_gqsgd._native import ops
 from hvd_gqsgd.bucket import Bucket, Item
 from hvd_gqsgd.codecs import Codec, make_codec
-from hvd_gqsgd.exchanges.base import OwnResult, Result, Running, Setup, Terms
-from hvd_gqsgd.exchanges.contribution import Contribution, everyone
-from hvd_gqsgd.exchanges.two_phase import TwoPhaseExchange
+from hvd_gqsgd.exchanges.base import OwnResult, Running, Setup, Terms
+from hvd_gqsgd.exchanges.contribution import Contribution
+from hvd_gqsgd.exchanges.two_phase import Averaged, TwoPhaseExchange
 from hvd_gqsgd.exchanges.widths import OneWidth, Widths
 from hvd_gqsgd.options import digest
 
@@ -51,6 +51,7 @@ class OwingExchange(TwoPhaseExchange):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
+        self.averaged = _Told
         self._second: dict[int, Codec] = {}
 
     def run(self, bucket: Bucket, terms: Terms) -> Running:
@@ -90,10 +91,6 @@ class OwingExchange(TwoPhaseExchange):
             options = dataclasses.replace(self.options, block_size=block, seed=own)
             self._second[bits] = make_codec(options, bits, summands=1, rank=0, world_size=1)
         return self._second[bits]
-
-    def _averaged(self, widths: Widths, norms: Tensor, means: Tensor) -> Result:
-        self._check_means(widths, means)
-        return _Told(everyone(self.size), cast("_OwingWidths", widths), norms, means)
 
 
 class _Piece(NamedTuple):
@@ -227,7 +224,8 @@ class _OwingWidths(OneWidth):
         self._pieces = _pieces(*_key(place), codec.world_size)
         self._places = _places(*_key(place), codec.world_size, self._block)
         self.means_dtype = _UNIT
-        self._own: Tensor | None = None
+        self.own: Tensor | None = None
+        """The words of this rank."""
         self.owing: dict[int, Tensor] = {}
         """What this rank owes from now on, by the place of the tensor; known with the means."""
 
@@ -239,7 +237,7 @@ class _OwingWidths(OneWidth):
     def encode(self, bucket: Bucket, norms: Tensor, words: Tensor, step: int) -> None:
         """See :class:`Widths`."""
         super().encode(bucket, norms, words, step)
-        self._own = words.clone()
+        self.own = words.clone()
 
     def average(
         self, bucket: Bucket, norms: Tensor, received: Tensor, own: Tensor, step: int
@@ -298,33 +296,20 @@ class _OwingWidths(OneWidth):
             place.words_of(means), place.norms_of(means), outs, words, norms, 1, scale
         )
 
-    def decode_own(self, norms: Tensor, items: Sequence[Item], outs: Sequence[Tensor]) -> None:
-        """Writes what other ranks have decoded from this rank's codes."""
-        assert self._own is not None
-        for item, out in zip(items, outs, strict=True):
-            place = self._layout
-            self._codec.sum(
-                self._own[None, place.words[item.place]], norms[place.norms[item.place]], out, 1.0
-            )
-
 
 @dataclass(frozen=True)
-class _Told:
+class _Told(Averaged):
     """Means that owners have told, and what they owe."""
 
-    contribution: Contribution
     widths: _OwingWidths
-    norms: Tensor
-    means: Tensor
-
-    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
-        factor = self.contribution.of_mean(scale)  # the mean travelled
-        self.widths.decode(self.means, self.norms, items, outs, factor)
 
     def decode_own(self, items: Sequence[Item], outs: Sequence[Tensor]) -> None:
-        self.widths.decode_own(self.norms, items, outs)
+        """See :class:`OwnResult`."""
+        assert self.widths.own is not None
+        self.widths.decode_sum(self.widths.own, self.norms, items, outs, 1, 1.0)
 
     def owing(self, item: Item) -> Tensor | None:
+        """See :class:`OwnResult`."""
         return self.widths.owing[item.place]
 
 

@@ -27,13 +27,30 @@ from hvd_gqsgd.exchanges.remaining import AllRanksExchange
 from hvd_gqsgd.exchanges.widths import Widths, widths_of
 from hvd_gqsgd.layout import FLAG
 
-__all__ = ["TwoPhaseExchange"]
+__all__ = ["Averaged", "TwoPhaseExchange"]
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """The means that all owners have told."""
+
+    contribution: Contribution
+    widths: Widths
+    norms: Tensor
+    means: Tensor
+
+    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
+        """See :class:`Result`."""
+        factor = self.contribution.of_mean(scale)  # the mean travelled
+        self.widths.decode(self.means, self.norms, items, outs, factor)
 
 
 class TwoPhaseExchange(AllRanksExchange):
     """Max of norms, Alltoall of codes, Allgather of means; for all codes and widths per block."""
 
     code_messages = ("codes", "means")
+    averaged: type[Averaged] = Averaged
+    """Class of the results."""
 
     @property
     def summands(self) -> int:
@@ -90,15 +107,12 @@ class TwoPhaseExchange(AllRanksExchange):
         return widths_of(self.options, self.codec(bits), layout, self._take, bucket.device)
 
     def _averaged(self, widths: Widths, norms: Tensor, means: Tensor) -> Result:
-        self._check_means(widths, means)
-        return _Averaged(everyone(self.size), widths, norms, means)
-
-    def _check_means(self, widths: Widths, means: Tensor) -> None:
         # Where ranks agree ahead none gives up, and the host need not look.
         if means.numel() != widths.means[-1] or (
             self._may_give_up and not bool((means[list(widths.means[:-1])] == 1).all())
         ):
             raise AgreementError(GAVE_UP)
+        return self.averaged(everyone(self.size), widths, norms, means)
 
     @property
     def count_of_remaining(self) -> int:
@@ -108,15 +122,3 @@ class TwoPhaseExchange(AllRanksExchange):
     def _room(self, bucket: Bucket) -> int:
         widths = self._widths(bucket, self.options.most_bits)
         return widths.means[-1] * widths.means_dtype.itemsize
-
-
-@dataclass(frozen=True)
-class _Averaged:
-    contribution: Contribution
-    widths: Widths
-    norms: Tensor
-    means: Tensor
-
-    def decode(self, items: Sequence[Item], outs: Sequence[Tensor], scale: float) -> None:
-        factor = self.contribution.of_mean(scale)  # the mean travelled
-        self.widths.decode(self.means, self.norms, items, outs, factor)
