@@ -169,7 +169,7 @@ class SelectedExchange(WrappingExchange):
                     memory.forget_owed()
             own = [memory.turn(identity) for identity in ids]
         if isinstance(self.feedback, Estimates):
-            # What is left of estimates that have lost their history may differ between ranks.
+            # Estimates that have lost their history may differ between ranks.
             memory.forget_estimates({*ids} - memory.with_history(ids))
             # The largest number and the smallest one are the same if all are.
             history = memory.history(ids)
@@ -376,11 +376,11 @@ class _Gathered:
                 choice.add(exchange.selection.scaled(choice, part), total)
                 if rank == exchange.rank and exchange.options.feeds_rounding:
                     own = part.clone()
-            torch.mul(total, scale, out=out.view(-1))
-            choice, mean = self.chosen[exchange.rank][item.place], total
-            if estimates:
-                mean = total.div_(self.contribution.count)
+            choice = self.chosen[exchange.rank][item.place]
+            mean = total / self.contribution.count if estimates else total
             learned = exchange.learn(self.learned, item, self.pieces, choice, own, mean)
             if estimates and learned:
                 estimate = estimates.result(item.identity, total)
                 torch.mul(estimate, self.contribution.of_mean(scale), out=out.view(-1))
+            else:
+                torch.mul(total, scale, out=out.view(-1))
