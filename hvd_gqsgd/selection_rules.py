@@ -13,7 +13,7 @@ __all__ = ["check_selection", "checked_keep"]
 
 
 class Options(Protocol):
-    """What is read of :class:`hvd_gqsgd.options.Options`."""
+    """The attributes of :class:`hvd_gqsgd.options.Options` that the rules read."""
 
     @property
     def bits(self) -> Any: ...

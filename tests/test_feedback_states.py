@@ -52,7 +52,7 @@ def test_a_gradient_that_comes_later_after_a_resize(options: dict[str, Any]) -> 
 
 
 def test_a_gradient_that_comes_later_after_another_exchange() -> None:
-    """What owners owe is a part of the estimates that an Allreduce cannot go on with."""
+    """An Allreduce has no owners, and estimates without the owed amounts are wrong."""
     rows = random_rows(4, "ab")
     world = ranks(4, bits=4, error_feedback="ef21", exchange="two_phase")
     step(world, rows)

@@ -270,8 +270,8 @@ class Conductor:
         if times is not None and self._on_gpu:  # the host only enqueues the work
             times = (times[2],) * 3
         step, arm = self.coming, self._taken
-        # Negatives give the smallest ones. Of a rank that has left, Horovod takes zeros.
         load = (*self._numel, *self._tensors)
+        # Negatives give the smallest ones. Of a rank that has left, Horovod takes zeros.
         words = [-1, step, -step, arm, -arm, *(times or (0, 0, 0)), *load]
         message = torch.tensor(words, dtype=torch.int64, device="cpu")
         self._message = transport.max_async(message, f"{self.label}.step")

@@ -133,8 +133,8 @@ class OwnResult(Result, Protocol):
         """Writes this rank's part of the sum, as the others have decoded it, to ``outs``."""
 
     def owing(self, item: Item) -> Tensor | None:
-        """What this rank owes of the mean of a tensor from now on, flat; None: ranks owe
-        nothing."""
+        """The amount that this rank owes of the mean of a tensor from now on, flat; None: ranks
+        owe nothing."""
 
 
 Running = Generator[Collective, Tensor, Result]

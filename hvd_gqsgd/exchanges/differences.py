@@ -222,5 +222,5 @@ class _WholeExchange(SelectedExchange):
 
 
 def _key(bucket: Bucket) -> tuple[str, tuple[int, ...]]:
-    """What the names of messages of whole steps depend on."""
+    """The name and sizes of a bucket, which the messages of a whole step have in their names."""
     return bucket.name, tuple(item.numel for item in bucket.items)

@@ -9,9 +9,9 @@ With estimates this is bidirectional EF21 (EF21-BC: Fatkhullin, Sokolov, Gorbuno
 arXiv 2110.03294): the owner's C(mean of the ranks' own estimates - estimate that all ranks have).
 With residuals it is DoubleSqueeze (Tang, Lian, Yu, Zhang and Liu, arXiv 1905.05957).
 
-Segments depend on the tensors of a bucket. What a rank owes of elements that it does not own now,
-times the number of ranks, is added to its own tensor before the first rounding: so ranks
-owe the mean what they owed before, whoever owns an element.
+Segments depend on the tensors of a bucket, so an element may have another owner than before. The
+former owner then adds the amount owed, times the number of ranks, to its own tensor before the
+first rounding: the mean gets the amount by the codes of all ranks.
 
 The second rounding is on norms of the owner's own means, which need no norms of all ranks, and
 travel with the codes, a norm for each tile.
@@ -68,7 +68,7 @@ class OwingExchange(TwoPhaseExchange):
         return _Paid(result, strays)
 
     def _strays(self, bucket: Bucket, terms: Terms) -> list[Tensor | None]:
-        """What this rank owes of elements that it does not own in this exchange."""
+        """The amounts owed of elements that this rank does not own in this exchange."""
         strays = [None if item.owed is None else item.owed.clone() for item in bucket.items]
         if terms.all_here:  # else codes are summed, and none owns anything
             place = bucket.layout(self.options.block_size, terms.bits)
@@ -227,7 +227,8 @@ class _OwingWidths(OneWidth):
         self.own: Tensor | None = None
         """The words of this rank."""
         self.owing: dict[int, Tensor] = {}
-        """What this rank owes from now on, by the place of the tensor; known with the means."""
+        """The amounts that this rank owes from now on, by the place of the tensor; known with the
+        means."""
 
     @property
     def means(self) -> Sequence[int]:

@@ -356,7 +356,7 @@ class BucketExchange(GroupExchange):
     ) -> Exception | None:
         """Finds the names of gradients, and averages the small ones; returns an error of this rank.
 
-        Whatever the error, the small ones go, as on the other ranks.
+        The small ones go even if there is an error, as on the other ranks.
         """
         if self._names is None:
             return None

@@ -254,7 +254,7 @@ class Memory:
         for kind, kept in self._of.items():
             for key, x in state["tensors"].get(kind, {}).items():
                 kept[key] = x.clone().reshape(-1)
-        if others and "owed" in self._of:  # by means of what is dropped
+        if others and "owed" in self._of:  # a part of the dropped tensors
             self._of["owed"].clear()
         self._turns = dict(state["turns"])
         self._history = {} if others else dict(state["history"])
