@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -113,9 +114,12 @@ def test_a_size(parameters: int, tensors: int) -> None:
     assert len(network.modules) == -(-tensors // 10)
 
 
-def test_the_digits_have_their_shapes() -> None:
+def test_the_digits_are_those_of_the_example(monkeypatch: pytest.MonkeyPatch) -> None:
     named = [(name, tuple(p.shape)) for name, p in Digits(rank=0).named_parameters()]
     assert named == shapes_of("digits")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "examples")
+    digits = importlib.import_module("digits")
+    assert repr(Digits(rank=0).layers) == repr(digits.make_model())
 
 
 @pytest.mark.parametrize("name", MODELS)

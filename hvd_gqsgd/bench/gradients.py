@@ -96,12 +96,11 @@ def _dlrm() -> Iterator[Named]:
 
 
 def _digits() -> Iterator[Named]:
-    """The CNN of ``examples/digits_cnn.py``; see ``bench.digits``."""
-    for layer, (outputs, inputs) in ((0, (32, 1)), (2, (64, 32))):
-        yield f"layers.{layer}.weight", (outputs, inputs, 3, 3)
-        yield f"layers.{layer}.bias", (outputs,)
-    yield from _linear("layers.6", 128, 64 * 4 * 4)
-    yield from _linear("layers.8", 10, 128)
+    """The CNN of ``examples/digits_cnn.py``."""
+    from hvd_gqsgd.bench.digits import Digits  # the other models need no PyTorch
+
+    for name, parameter in Digits(rank=0).named_parameters():
+        yield name, tuple(parameter.shape)
 
 
 def _linear(name: str, outputs: int, inputs: int) -> Iterator[Named]:
