@@ -12,9 +12,23 @@ from hvd_gqsgd.checks import check_choice, unknown_option
 from hvd_gqsgd.option_types import Exchange
 from hvd_gqsgd.options import OF_AUTO, OF_FEEDBACK, OPTIONS, Options
 
-__all__ = ["FrontEnd"]
+__all__ = ["FrontEnd", "names_missing"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def names_missing(given: Mapping[str, Any], remedy: str) -> str:
+    """The message for error feedback without the names of parameters.
+
+    Args:
+        given: the keywords of the user.
+        remedy: the text to pass.
+    """
+    name = "error_feedback" if given.get("error_feedback") is not None else "select"
+    return (
+        f"{name}={given[name]!r} keeps a part of the gradient of each parameter, by its name: pass "
+        f"{remedy}, or leave it out"
+    )
 
 
 @dataclass(frozen=True)
@@ -83,11 +97,7 @@ class FrontEnd:
         if given.get("error_feedback") is None and given.get("select") != "leader":
             return rest
         if "named_parameters" in self.without and rest.pop("named_parameters", None) is None:
-            name = "error_feedback" if given.get("error_feedback") is not None else "select"
-            raise ValueError(
-                f"{name}={given[name]!r} keeps a part of the gradient of each parameter, by its "
-                "name: pass named_parameters=model.named_parameters(), or leave it out"
-            )
+            raise ValueError(names_missing(given, "named_parameters=model.named_parameters()"))
         return rest
 
     def _refuse_feedback(self, given: Mapping[str, Any]) -> None:

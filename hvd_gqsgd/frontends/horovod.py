@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.checks import check_number
 from hvd_gqsgd.engine.steps import Steps
-from hvd_gqsgd.front_end import FrontEnd
+from hvd_gqsgd.front_end import FrontEnd, names_missing
 from hvd_gqsgd.frontends.auto_horovod import AutoCompressor
 from hvd_gqsgd.frontends.class_or_instance import ClassOrInstanceMethod
 from hvd_gqsgd.frontends.compiling import opaque
@@ -94,12 +94,8 @@ class GlobalQSGD(Compressor):
             named = self._given["named_parameters"] = pairs(named_parameters)
             self._names = ParameterNames(named)
         elif self.options.error_feedback is not None:
-            name = "error_feedback" if options.get("error_feedback") else "select"
-            raise ValueError(
-                f"{name}={getattr(self.options, name)!r} keeps a part of the gradient of each "
-                "parameter, by its name: pass "
-                "GlobalQSGD(named_parameters=model.named_parameters()), or leave it out"
-            )
+            remedy = "GlobalQSGD(named_parameters=model.named_parameters())"
+            raise ValueError(names_missing(self._given, remedy))
         if process_set is not None:
             if not is_process_set(process_set):
                 raise TypeError(
