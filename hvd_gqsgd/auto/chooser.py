@@ -35,6 +35,8 @@ WINDOW = 5
 """Steps of which the median is compared with the base."""
 START = 3
 """Steps of the first window."""
+MOST = WARM + WINDOW
+"""Steps that ``needs`` is at most."""
 TRIALS = (3, 8, 20)
 """Steps after which a trial is judged; all but the last time it may be too close to call."""
 SURE = 4
@@ -133,6 +135,16 @@ class Chooser:
         """Whether no arm is being tried."""
         return bool(self._base.busy) and not self._queue
 
+    @property
+    def needs(self) -> int:
+        """How many more steps must be learned until the arm may change, if no more than ``MOST``;
+        the same wherever the same steps were learned."""
+        if self._claim.busy:
+            return 1
+        goals = TRIALS if self._queue else (WINDOW if self._base.busy else START,)
+        steps = len(self._window)
+        return min(self._skip + min(goal for goal in goals if goal > steps) - steps, MOST)
+
     def learn(self, seen: Seen) -> Decision | None:
         """Takes in the times of a step with the current arm.
 
@@ -140,6 +152,8 @@ class Chooser:
             The decision, if another arm has become the best one.
         """
         self._elapsed += seen.period
+        if self._queue:
+            self._spent += max(seen.busy - (self._claim.busy or self._base.busy), 0)
         if self._skip:
             self._skip -= 1
             return None
@@ -246,6 +260,11 @@ class Chooser:
         if self._queue:
             self._take(self._queue[0])
 
+    @property
+    def _least_gain(self) -> int:
+        """By how much an arm must be predicted to be faster than the base to be tried."""
+        return max(self._base.busy // MARGIN, self._noise)
+
     def _shows_change(self, now: Seen) -> bool:
         """Whether a window, after those before, shows a change; then it is the base."""
         off, base = now.busy - self._base.busy, self._base.busy
@@ -283,7 +302,7 @@ class Chooser:
         uncompressed one, if a step with it loses no more than ``loss``."""
         times = self._times()
         others = sorted(self._allowed - {self._best}, key=times.__getitem__)
-        faster = [arm for arm in others if times[arm] < self._base.busy]
+        faster = [arm for arm in others if times[arm] < self._base.busy - self._least_gain]
         affordable = self._best != 0 and times[0] < self._base.busy + loss
         return faster or [0] * affordable
 
@@ -296,7 +315,7 @@ class Chooser:
         again = [
             arm
             for arm in self._allowed - {self._best}
-            if times[arm] < self._base.busy + (close if arm else loss)
+            if times[arm] < self._base.busy + (close - self._noise if arm else loss)
         ]
         return sorted(again, key=lambda arm: (self._tried[arm], times[arm], arm))[:1]
 
@@ -328,7 +347,7 @@ class Chooser:
         least = max(self._base.busy // MARGIN, math.isqrt(squared))
         if -least * (steps < TRIALS[1]) <= gain <= least and steps < TRIALS[-1]:
             return
-        self._spent += max(-gain, 0) * (WARM + steps + LAG)
+        self._spent += max(-gain, 0) * LAG
         self._known[self.arm] = now
         self._tried[self.arm] = self._elapsed
         if self.arm:
@@ -349,7 +368,7 @@ class Chooser:
             return None
         gain, before, decision = now.busy - claim.busy, self._base.busy, None
         self._claim = UNKNOWN
-        self._spent += max(gain, 0) * (WARM + steps + LAG)
+        self._spent += max(gain, 0) * LAG
         self._known[self._best] = self._base = now
         if gain > max((before - claim.busy) // 2, now.busy // MARGIN):
             arm = self._queue[0]

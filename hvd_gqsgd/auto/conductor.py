@@ -1,10 +1,11 @@
 """``bits="auto"`` on one rank: measures steps, tells the other ranks, and takes the arm that all
 ranks take.
 
-With each step one small message goes around, a Max. It carries the times of the step before, and is
-read when the next step begins, so that no rank waits for it in between. All ranks see the same
-numbers at the same step. The message shows whether a rank has left by ``hvd.join()``; nothing is
-decided in the meantime.
+When enough steps were measured that the arm may change, one small message goes around, a Max. It
+carries the times of these steps, and is read when the next step begins, so that no rank waits for
+it in between. All ranks see the same numbers at the same step. The message shows whether a rank has
+left by ``hvd.join()``; nothing is decided in the meantime. A rank that comes back has missed steps,
+so all ranks send a message in the first step after that.
 
 The first step of a session is uncompressed on all ranks, and a second message carries the state:
 ranks that join later, or that have loaded no checkpoint, adopt that of the rank that is furthest.
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
 from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
+from hvd_gqsgd.auto.message import Heard, message_of
 from hvd_gqsgd.auto.prediction import predict
 from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
 from hvd_gqsgd.checks import check_int, check_step
@@ -75,7 +77,8 @@ class Conductor:
         self._start()
 
     def _start(self) -> None:
-        self._session: object = None
+        self.session: object = None
+        """The session of the transport that the latest step was begun in."""
         self._watch = Stopwatch() if self._pinned is None else StoppedWatch()
         self.go_on = self._watch.go_on
         """One more gradient of a step without compression is handed in, on the host."""
@@ -83,6 +86,9 @@ class Conductor:
         """The front end gives control back to the backward pass."""
         self.result = self._watch.result
         """A mean is ready."""
+        self._times: list[tuple[int, int, int]] = []  # of steps that no message has told of
+        self._due = 0  # the step of the next message
+        self._absences: int | None = 0
         self._message: Handle | None = None
         self._state_message: Handle | None = None
         self._met = False  # whether all ranks have taken part in a step of the session
@@ -113,12 +119,31 @@ class Conductor:
             Exception: an error of the transport.
         """
         times = self._watch.begin_step()
-        if transport.session is not self._session:
+        goes_on = (  # as nearly all steps: they must not take longer
+            self.coming < self._due
+            and self._message is None
+            and not self._on_gpu
+            and transport.session is self.session
+            and transport.absences == self._absences
+        )
+        if goes_on and times is not None:
+            self._times.append(times)
+            self._stats.steps += self.arm.options is None
+            self.coming += 1
+            self._new_load()
+            return self.arm
+        if times is not None:
+            # The host only enqueues the work of a GPU.
+            self._times.append((times[2],) * 3 if self._on_gpu else times)
+        if transport.session is not self.session:
             self._enter(transport, ranks or transport.size)
-            times = None
-        else:
+        elif self._message is not None:
             self._hear(transport)
-        self._tell(transport, times)
+        if transport.absences != self._absences:
+            self._absences, self._due = transport.absences, self.coming
+            self._times.clear()
+        if self.coming >= self._due or self._absences is None:
+            self._tell(transport)
         self._new_load()
         assert self._chooser is not None
         name = NAMES[self._chooser.arm]
@@ -152,10 +177,6 @@ class Conductor:
     def current(self) -> int:
         """The number of the step that was begun last."""
         return self.coming - 1
-
-    def in_session(self, transport: Transport) -> bool:
-        """Whether the latest step was begun in the same session of a transport."""
-        return transport.session is self._session
 
     def count(self, numel: int, tensors: int = 1) -> None:
         """Gradients of this step that an arm may compress, beside those of ``enter``."""
@@ -224,11 +245,12 @@ class Conductor:
     def _enter(self, transport: Transport, ranks: int) -> None:
         """Begins a session: other ranks may have a state, and this one may have none."""
         self._words, self._known_for = self._state(), self._ranks
-        self._session, self._ranks = transport.session, ranks
+        self.session, self._ranks = transport.session, ranks
         self._find_arms(transport.nodes)
         self._chooser = self._adopted(self._words, self._known_for)
         self._chooser.begin_uncompressed()
-        self._watch.forget()
+        self._times.clear()
+        self._due, self._absences = self.coming, transport.absences
         self._message = self._state_message = None
         self._met = False
 
@@ -263,17 +285,13 @@ class Conductor:
             chooser.forget()
         return chooser
 
-    def _tell(self, transport: Transport, times: tuple[int, int, int] | None) -> None:
+    def _tell(self, transport: Transport) -> None:
         """Starts the message of this step."""
+        load = (*self._numel, *self._tensors)
+        message = message_of(self.coming, self._taken, load, self._times)
+        self._times.clear()
         if transport.size == 1:
             return
-        if times is not None and self._on_gpu:  # the host only enqueues the work
-            times = (times[2],) * 3
-        step, arm = self.coming, self._taken
-        load = (*self._numel, *self._tensors)
-        # Negatives give the smallest ones. Of a rank that has left, Horovod takes zeros.
-        words = [-1, step, -step, arm, -arm, *(times or (0, 0, 0)), *load]
-        message = torch.tensor(words, dtype=torch.int64, device="cpu")
         self._message = transport.max_async(message, f"{self.label}.step")
         if not self._met:
             state = [
@@ -309,7 +327,7 @@ class Conductor:
         columns = zip(*(row[4 : 4 + DIGESTS] for row in rows), strict=True)
         same = [len({*column}) == 1 for column in columns]
         if not all(same):
-            self._session = None  # compare again, if the program goes on
+            self.session = None  # compare again, if the program goes on
             raise AgreementError(message(self._options, apart(self._options, same)))
         _, step, _, known_for, *words = max(rows, key=lambda row: row[1])
         words = words[DIGESTS : DIGESTS + len(self._words)]
@@ -318,31 +336,39 @@ class Conductor:
         self.coming = step + 1
 
     def _hear(self, transport: Transport) -> None:
-        """Reads the messages of the step before."""
+        """Reads the messages of the step before, and finds out when the next one is due."""
         message, state = self._message, self._state_message
         self._message = self._state_message = None
-        if message is None:  # this rank is alone
-            return
-        assert self._chooser is not None
-        words: list[int] = self._received(transport, message).tolist()
-        here, step, least_step, arm, least_arm, busy, held, period, *load = words
+        assert message is not None and self._chooser is not None
+        heard = Heard.of(self._received(transport, message))
+        before = self._chooser, self._chooser.arm
         if state is not None:
             states = self._received(transport, state)
-            self._met = here < 0
+            self._met = heard.all_here
             if self._met:
                 self._adopt(states.view(transport.size, -1).tolist(), transport)
-            return
-        if here == 0:
-            return  # ranks have left: the others keep the arm that these come back with
-        self.coming += step - self.current
-        if (step, arm) != (-least_step, -least_arm):
-            self._chooser.restart()  # ranks have come back
-            return
-        self._load = load
-        if busy and arm == self._chooser.arm:
-            decision = self._chooser.learn(Seen(busy, held, period))
+        elif heard.all_here:  # else the others keep the arm that ranks come back with
+            self.coming += heard.step - self.current
+            self._load = heard.load
+            if heard.alike:
+                self._learn(heard, transport.rank)
+            else:
+                self._chooser.restart()  # ranks have come back
+        if (self._chooser, self._chooser.arm) != before:
+            self._times.clear()  # of another arm
+        self._due = self.coming
+        if self._met:
+            self._due += self._chooser.needs - len(self._times)
+
+    def _learn(self, heard: Heard, rank: int) -> None:
+        """Takes in the times of steps."""
+        assert self._chooser is not None
+        for seen in heard.steps:
+            if heard.arm != self._chooser.arm:
+                return
+            decision = self._chooser.learn(seen)
             if decision is not None:
-                self._tell_user(decision, transport.rank)
+                self._tell_user(decision, rank)
 
     def _predict(self, arm: int, seen: Seen) -> list[int]:
         numel, small_numel, tensors, small = self._load

@@ -44,12 +44,11 @@ class Stopwatch:
         times = None
         if began is not None:
             after = max(self._last_out - self._last_in, 0.0)
-            seconds = (
-                max(self._last_out, self._last_in) - began,
-                self._inside + after,
-                now - began - self._left_out,
+            times = (
+                max(1, int(1e6 * (max(self._last_out, self._last_in) - began))),
+                max(1, int(1e6 * (self._inside + after))),
+                max(1, int(1e6 * (now - began - self._left_out))),
             )
-            times = (_micros(seconds[0]), _micros(seconds[1]), _micros(seconds[2]))
         self._reset(now)
         return times
 
@@ -85,7 +84,3 @@ class StoppedWatch(Stopwatch):
         """Does nothing."""
 
     go_on = leave = result = enter
-
-
-def _micros(seconds: float) -> int:
-    return max(1, round(seconds * 1e6))

@@ -77,7 +77,8 @@ def interleaved(
     counted = -warm_up
     while counted < repeats:
         left -= counted >= 0
-        round_ = {name: _time(calls[name], partial(prepare, name)) for name in calls}
+        order = list(calls)[:: 1 if left % 2 else -1]  # either first, as often
+        round_ = {name: _time(calls[name], partial(prepare, name)) for name in order}
         if counted < 0:
             counted += 1
             continue

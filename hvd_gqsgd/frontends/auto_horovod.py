@@ -11,6 +11,7 @@ from torch import Tensor
 from hvd_gqsgd.auto.arms import Arm, widest
 from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.steps import Steps
+from hvd_gqsgd.frontends.compiling import called, opaque, tracer
 from hvd_gqsgd.frontends.horovod_exchange import HorovodExchange
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
@@ -54,54 +55,69 @@ class AutoCompressor:
         self._min_numel = options.min_numel
         self._exchanges: dict[str, HorovodExchange] = {}
         self._handed_out = True
-        # Of gradients that pass in this step; None: there are none.
+        # Of gradients that pass as those before them; None: there are none.
         self._taken: torch.dtype | None = None
         self._passed: list[int] = []  # elements of those that are not counted yet
+        self._counted: list[int] = []  # the last such list, and its sums
+        self._sums = (0, 0, 0, 0)
         self._transport: Any = None
-        self._session: object = None
 
     @property
     def described(self) -> str:
         """The setting of the last step; empty before the first one."""
         return self._conductor.arm.name
 
+    @called
     def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
-        passes = (  # as those before it: a step may have hundreds, and must not take longer
+        passes = (  # as one before it: a step may have hundreds, and must not take longer
             tensor.dtype is self._taken
-            and not self._handed_out
             and not tensor.is_cuda
             and not tensor.requires_grad
             and tensor.layout is torch.strided
             and tensor.is_contiguous()
-            and self._transport.session is self._session
+            and self._transport.session is self._conductor.session
+            and tracer() is None
         )
         if passes:
             numel = tensor.numel()
-            self._passed.append(numel)
             if numel < self._min_numel:
+                self._passed.append(numel)
                 return tensor, None
-            self._conductor.go_on()
-            return tensor, _PASSED
+            if not self._handed_out:
+                self._passed.append(numel)
+                self._conductor.go_on()
+                return tensor, _PASSED
+            arm = self._conductor.begin(self._transport)
+            self._handed_out = False
+            if arm.options is None:
+                self._passed.append(numel)
+                self._conductor.leave()
+                return tensor, _PASSED
+        return self._compress(tensor)
+
+    @opaque
+    def _compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
         self._count_passed()
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
             return widest.bypass(tensor), None
         transport = widest.transport
-        new_session = not conductor.in_session(transport)
+        new_session = transport.session is not conductor.session
         if new_session:
             conductor.label = widest.label("gqsgd-auto", transport.session)
         if self._handed_out or new_session:
             conductor.begin(transport)
-            self._handed_out, self._taken = False, None
+            self._handed_out = False
         conductor.enter(tensor.numel(), on_gpu=tensor.is_cuda)
         arm = conductor.arm
+        if arm.options is not None:
+            self._taken = None
         result: tuple[Tensor, Any]
         if arm.options is None and transport.takes(tensor):
             result = widest.bypass(tensor, "auto"), _PASSED
             self._taken, self._transport = tensor.dtype, transport
-            self._session = transport.session
         else:  # Horovod takes no bfloat16, for one
             exchange = widest if arm.options is None else self._of(arm)
             exchange.steps.resume_at(conductor.current)
@@ -118,22 +134,36 @@ class AutoCompressor:
         if not self._passed:
             return
         assert self._taken is not None
-        stats, numel = self._stats, sum(self._passed)
-        small = [each for each in self._passed if each < self._min_numel]
-        tensors = len(self._passed)
+        if self._passed != self._counted:
+            self._counted = self._passed.copy()
+            small = [each for each in self._passed if each < self._min_numel]
+            self._sums = (sum(self._passed), len(self._passed), sum(small), len(small))
+        self._passed.clear()
+        numel, tensors, small_numel, small_tensors = self._sums
+        stats = self._stats
         stats.tensors += tensors
         stats.tensors_bypassed += tensors
-        stats.tensors_small += len(small)
-        stats.tensors_auto += tensors - len(small)
+        stats.tensors_small += small_tensors
+        stats.tensors_auto += tensors - small_tensors
         stats.bypassed_bytes += numel * self._taken.itemsize
-        self._conductor.count_small(sum(small), len(small))
-        self._conductor.count(numel - sum(small), tensors - len(small))
-        self._passed.clear()
+        self._conductor.count_small(small_numel, small_tensors)
+        self._conductor.count(numel - small_numel, tensors - small_tensors)
 
+    @called
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """See ``GlobalQSGD.decompress``."""
         if ctx is None:
             return tensor
+        if ctx is not _PASSED or tracer() is not None:
+            return self._decompress(tensor, ctx)
+        if not self._handed_out:
+            self._handed_out = True
+            self._count_passed()
+        self._conductor.result()
+        return tensor
+
+    @opaque
+    def _decompress(self, tensor: Tensor, ctx: _Context) -> Tensor:
         if not self._handed_out:
             self._handed_out = True
             self._count_passed()
@@ -153,7 +183,7 @@ class AutoCompressor:
             exchange.steps.check_idle()
         self._exchanges.clear()
         self._count_passed()  # here, as they are no load of the first step to come
-        self._handed_out = True
+        self._handed_out, self._taken = True, None
 
     def _of(self, arm: Arm) -> HorovodExchange:
         if arm.name not in self._exchanges:

@@ -10,15 +10,15 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch._C._dynamo import eval_frame
 
-__all__ = ["opaque"]
+__all__ = ["called", "opaque", "tracer"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What traces now, or None; of an older PyTorch: what may.
-_tracer: Callable[[], object] = getattr(
+tracer: Callable[[], object] = getattr(
     eval_frame, "get_eval_frame_callback", functools.partial(sys.modules.get, "torch._dynamo")
 )
+"""Returns what traces now, or None; of an older PyTorch: what may."""
 
 
 def opaque(function: Callable[P, R]) -> Callable[P, R]:
@@ -36,9 +36,18 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if _tracer() is None:
+        if tracer() is None:
             return function(*args, **kwargs)
         return disabled()(*args, **kwargs)
 
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # read while tracing a caller
-    return call
+    return called(call)
+
+
+def called(function: Callable[P, R]) -> Callable[P, R]:
+    """Excludes a function from the tracing of its callers, and not from that of itself.
+
+    The function hands over to ``opaque`` ones unless ``tracer`` returns None, and so takes less
+    time than one of these.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # read by Dynamo
+    return function

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from inspect import getattr_static
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch.distributed as dist
@@ -38,6 +39,9 @@ FRONT_END = FrontEnd(
 )
 
 PATIENCE = 30.0
+
+_CALLS = ("compress", "decompress")
+"""Called for each gradient."""
 
 
 class GlobalQSGD(Compressor):
@@ -111,7 +115,7 @@ class GlobalQSGD(Compressor):
             self._steps = Conductor(self.options, self._stats, self._patience)
         else:
             self._steps = Steps(self.options.width, feedback=self.options.error_feedback)
-        self._exchange = self._new_exchange()
+        self._begin()
 
     @classmethod
     def _default(cls) -> GlobalQSGD:
@@ -268,11 +272,12 @@ class GlobalQSGD(Compressor):
         """Pickles and copies have the options, the counts and the state of the training, but none
         of what is in flight."""
         here = {"_described": ""}
-        return {name: v for name, v in (self.__dict__ | here).items() if name != "_exchange"}
+        in_flight = ("_exchange", *_CALLS)
+        return {name: v for name, v in (self.__dict__ | here).items() if name not in in_flight}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
-        self._exchange = self._new_exchange()
+        self._begin()
 
     def __repr__(self) -> str:
         given = [self.options.keywords()]
@@ -285,10 +290,15 @@ class GlobalQSGD(Compressor):
         described = self._exchange.described or self._described
         return f"{type(self).__name__}({', '.join(given)}){': ' * bool(described)}{described}"
 
-    def _new_exchange(self) -> HorovodExchange | AutoCompressor:
+    def _begin(self) -> None:
+        self._exchange: HorovodExchange | AutoCompressor
         if isinstance(self._steps, Steps):
-            return self._exchange_of(self.options, self._steps)
-        return AutoCompressor(self._steps, self.options, self._stats, self._exchange_of)
+            self._exchange = self._exchange_of(self.options, self._steps)
+            return
+        self._exchange = AutoCompressor(self._steps, self.options, self._stats, self._exchange_of)
+        for name in _CALLS:  # at once, as a step without compression must not take longer
+            if getattr_static(self, name) is vars(GlobalQSGD)[name]:
+                setattr(self, name, getattr(self._exchange, name))
 
     def _exchange_of(self, options: Options, steps: Steps) -> HorovodExchange:
         return HorovodExchange(

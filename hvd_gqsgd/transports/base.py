@@ -111,6 +111,11 @@ class Transport(Protocol):
     def ranks_may_leave(self) -> bool:
         """Whether sums and maxima may be over fewer ranks, as with ``hvd.join()``."""
 
+    @property
+    def absences(self) -> int | None:
+        """How often this rank has been absent from sums and maxima of the others, or the others
+        from its own, since the process began; None: unknown."""
+
     def max_async(self, tensor: Tensor, name: str) -> Handle:
         """Starts an elementwise maximum over all ranks, in place, of an int32 or int64 tensor."""
 

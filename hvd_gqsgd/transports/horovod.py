@@ -103,6 +103,29 @@ def _started(handle: int, name: str, holders: list[Tensor]) -> _HorovodHandle:
     return _HorovodHandle(handle, name, in_flight)
 
 
+class _Joins:
+    """Counts the calls of ``hvd.join()`` from the first use on, which Horovod does not count.
+
+    ``hvd.join`` looks up the function of Horovod's library in each call, however a program has
+    imported ``join``. The function is replaced by one that counts and calls it.
+    """
+
+    def __init__(self) -> None:
+        self.count: int | None = None
+        """None: Horovod has another function."""
+        join = getattr(mpi_ops.mpi_lib, "horovod_torch_join", None)
+        if join is None:
+            return
+        self.count = 0
+
+        def counted(*args: Any) -> Any:
+            assert self.count is not None
+            self.count += 1
+            return join(*args)
+
+        mpi_ops.mpi_lib.horovod_torch_join = counted
+
+
 @dataclass(frozen=True)
 class HorovodTransport:
     """The ranks of one Horovod process set."""
@@ -132,6 +155,11 @@ class HorovodTransport:
     def ranks_may_leave(self) -> bool:
         """Whether there are other ranks in the job, which may call ``hvd.join()``."""
         return int(hvd.size()) > 1
+
+    @property
+    def absences(self) -> int | None:
+        """The calls of ``hvd.join()``."""
+        return of_horovod("joins", _Joins).count
 
     @property
     def session(self) -> object:

@@ -62,6 +62,7 @@ class MpiTransport:
 
     nccl: ClassVar[None] = None
     ranks_may_leave = False
+    absences = 0
 
     def __init__(self, comm: MPI.Comm) -> None:
         if comm == MPI.COMM_NULL or comm.Is_inter():

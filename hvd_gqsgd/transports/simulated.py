@@ -78,6 +78,7 @@ class SimulatedTransport:
     mpi_handle: ClassVar[None] = None
     nccl: ClassVar[None] = None
     ranks_may_leave: ClassVar[bool] = False
+    absences: ClassVar[int] = 0
 
     @property
     def size(self) -> int:

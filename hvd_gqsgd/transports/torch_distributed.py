@@ -60,6 +60,7 @@ class TorchDistributedTransport:
     mpi_handle: ClassVar[None] = None
     nccl: ClassVar[None] = None
     ranks_may_leave = False
+    absences = 0
 
     def __init__(
         self,

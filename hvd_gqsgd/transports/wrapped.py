@@ -43,6 +43,11 @@ class WrappedTransport:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         return self._base.ranks_may_leave
 
+    @property
+    def absences(self) -> int | None:
+        """See :class:`hvd_gqsgd.transports.base.Transport`."""
+        return self._base.absences
+
     def idle(self, waited: float = 0.0) -> None:
         """See :class:`hvd_gqsgd.transports.base.Transport`."""
         self._base.idle(waited)

@@ -1,0 +1,52 @@
+"""What ranks tell each other of their steps with ``bits="auto"``, in one Max."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hvd_gqsgd.auto.chooser import MOST, Seen
+
+__all__ = ["Heard", "message_of"]
+
+
+class Heard(NamedTuple):
+    """The maxima over the ranks."""
+
+    all_here: bool
+    """Whether no rank has left by ``hvd.join()``."""
+    step: int
+    """The number of the step in which it was sent, on the rank that is furthest."""
+    arm: int
+    """The arm of the step before."""
+    alike: bool
+    """Whether all ranks have this number and this arm."""
+    load: list[int]
+    """Elements of gradients that arms may compress, those of others, and the numbers of both."""
+    steps: list[Seen]
+    """The steps that the message tells of."""
+
+    @classmethod
+    def of(cls, message: Tensor) -> Heard:
+        """Reads the reduced message."""
+        here, step, least_step, arm, least_arm, *words = message.tolist()
+        steps = [Seen(*words[first : first + 3]) for first in range(4, len(words), 3)]
+        return cls(
+            here < 0, step, arm, (step, arm) == (-least_step, -least_arm), words[:4],
+            [seen for seen in steps if seen.busy],
+        )  # fmt: skip
+
+
+def message_of(
+    step: int, arm: int, load: Sequence[int], steps: Sequence[tuple[int, int, int]]
+) -> Tensor:
+    """The message of a rank, an int64 tensor on the CPU; see ``Heard``. Of the steps, at most
+    ``MOST`` are told of."""
+    told = [*itertools.chain(*steps[:MOST])]
+    # Negatives give the smallest ones. Of a rank that has left, Horovod takes zeros.
+    words = [-1, step, -step, arm, -arm, *load, *told, *[0] * (3 * MOST - len(told))]
+    return torch.tensor(words, dtype=torch.int64, device="cpu")

@@ -1,0 +1,96 @@
+"""``bits="auto"`` sends few messages, and ranks that were away fall in line."""
+
+from __future__ import annotations
+
+import itertools
+
+import horovod.torch as hvd
+import pytest
+import torch
+from helpers import assert_same_on_all_ranks, gradients
+from horovod.torch import join
+from test_auto import TIMES, assert_same_plan, plan_of, take  # noqa: F401
+
+from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd.transports.horovod import HorovodTransport
+
+SLOW = {name: 100_000 if name == "fp32" else 130_000 for name in TIMES}
+
+
+@pytest.fixture
+def messages(monkeypatch):
+    """The names of messages sent so far."""
+    names = []
+
+    def max_async(self, tensor, name):
+        names.append(name)
+        return original(self, tensor, name)
+
+    original = HorovodTransport.max_async
+    monkeypatch.setattr(HorovodTransport, "max_async", max_async)
+    return names
+
+
+@pytest.mark.parametrize(("counted", "most"), [(True, 9), (False, 40)], ids=["joins", "no joins"])
+def test_few_steps_have_a_message(
+    rank, size, several, take, messages, monkeypatch, counted, most  # noqa: F811
+):  # fmt: skip
+    """All have one where Horovod has another function for ``hvd.join()``."""
+    if not counted:
+        monkeypatch.setattr(HorovodTransport, "absences", None)
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor, SLOW)
+    for number in range(80):
+        if number == 40:
+            messages.clear()
+        x = gradients(size, 5000, seed=number)[rank].clone()
+        hvd.allreduce(x, compression=compressor, name="x")
+    assert compressor.stats().setting == "fp32"
+    assert len(plan_of(compressor)) > 1
+    sent = [name for name in messages if "auto" in name]
+    assert most // 2 < len(sent) <= most
+    assert_same_plan(compressor)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["joins", "no joins"])
+@pytest.mark.parametrize("first", [0, 17])
+def test_ranks_that_were_away(rank, size, several, take, monkeypatch, counted, first):  # noqa: F811
+    """By one step and by several, between messages, and in the trials that follow."""
+    if not counted:
+        monkeypatch.setattr(HorovodTransport, "absences", None)
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor, SLOW)
+    number = itertools.count()
+
+    def train(steps):
+        for _ in range(steps):
+            everyone = gradients(size, 5000, seed=next(number))
+            mean = hvd.allreduce(everyone[rank].clone(), compression=compressor, name="x")
+        return mean
+
+    train(30)
+    for skew in (1, 3, 1):  # rank 0 leaves first
+        train(first + skew * rank + 1)
+        join()
+    take(compressor, TIMES | {"fp32": 400_000})
+    assert_same_on_all_ranks(train(60))
+    assert compressor.stats().decisions >= 1
+    assert compressor.stats().setting in ("8 bits", "4 bits per block")
+    state = compressor.state_dict()
+    assert_same_on_all_ranks(torch.tensor([state["step"], *state["schedule"]["words"]]))
+
+
+def test_a_subclass_with_its_own_calls(rank, size):
+    class Counting(GlobalQSGD):
+        calls = 0
+
+        def compress(self, tensor):
+            self.calls += 1
+            return super().compress(tensor)
+
+    compressor = Counting(bits="auto", min_numel=0)
+    for number in range(4):
+        everyone = gradients(size, 5000, seed=number)
+        mean = hvd.allreduce(everyone[rank].clone(), compression=compressor, name="x")
+        assert torch.equal(mean, hvd.allreduce(everyone[rank].clone(), name="y"))
+    assert compressor.calls == 4
