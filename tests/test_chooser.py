@@ -12,8 +12,9 @@ from typing import NamedTuple
 import pytest
 
 from hvd_gqsgd.auto.arms import arms_of, different
-from hvd_gqsgd.auto.chooser import ADVANCE, Chooser, Seen
+from hvd_gqsgd.auto.chooser import ADVANCE, Chooser
 from hvd_gqsgd.auto.prediction import predict
+from hvd_gqsgd.auto.seen import Seen
 from hvd_gqsgd.nodes import nodes_of_sizes
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.tools.cost_model import PRESETS, Gradients
@@ -218,12 +219,14 @@ def optimistic(arm: int, seen: Seen) -> list[int]:
 
 
 def test_two_arms_that_miss_speak_for_the_third() -> None:
-    """All are predicted to win, and the last two, which are tried first, lose."""
+    """All are predicted to win, and the last two, which are tried first, lose: the second of them
+    once the run has lasted long enough for another trial."""
     chooser, arms = Chooser(4, optimistic), []
-    for _ in range(40):
+    for _ in range(400):
         arms.append(chooser.arm)
         time = (4500, 4400, 8000, 11_000)[chooser.arm]
         chooser.learn(Seen(time, time // 2, time + 4000))
+    assert set(arms[:200]) == {0, 3}
     assert set(arms) == {0, 2, 3}
 
 

@@ -23,9 +23,10 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+from hvd_gqsgd.auto.seen import UNKNOWN, Seen, median, spread_of
 from hvd_gqsgd.checks import check_int
 
-__all__ = ["Chooser", "Decision", "Seen"]
+__all__ = ["Chooser", "Decision"]
 
 WARM = 1
 """Steps after a change of the arm that are not measured: they open connections and take memory."""
@@ -66,17 +67,6 @@ CLOSE = 8
 """An arm is close if it is slower by less than one part in so many."""
 
 
-class Seen(NamedTuple):
-    """A step, in microseconds, each the maximum over the ranks."""
-
-    busy: int
-    """From the first gradient to the last mean."""
-    held: int
-    """The part of it that the exchange holds the training up for."""
-    period: int
-    """From step to step."""
-
-
 class Decision(NamedTuple):
     """A change of the setting that was measured to be the fastest."""
 
@@ -84,8 +74,6 @@ class Decision(NamedTuple):
     before: Seen
     after: Seen
 
-
-UNKNOWN = Seen(0, 0, 0)
 
 Predict = Callable[[int, Seen], Sequence[int]]
 """Predicted ``busy`` of each arm, given one of them and its times."""
@@ -121,6 +109,8 @@ class Chooser:
         self._lasts = LASTS  # windows until that is a change
         self._former = self._known  # before the last change
         self._elapsed = self._spent = 0
+        self._limit = 0  # of ``_spent``, at which trials end
+        self._lost = [0] * arms  # by the last trial
         self._wait = self._retry_at = 0
         self._window: list[Seen] = []
         self._skip = WARM
@@ -153,7 +143,9 @@ class Chooser:
         """
         self._elapsed += seen.period
         if self._queue:
-            self._spent += max(seen.busy - (self._claim.busy or self._base.busy), 0)
+            lost = max(seen.busy - (self._claim.busy or self._base.busy), 0)
+            self._spent += lost
+            self._lost[self.arm] += lost
         if self._skip:
             self._skip -= 1
             return None
@@ -221,14 +213,14 @@ class Chooser:
     def _take(self, arm: int) -> None:
         """Makes an arm the current one."""
         if arm != self.arm:
-            self._skip = WARM
+            self._skip, self._lost[arm] = WARM, 0
         self.arm = arm
         self._window.clear()
         self._deviates = 0
 
     def _watch(self) -> None:
         """Compares a window of the best arm with the base."""
-        now, spread = _median(self._window), _spread(self._window)
+        now, spread = median(self._window), spread_of(self._window)
         self._window.clear()
         then, first = self._known[self._best].busy, not self._base.busy
         if first:
@@ -255,15 +247,12 @@ class Chooser:
             # faster, trials may lose the difference of as many steps.
             left = max(left, ADVANCE * now.period) + ADVANCE * max(then - self._base.busy, 0)
             self._spent = min(self._spent, self._elapsed // 100)
-        loss = max(left, 0) // (WARM + TRIALS[0] + LAG)
-        self._queue = self._unknown(loss) if first or changed else self._again(loss)
+        self._limit = self._spent + left
+        loss = left // (WARM + TRIALS[0] + LAG)
+        if left > 0:
+            self._queue = self._unknown(loss) if first or changed else self._again(loss)
         if self._queue:
             self._take(self._queue[0])
-
-    @property
-    def _least_gain(self) -> int:
-        """By how much an arm must be predicted to be faster than the base to be tried."""
-        return max(self._base.busy // MARGIN, self._noise)
 
     def _shows_change(self, now: Seen) -> bool:
         """Whether a window, after those before, shows a change; then it is the base."""
@@ -302,20 +291,24 @@ class Chooser:
         uncompressed one, if a step with it loses no more than ``loss``."""
         times = self._times()
         others = sorted(self._allowed - {self._best}, key=times.__getitem__)
-        faster = [arm for arm in others if times[arm] < self._base.busy - self._least_gain]
+        fast = self._base.busy - max(self._base.busy // MARGIN, self._noise)
+        faster = [arm for arm in others if times[arm] < fast]
         affordable = self._best != 0 and times[0] < self._base.busy + loss
         return faster or [0] * affordable
 
     def _again(self, loss: int) -> list[int]:
         """The arm to try again: of those that are close, and the uncompressed one, the one that was
-        tried longest ago, if a step with it loses no more than ``loss``."""
+        tried longest ago, if a step with it loses no more than ``loss``, and a trial no more than
+        is left."""
         # Other load may have been beside the trials.
         self._missed = [each and (3 * each[0] // 4, each[1]) for each in self._missed]
+        self._lost = [3 * lost // 4 for lost in self._lost]
         times, close = self._times(), min(loss, self._base.busy // CLOSE)
         again = [
             arm
             for arm in self._allowed - {self._best}
             if times[arm] < self._base.busy + (close - self._noise if arm else loss)
+            and self._spent + self._lost[arm] < self._limit
         ]
         return sorted(again, key=lambda arm: (self._tried[arm], times[arm], arm))[:1]
 
@@ -341,11 +334,12 @@ class Chooser:
         steps = len(self._window)
         if steps not in TRIALS:
             return
-        now = _median(self._window)
+        now = median(self._window)
         gain = self._base.busy - now.busy
         squared = (SURE * self._noise) ** 2 * (steps + BASE) // (steps * BASE)
         least = max(self._base.busy // MARGIN, math.isqrt(squared))
-        if -least * (steps < TRIALS[1]) <= gain <= least and steps < TRIALS[-1]:
+        close = -least * (steps < TRIALS[1]) <= gain <= least
+        if close and steps < TRIALS[-1] and self._spent < self._limit:
             return
         self._spent += max(-gain, 0) * LAG
         self._known[self.arm] = now
@@ -363,7 +357,7 @@ class Chooser:
     def _confirm(self) -> Decision | None:
         """Takes an arm that seems to be the fastest, if half of its gain is found again."""
         steps, claim = len(self._window), self._claim
-        now = _median(self._window)
+        now = median(self._window)
         if steps < TRIALS[0] and now.busy < CLEAR * claim.busy:
             return None
         gain, before, decision = now.busy - claim.busy, self._base.busy, None
@@ -382,16 +376,6 @@ class Chooser:
     def _next(self) -> None:
         """Ends a trial, and begins the next one."""
         times = self._times()
-        self._queue = [arm for arm in self._queue[1:] if times[arm] < self._base.busy]
+        left = self._queue[1:] if self._spent < self._limit else []
+        self._queue = [arm for arm in left if times[arm] < self._base.busy]
         self._take(self._queue[0] if self._queue else self._best)
-
-
-def _median(window: Sequence[Seen]) -> Seen:
-    middle = len(window) // 2
-    return Seen(*(sorted(times)[middle] for times in zip(*window, strict=True)))
-
-
-def _spread(window: Sequence[Seen]) -> int:
-    """About 0.7 standard deviations of ``busy``, from the second largest and smallest of five."""
-    times, inner = sorted(seen.busy for seen in window), len(window) > START
-    return (times[-2] - times[1]) * 3 // 4 if inner else (times[-1] - times[0]) // 2

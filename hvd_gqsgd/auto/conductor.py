@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
-from hvd_gqsgd.auto.chooser import Chooser, Decision, Seen
+from hvd_gqsgd.auto.chooser import Chooser, Decision
 from hvd_gqsgd.auto.message import Heard, message_of
 from hvd_gqsgd.auto.prediction import predict
+from hvd_gqsgd.auto.seen import Seen
 from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
 from hvd_gqsgd.checks import check_int, check_step
 from hvd_gqsgd.errors import AgreementError

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hvd_gqsgd.auto.chooser import MOST, Seen
+from hvd_gqsgd.auto.chooser import MOST
+from hvd_gqsgd.auto.seen import Seen
 
 __all__ = ["Heard", "message_of"]
 
