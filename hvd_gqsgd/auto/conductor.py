@@ -20,13 +20,11 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
 from hvd_gqsgd.auto.chooser import Chooser, Decision
-from hvd_gqsgd.auto.message import Heard, message_of
+from hvd_gqsgd.auto.message import Heard, message_of, states_message
 from hvd_gqsgd.auto.prediction import predict
 from hvd_gqsgd.auto.seen import Seen
 from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
@@ -45,9 +43,6 @@ from hvd_gqsgd.transports.base import Handle, Transport
 __all__ = ["Conductor"]
 
 _log = logging.getLogger("hvd_gqsgd")
-
-STATE_WORDS = 128
-"""Numbers of a rank in the second message; the same in every build."""
 
 
 class Conductor:
@@ -287,7 +282,11 @@ class Conductor:
         return chooser
 
     def _tell(self, transport: Transport) -> None:
-        """Starts the message of this step."""
+        """Starts the messages of this step.
+
+        They go before the gradients: one that is in flight when a rank calls ``hvd.join()`` would
+        never be done.
+        """
         load = (*self._numel, *self._tensors)
         message = message_of(self.coming, self._taken, load, self._times)
         self._times.clear()
@@ -295,15 +294,9 @@ class Conductor:
             return
         self._message = transport.max_async(message, f"{self.label}.step")
         if not self._met:
-            state = [
-                1, self.coming, host_number(), self._known_for,
-                *digests(self._options), *self._words,
-            ]  # fmt: skip
-            table = np.zeros((transport.size, STATE_WORDS), np.int64)
-            table[transport.rank, : len(state)] = state
-            self._state_message = transport.sum_async(
-                torch.from_numpy(table.ravel()), f"{self.label}.state"
-            )
+            own = [self.coming, host_number(), self._known_for, *digests(self._options)]
+            state = states_message(transport.rank, transport.size, [*own, *self._words])
+            self._state_message = transport.sum_async(state, f"{self.label}.state")
 
     def _received(self, transport: Transport, message: Handle) -> Tensor:
         """The result of a message of the step before."""
@@ -325,21 +318,21 @@ class Conductor:
         Raises:
             AgreementError: ranks have different options.
         """
-        columns = zip(*(row[4 : 4 + DIGESTS] for row in rows), strict=True)
+        columns = zip(*(row[3 : 3 + DIGESTS] for row in rows), strict=True)
         same = [len({*column}) == 1 for column in columns]
         if not all(same):
             self.session = None  # compare again, if the program goes on
             raise AgreementError(message(self._options, apart(self._options, same)))
-        _, step, _, known_for, *words = max(rows, key=lambda row: row[1])
+        step, _, known_for, *words = max(rows, key=lambda row: row[0])
         words = words[DIGESTS : DIGESTS + len(self._words)]
-        self._find_arms(transport.nodes or nodes_of_hosts(tuple(row[2] for row in rows)))
+        self._find_arms(transport.nodes or nodes_of_hosts(tuple(row[1] for row in rows)))
         self._chooser = self._adopted(words, known_for)
         self.coming = step + 1
 
     def _hear(self, transport: Transport) -> None:
         """Reads the messages of the step before, and finds out when the next one is due."""
-        message, state = self._message, self._state_message
-        self._message = self._state_message = None
+        message, self._message = self._message, None
+        state, self._state_message = self._state_message, None
         assert message is not None and self._chooser is not None
         heard = Heard.of(self._received(transport, message))
         before = self._chooser, self._chooser.arm
@@ -362,7 +355,6 @@ class Conductor:
             self._due += self._chooser.needs - len(self._times)
 
     def _learn(self, heard: Heard, rank: int) -> None:
-        """Takes in the times of steps."""
         assert self._chooser is not None
         for seen in heard.steps:
             if heard.arm != self._chooser.arm:

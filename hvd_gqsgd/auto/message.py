@@ -1,4 +1,4 @@
-"""What ranks tell each other of their steps with ``bits="auto"``, in one Max."""
+"""The messages of ranks about their steps with ``bits="auto"``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from torch import Tensor
 from hvd_gqsgd.auto.chooser import MOST
 from hvd_gqsgd.auto.seen import Seen
 
-__all__ = ["Heard", "message_of"]
+__all__ = ["Heard", "message_of", "states_message"]
+
+STATE_WORDS = 128
+"""Numbers of a rank in the message of states; the same in every build."""
 
 
 class Heard(NamedTuple):
@@ -51,3 +54,11 @@ def message_of(
     # Negatives give the smallest ones. Of a rank that has left, Horovod takes zeros.
     words = [-1, step, -step, arm, -arm, *load, *told, *[0] * (3 * MOST - len(told))]
     return torch.tensor(words, dtype=torch.int64, device="cpu")
+
+
+def states_message(rank: int, size: int, words: Sequence[int]) -> Tensor:
+    """The message of a rank that tells its state, an int64 tensor on the CPU. The sum over the
+    ranks has a row for each of them."""
+    table = torch.zeros((size, STATE_WORDS), dtype=torch.int64, device="cpu")
+    table[rank, : len(words)] = torch.tensor(words)
+    return table.view(-1)
