@@ -282,6 +282,8 @@ def test_files_that_are_something_else(
     (["--measured", "x.json", "--plot", "x.png"], "--plot draws predictions for many ranks"),
     (["--ranks", "8", "--per-node", "3"], "--per-node must be a number that divides --ranks, got"),
     (["--keep", "1"], "--keep: must be a share from 1/2 to 1/65536, as 1/64, or 64 for 1 of 64"),
+    (["--keep", "0.3"], "got '0.3'"),
+    (["--keep", "1/0"], "got '1/0'"),
     (["--keep", "1/70000"], "or 64 for 1 of 64 elements, got '1/70000'"),
     (["--measured", "x.json", "--keep", "64"], "pass it without --keep"),
     (["--per-node", "0"], "--per-node must be a number that divides --ranks, got 0 and 8"),
@@ -296,7 +298,7 @@ def test_arguments_without_a_meaning(
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("share", ["1/64", "64"])
+@pytest.mark.parametrize("share", ["1/64", "64", "0.015625"])
 def test_a_part_of_the_elements(share: str, capsys: pytest.CaptureFixture[str]) -> None:
     """As a share or the number of elements; a dash stands where there is no number."""
     predict.main(["--keep", share, "--preset", "200mbit"])

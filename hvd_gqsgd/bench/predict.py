@@ -19,6 +19,7 @@ from hvd_gqsgd.bench.node_plot import PER_NODE, plot_nodes
 from hvd_gqsgd.bench.prediction import predict, predict_sharded
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.checks import MOST_GROUP
+from hvd_gqsgd.selection_rules import checked_keep
 from hvd_gqsgd.tools.cost_model import PRESETS, Machine
 
 __all__ = ["main"]
@@ -130,13 +131,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _group(text: str) -> int:
     """The value of ``--keep``: of how many elements one is exchanged."""
-    size = text.removeprefix("1/").strip()
-    if not size.isdecimal() or not 2 <= int(size) <= MOST_GROUP:
+    above, _, below = text.partition("/")
+    try:
+        share = float(above) / float(below or 1)
+        group = round(1 / checked_keep(1 / share if share > 1 else share))
+    except (ValueError, ZeroDivisionError):
+        group = 0
+    if group < 2:
         raise argparse.ArgumentTypeError(
             f"must be a share from 1/2 to 1/{MOST_GROUP}, as 1/64, or 64 for 1 of 64 elements, got "
             f"{text!r}"
         )
-    return int(size)
+    return group
 
 
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
