@@ -36,7 +36,8 @@ FEW = (
 )  # fmt: skip
 SETS = {"x86-64-v3": "AVX2", "x86-64-v4": "AVX-512"}
 RATES = {
-    "shm": "shared memory", "1gbit": "1 Gbit/s", "200mbit": "200 Mbit/s", "50mbit": "50 Mbit/s",
+    "shm": "shared memory", "1gbit": "1 Gbit/s", "200mbit": "200 Mbit/s",
+    "100mbit": "100 Mbit/s", "50mbit": "50 Mbit/s", "10mbit": "10 Mbit/s",
 }  # fmt: skip
 DIGITS = {"ms": 1, "times_faster": 3, "megabytes": 1}
 """Decimal places that are kept of a result of ``bench step``, by the end of its key."""
