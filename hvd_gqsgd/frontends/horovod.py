@@ -163,6 +163,8 @@ class GlobalQSGD(Compressor):
             AgreementError: on all ranks, if the reduction is not linear (Min, Max, Product, Adasum)
                 or is over other ranks than ``process_set``, or if ranks disagree on the options or
                 the order of tensors.
+            ValueError: the tensor has no name, with error feedback; other ranks raise
+                ``AgreementError`` if it has one there.
             RuntimeError: the context was used before, or belongs to another compressor.
             HorovodInternalError: Horovod could not complete the exchange.
         """

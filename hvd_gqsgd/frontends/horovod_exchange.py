@@ -54,7 +54,8 @@ __all__ = ["NO_HOROVOD", "Compressor", "HorovodExchange", "is_process_set"]
 class _Context(NamedTuple):
     """The context of a tensor, which ``decompress`` needs."""
 
-    ticket: Ticket
+    ticket: Ticket | None
+    """None: this rank does not exchange the tensor, and ``decompress`` raises."""
     like: Tensor | None
     """The gradient, if its layout is not that of the result."""
     world_size: int
@@ -110,6 +111,7 @@ class HorovodExchange:
         self._patience = patience
         self._stats = stats
         self._pipeline: Pipeline | None = None
+        self._refused = ""  # the error of a tensor of this step
 
     @functools.cached_property
     def transport(self) -> HorovodTransport:
@@ -149,11 +151,7 @@ class HorovodExchange:
             self._pipeline = self._start()
         name = self._names.find(tensor) if self._names is not None else None
         if name is None and self.options.error_feedback is not None:
-            raise ValueError(
-                "error feedback takes the gradients of named_parameters alone, got another tensor "
-                f"of shape {tuple(tensor.shape)}: pass its parameter in named_parameters, or "
-                "reduce it without compression"
-            )
+            return self._refuse(tensor)
         x = tensor.detach() if tensor.requires_grad else tensor
         like = None if x.is_contiguous() else x
         ticket = self._pipeline.submit(x if like is None else x.contiguous(), name)
@@ -163,6 +161,17 @@ class HorovodExchange:
             self._stats.compressed_bytes_on_wire += PROBE_BYTES
         return probe, _Context(ticket, like, self._pipeline.size, held(probe))
 
+    def _refuse(self, tensor: Tensor) -> tuple[Tensor, _Context]:
+        """Hands Horovod a probe of no tensor, so that other ranks do not wait for this one."""
+        assert self._pipeline is not None
+        self._refused = (
+            "error feedback takes the gradients of named_parameters alone, got another tensor of "
+            f"shape {tuple(tensor.shape)}: pass its parameter in named_parameters, or reduce it "
+            "without compression"
+        )
+        probe = make_probe(self._pipeline.rank, identity_of(-1, tensor.shape, "refused"))
+        return probe, _Context(None, None, self._pipeline.size, held(probe))
+
     def decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
         """See ``GlobalQSGD.decompress``."""
         if ctx is None:
@@ -171,8 +180,10 @@ class HorovodExchange:
             raise RuntimeError("the context belongs to another compressor: call its decompress")
         reading, all_ranks = Reading.of(tensor), everyone(ctx.world_size)
         contribution: Contribution | None = all_ranks
-        complete = reading.complete(all_ranks)
-        if complete:
+        complete = reading.complete(all_ranks) and ctx.ticket is not None
+        if ctx.ticket is None:
+            contribution = None
+        elif complete:
             contribution = self._pipeline.wait(ctx.ticket)
         elif reading.same_tensor() and not reading.matches(all_ranks):
             # Either ranks have left by hvd.join(), and the payload tells which, or there is no
@@ -185,7 +196,12 @@ class HorovodExchange:
                 if not reading.same_tensor():
                     # Their counts may have differed: all go on from a number in common.
                     self._operation_names.failures = reading.digest()
+                    problem = f"{problem}. This rank has {self.options.keywords()}"
+                if self._refused:
+                    problem, self._refused = self._refused, ""
+                    raise ValueError(problem)
                 raise AgreementError(problem)
+        assert ctx.ticket is not None
         scale = reading.scale(contribution.count, ctx.world_size)
         mean = self._pipeline.decode(ctx.ticket, scale)
         return mean if ctx.like is None else torch.empty_like(ctx.like).copy_(mean)

@@ -108,7 +108,8 @@ def disagreement(reading: Reading, contribution: Contribution | None) -> str | N
     # A product may overflow.
     if not reading.same_tensor() and math.isfinite(sum(reading.slots)):
         return (
-            "the ranks compress tensors of different shapes, types or order, or a step was lost on "
+            "the ranks compress tensors of different shapes, types or order, or with options or "
+            "names of parameters that need other messages, or a step was lost on "
             f"some ranks alone, as on those that had not left by hvd.join(); {ORDER}"
         )
     if contribution is None or not reading.matches(contribution):

@@ -225,3 +225,25 @@ def test_other_order_with_names(rank, size, numels, bucket_mb):
             error = (results[name] - everyone[name].mean(0)).abs()
             assert (error <= bound(everyone[name], levels_for(8, size))).all()
             assert_same_on_all_ranks(results[name])
+
+
+@pytest.mark.parametrize("who", ["all", "rank 0"])
+def test_a_parameter_without_a_name(rank, who):
+    """Under error feedback: where the name is there, ranks do not wait for the others."""
+    model = torch.nn.Sequential(torch.nn.Linear(80, 80), torch.nn.Linear(80, 80))
+    missing = who == "all" or rank == 0
+    names = [*model.named_parameters()][: 2 if missing else None]
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        named_parameters=model.named_parameters(),
+        compression=GlobalQSGD(
+            keep=1 / 4, error_feedback="residual", named_parameters=names, min_numel=100
+        ),
+    )
+    model(torch.ones(2, 80)).sum().backward()
+    error, told = AgreementError, r"options or names of parameters.*keep=0.25"
+    if missing:
+        error, told = ValueError, r"got another tensor of shape \(80, 80\): pass its parameter"
+    with pytest.raises(error, match=told):
+        optimizer.step()
+    hvd.barrier()
