@@ -121,3 +121,16 @@ def test_counts_are_exact_after_each_gradient(rank, size, take):  # noqa: F811
         if number % 3 == 1:
             compressor.reset_stats()
             assert compressor.stats().tensors == 0
+
+
+def test_a_call_of_join_that_is_refused(rank, size, several, take):  # noqa: F811
+    """It keeps the rank nowhere, and the other ranks know nothing of it."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0, patience=5.0)
+    take(compressor, SLOW)
+    for number in range(60):
+        if number == 50 and rank == 0:
+            with pytest.raises(TypeError, match="horovod_torch_join"):
+                join("cpu")
+        x = gradients(size, 5000, seed=number)[rank].clone()
+        hvd.allreduce(x, compression=compressor, name="x")
+    assert_same_plan(compressor)
