@@ -124,6 +124,7 @@ class Conductor:
         )
         if goes_on and times is not None:
             self._times.append(times)
+            self._stats.setting = self.arm.name  # counts may have been set to zero
             self._stats.steps += self.arm.options is None
             self.coming += 1
             self._new_load()

@@ -98,7 +98,7 @@ class AutoCompressor:
 
     @opaque
     def _compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        self._count_passed()
+        self.count_passed()
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
@@ -129,7 +129,7 @@ class AutoCompressor:
         conductor.leave()
         return result
 
-    def _count_passed(self) -> None:
+    def count_passed(self) -> None:
         """Counts the gradients of a step that passed as those before them."""
         if not self._passed:
             return
@@ -153,12 +153,14 @@ class AutoCompressor:
     def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
         """See ``GlobalQSGD.decompress``."""
         if ctx is None:
+            if self._passed and self._handed_out:  # all are small: no mean is handed out after it
+                self.count_passed()
             return tensor
         if ctx is not _PASSED or tracer() is not None:
             return self._decompress(tensor, ctx)
         if not self._handed_out:
             self._handed_out = True
-            self._count_passed()
+            self.count_passed()
         self._conductor.result()
         return tensor
 
@@ -166,7 +168,7 @@ class AutoCompressor:
     def _decompress(self, tensor: Tensor, ctx: _Context) -> Tensor:
         if not self._handed_out:
             self._handed_out = True
-            self._count_passed()
+            self.count_passed()
         if ctx.exchange is not None:
             tensor = ctx.exchange.decompress(tensor, ctx.inner)
         self._conductor.result()
@@ -182,7 +184,7 @@ class AutoCompressor:
             exchange.restart()
             exchange.steps.check_idle()
         self._exchanges.clear()
-        self._count_passed()  # here, as they are no load of the first step to come
+        self.count_passed()  # here, as they are no load of the first step to come
         self._handed_out, self._taken = True, None
 
     def _of(self, arm: Arm) -> HorovodExchange:

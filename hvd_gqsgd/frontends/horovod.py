@@ -231,11 +231,13 @@ class GlobalQSGD(Compressor):
     @ClassOrInstanceMethod
     def stats(self) -> Stats:
         """Returns a copy of this rank's counts of bytes and tensors."""
+        self._count()
         return dataclasses.replace(self._stats)
 
     @ClassOrInstanceMethod
     def reset_stats(self) -> None:
         """Sets all counts to zero."""
+        self._count()
         self._stats.reset()
 
     @ClassOrInstanceMethod
@@ -273,6 +275,7 @@ class GlobalQSGD(Compressor):
     def __getstate__(self) -> dict[str, Any]:
         """Pickles and copies have the options, the counts and the state of the training, but none
         of what is in flight."""
+        self._count()
         here = {"_described": ""}
         in_flight = ("_exchange", *_CALLS)
         return {name: v for name, v in (self.__dict__ | here).items() if name not in in_flight}
@@ -301,6 +304,10 @@ class GlobalQSGD(Compressor):
         for name in _CALLS:  # at once, as a step without compression must not take longer
             if getattr_static(self, name) is vars(GlobalQSGD)[name]:
                 setattr(self, name, getattr(self._exchange, name))
+
+    def _count(self) -> None:
+        if isinstance(self._exchange, AutoCompressor):
+            self._exchange.count_passed()
 
     def _exchange_of(self, options: Options, steps: Steps) -> HorovodExchange:
         return HorovodExchange(

@@ -120,8 +120,9 @@ class _Joins:
 
         def counted(*args: Any) -> Any:
             assert self.count is not None
-            self.count += 1
-            return join(*args)
+            handle = join(*args)
+            self.count += 1  # a call that is refused keeps this rank nowhere
+            return handle
 
         mpi_ops.mpi_lib.horovod_torch_join = counted
 

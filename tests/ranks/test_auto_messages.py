@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import horovod.torch as hvd
@@ -94,3 +95,42 @@ def test_a_subclass_with_its_own_calls(rank, size):
         mean = hvd.allreduce(everyone[rank].clone(), compression=compressor, name="x")
         assert torch.equal(mean, hvd.allreduce(everyone[rank].clone(), name="y"))
     assert compressor.calls == 4
+
+
+def test_counts_are_exact_after_each_gradient(rank, size, take):  # noqa: F811
+    """In flight, where small gradients follow the last mean, and after the counts were reset."""
+    compressor = GlobalQSGD(bits="auto", min_numel=100)
+    take(compressor, SLOW)
+
+    def exchange(numel):
+        x, context = compressor.compress(torch.ones(numel))
+        in_flight = compressor.stats()
+        x = hvd.allreduce(x, name="x", op=hvd.Average)
+        assert compressor.decompress(x, context).numel() == numel
+        return in_flight
+
+    for number in range(8):
+        before = compressor.stats()
+        for counts in (exchange(5000), compressor.stats()):
+            assert counts.setting == compressor.stats().setting != ""
+            assert counts.tensors == before.tensors + 1
+            assert counts.tensors_small == before.tensors_small
+        for counts in (exchange(10), compressor.stats(), copy.deepcopy(compressor).stats()):
+            assert counts.tensors == before.tensors + 2
+            assert counts.tensors_small == before.tensors_small + 1
+        if number % 3 == 1:
+            compressor.reset_stats()
+            assert compressor.stats().tensors == 0
+
+
+def test_a_call_of_join_that_is_refused(rank, size, several, take):  # noqa: F811
+    """It keeps the rank nowhere, and the other ranks know nothing of it."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0, patience=5.0)
+    take(compressor, SLOW)
+    for number in range(60):
+        if number == 50 and rank == 0:
+            with pytest.raises(TypeError, match="horovod_torch_join"):
+                join("cpu")
+        x = gradients(size, 5000, seed=number)[rank].clone()
+        hvd.allreduce(x, compression=compressor, name="x")
+    assert_same_plan(compressor)
