@@ -26,8 +26,8 @@ def names_missing(given: Mapping[str, Any], remedy: str) -> str:
     """
     name = "error_feedback" if given.get("error_feedback") is not None else "select"
     return (
-        f"{name}={given[name]!r} keeps a part of the gradient of each parameter, by its name: pass "
-        f"{remedy}, or leave it out"
+        f"{name}={given[name]!r} keeps a part of the gradient of each parameter, by its name, and "
+        f"named_parameters is missing: pass {remedy}, or leave {name} out"
     )
 
 

@@ -136,8 +136,9 @@ class Conductor:
             self._enter(transport, ranks or transport.size)
         elif self._message is not None:
             self._hear(transport)
+        known = self._met or transport.size == 1  # the number of this step, on all ranks
         if transport.absences != self._absences:
-            self._absences, self._due = transport.absences, self.coming
+            self._absences, self._due, known = transport.absences, self.coming, False
             self._times.clear()
         if self.coming >= self._due or self._absences is None:
             self._tell(transport)
@@ -145,7 +146,7 @@ class Conductor:
         assert self._chooser is not None
         name = NAMES[self._chooser.arm]
         if self._pinned is not None:
-            name = self._pinned.at(self.coming)
+            name = self._pinned.at(self.coming) if known else NAMES[0]
         self._plan.add(self.coming, name)
         self.arm = self._arms[name]
         self._taken = NAMES.index(name)
@@ -288,11 +289,11 @@ class Conductor:
         They go before the gradients: one that is in flight when a rank calls ``hvd.join()`` would
         never be done.
         """
-        load = (*self._numel, *self._tensors)
-        message = message_of(self.coming, self._taken, load, self._times)
-        self._times.clear()
+        times, self._times = self._times, []
         if transport.size == 1:
             return
+        load = (*self._numel, *self._tensors)
+        message = message_of(self.coming, self._taken, load, times)
         self._message = transport.max_async(message, f"{self.label}.step")
         if not self._met:
             own = [self.coming, host_number(), self._known_for, *digests(self._options)]
