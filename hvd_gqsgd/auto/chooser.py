@@ -4,16 +4,18 @@ It sees one number a step, reduced over the ranks, and is a function of these nu
 integers: ranks that have seen the same steps take the same setting in the same step.
 
 - The run starts with the first arm, uncompressed, and measures a window of steps: the *base*.
-- Arms that are predicted to be faster are tried, the fastest first, for a few steps each. An arm is
-  kept if its median beats the best one by more than the noise of the steps and ``MARGIN``, and
-  still does when the best one has been measured once more: other load comes in bursts. A trial that
-  is too close to call is prolonged, at most to the last of ``TRIALS``.
+- Arms that are predicted to be faster, by more than the noise of the steps, are tried, the fastest
+  first, for a few steps each. An arm is kept if its median beats the best one by more than the
+  noise and ``MARGIN``, and still does when the best one has been measured once more: other load
+  comes in bursts. A trial that is too close to call is prolonged, at most to the last of
+  ``TRIALS``.
+- What steps of a trial take longer than the base is charged, and trials end when the budget is used
+  up: a hundredth of the run's time, with an advance of ``ADVANCE`` steps.
 - After that, windows of steps are compared with the base, and the base with its first value. A
   difference beyond the noise that lasts says that the link or the model's step has changed: then
   all arms are predicted and tried anew, unless the base is as it was before the last change.
 - At growing intervals an arm that was close is tried again, or the uncompressed one, whatever was
-  measured before, if the budget lasts: the time that trials lose is limited to a hundredth of the
-  run's, with an advance of ``ADVANCE`` steps.
+  measured before, if the budget has room for what the last trial of that arm lost.
 """
 
 from __future__ import annotations

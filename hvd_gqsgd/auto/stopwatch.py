@@ -27,10 +27,6 @@ class Stopwatch:
         self._last_in = self._last_out = self._entered = now
         self._inside = self._left_out = 0.0
 
-    def forget(self) -> None:
-        """Makes the next step the first one."""
-        self._began = None
-
     def begin_step(self) -> tuple[int, int, int] | None:
         """Begins a step, and returns the times of the one before; None if there was none.
 
