@@ -59,6 +59,6 @@ def message_of(
 def states_message(rank: int, size: int, words: Sequence[int]) -> Tensor:
     """The message of a rank that tells its state, an int64 tensor on the CPU. The sum over the
     ranks has a row for each of them."""
-    table = torch.zeros((size, STATE_WORDS), dtype=torch.int64, device="cpu")
-    table[rank, : len(words)] = torch.tensor(words)
-    return table.view(-1)
+    before, after = STATE_WORDS * rank, STATE_WORDS * (size - rank) - len(words)
+    row = [*[0] * before, *words, *[0] * after]
+    return torch.tensor(row, dtype=torch.int64, device="cpu")
