@@ -55,7 +55,7 @@ def test_few_steps_have_a_message(
 
 @pytest.mark.parametrize("counted", [True, False], ids=["joins", "no joins"])
 @pytest.mark.parametrize("first", [0, 17])
-def test_ranks_that_were_away(rank, size, several, take, monkeypatch, counted, first):  # noqa: F811
+def test_ranks_that_come_back_from_join(rank, size, several, take, monkeypatch, counted, first):  # noqa: F811
     """By one step and by several, between messages, and in the trials that follow."""
     if not counted:
         monkeypatch.setattr(HorovodTransport, "absences", None)
@@ -81,7 +81,7 @@ def test_ranks_that_were_away(rank, size, several, take, monkeypatch, counted, f
     assert_same_on_all_ranks(torch.tensor([state["step"], *state["schedule"]["words"]]))
 
 
-def test_a_plan_and_ranks_that_were_away(rank, size, several):
+def test_a_plan_and_ranks_that_come_back_from_join(rank, size, several):
     """Ranks that come back do not know the number of the step: it is uncompressed."""
     if size > 6:
         pytest.skip("Horovod 0.28.1 aborts: new messages after lower ranks have left")
