@@ -12,6 +12,7 @@ __all__ = [
     "check_int",
     "check_number",
     "check_step",
+    "checked_keep",
     "unknown_option",
 ]
 
@@ -74,3 +75,20 @@ def unknown_option(of: str, name: str, known: Iterable[str]) -> str:
         + (f": did you mean {close[0]!r}? " if close else ". ")
         + f"Options are: {', '.join(names)}"
     )
+
+
+def checked_keep(value: object) -> float:
+    """Returns the option ``keep`` as the float next to 1 divided by an int.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is no such share.
+    """
+    keep = check_number("keep", value, "a share of elements, as 1/64")
+    group = round(1 / keep) if 1e-9 < keep <= 1 else 0
+    if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
+        meant = f": did you mean keep=1/{round(keep)}?" if 1 < keep <= MOST_GROUP else ""
+        raise ValueError(
+            f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {value}{meant}"
+        )
+    return 1 / group

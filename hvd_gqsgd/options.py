@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number
+from hvd_gqsgd.checks import MOST_GROUP, check_choice, check_int, check_number, checked_keep
 from hvd_gqsgd.codecs.bit_schedule import MAX_BITS, MIN_BITS, DynamicBits, Schedule
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS
@@ -26,7 +26,7 @@ from hvd_gqsgd.option_types import (
     Select,
 )
 from hvd_gqsgd.plan import check_plan
-from hvd_gqsgd.selection_rules import check_selection, checked_keep
+from hvd_gqsgd.selection_rules import check_selection
 
 __all__ = ["Options", "digest"]
 

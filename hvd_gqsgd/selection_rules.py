@@ -5,11 +5,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from hvd_gqsgd.checks import MOST_GROUP, check_number
 from hvd_gqsgd.codecs.block_bits import BlockBits
 from hvd_gqsgd.codecs.by_name import CODECS
 
-__all__ = ["check_selection", "checked_keep"]
+__all__ = ["check_selection"]
 
 
 class Options(Protocol):
@@ -47,23 +46,6 @@ class Options(Protocol):
     def estimates(self) -> bool: ...
     @property
     def feeds_rounding(self) -> bool: ...
-
-
-def checked_keep(value: object) -> float:
-    """Returns the option ``keep`` as the float next to 1 divided by an int.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is no such share.
-    """
-    keep = check_number("keep", value, "a share of elements, as 1/64")
-    group = round(1 / keep) if 1e-9 < keep <= 1 else 0
-    if not 1 <= group <= MOST_GROUP or abs(keep * group - 1) > 1e-9:
-        meant = f": did you mean keep=1/{round(keep)}?" if 1 < keep <= MOST_GROUP else ""
-        raise ValueError(
-            f"keep must be 1 divided by an int from 1 to {MOST_GROUP}, as 1/64, got {value}{meant}"
-        )
-    return 1 / group
 
 
 def check_selection(options: Options) -> None:

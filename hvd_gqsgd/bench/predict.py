@@ -18,8 +18,7 @@ from hvd_gqsgd.bench.networks import Network, number_of
 from hvd_gqsgd.bench.node_plot import PER_NODE, plot_nodes
 from hvd_gqsgd.bench.prediction import predict, predict_sharded
 from hvd_gqsgd.bench.table import show_table
-from hvd_gqsgd.checks import MOST_GROUP
-from hvd_gqsgd.selection_rules import checked_keep
+from hvd_gqsgd.checks import MOST_GROUP, checked_keep
 from hvd_gqsgd.tools.cost_model import PRESETS, Machine
 
 __all__ = ["main"]
