@@ -129,7 +129,7 @@ def make_model() -> nn.Sequential:
 def under_horovod(
     model: nn.Module, options: dict[str, Any]
 ) -> tuple[nn.Module, torch.optim.Optimizer, GlobalQSGD]:
-    """What trains a model; each weight is a bucket, so that several are in flight."""
+    """The model, its optimizer and its compressor; each weight is a bucket of its own."""
     compressor = GlobalQSGD(bucket_mb=0.03, **options)
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05),

@@ -32,7 +32,7 @@ class Heard(NamedTuple):
     load: list[int]
     """Elements of gradients that arms may compress, those of others, and the numbers of both."""
     steps: list[Seen]
-    """The steps that the message tells of."""
+    """The times of the steps in the message."""
 
     @classmethod
     def of(cls, message: Tensor) -> Heard:
@@ -48,8 +48,8 @@ class Heard(NamedTuple):
 def message_of(
     step: int, arm: int, load: Sequence[int], steps: Sequence[tuple[int, int, int]]
 ) -> Tensor:
-    """The message of a rank, an int64 tensor on the CPU; see ``Heard``. Of the steps, at most
-    ``MOST`` are told of."""
+    """The message of a rank, an int64 tensor on the CPU; see ``Heard``. It has the times of
+    at most ``MOST`` steps."""
     told = [*itertools.chain(*steps[:MOST])]
     # Negatives give the smallest ones. Of a rank that has left, Horovod takes zeros.
     words = [-1, step, -step, arm, -arm, *load, *told, *[0] * (3 * MOST - len(told))]

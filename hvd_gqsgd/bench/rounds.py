@@ -58,6 +58,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times each call on all ranks, from a barrier to the end of the slowest one.
 
+    Every other round has the reverse order, as the place of a call in a round affects its time.
+
     A round in which other processes used more than ``most_load`` cores is repeated, up to ``TRIES``
     times ``repeats`` rounds in all. After that such rounds count too, and ``load`` shows them.
 
@@ -77,7 +79,7 @@ def interleaved(
     counted = -warm_up
     while counted < repeats:
         left -= counted >= 0
-        order = list(calls)[:: 1 if left % 2 else -1]  # either first, as often
+        order = list(calls)[:: 1 if left % 2 else -1]
         round_ = {name: _time(calls[name], partial(prepare, name)) for name in order}
         if counted < 0:
             counted += 1

@@ -301,7 +301,9 @@ class GlobalQSGD(Compressor):
             self._exchange = self._exchange_of(self.options, self._steps)
             return
         self._exchange = AutoCompressor(self._steps, self.options, self._stats, self._exchange_of)
-        for name in _CALLS:  # at once, as a step without compression must not take longer
+        # Without this class in between, as a step without compression must not take longer; but not
+        # where a subclass overrides them.
+        for name in _CALLS:
             if getattr_static(self, name) is vars(GlobalQSGD)[name]:
                 setattr(self, name, getattr(self._exchange, name))
 
