@@ -236,6 +236,7 @@ def subgroup(case: Case) -> Tensor:
 
 def made_before_the_process_group(case: Case) -> Tensor:
     case.group = None
+    hvd.barrier()  # other ranks may still be connecting
     dist.destroy_process_group()
     try:
         state = case.state()
