@@ -164,6 +164,7 @@ def comm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def process_group() -> dist.ProcessGroup:
     """PyTorch's, of all ranks."""
     start_process_group(None)
+    hvd.barrier()  # a rank that destroyed it at once would fail others that still connect
     return dist.group.WORLD
 
 
