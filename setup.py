@@ -228,7 +228,8 @@ def cuda_library() -> CUDAExtension:
 
 libraries = []
 if COMPILER:
-    libraries.append(library("_C", ["native/torch/cpu.cc", *sorted(glob("native/cpu/*.cc"))]))
+    sources = ["native/torch/cpu.cc", "native/torch/passage.cc", *sorted(glob("native/cpu/*.cc"))]
+    libraries.append(library("_C", sources))
     # What is compiled runs with the PyTorch of its headers alone, so a wheel asks for that one.
     REQUIRES[1] = f"torch=={TORCH[0]}.{TORCH[1]}.*"
 else:

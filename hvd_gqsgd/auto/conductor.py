@@ -17,24 +17,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from hvd_gqsgd.auto.arms import Arm, arms_of, different
+from hvd_gqsgd.auto.checkpoint import checked_state, no_state
 from hvd_gqsgd.auto.chooser import Chooser, Decision
 from hvd_gqsgd.auto.message import Heard, message_of, states_message
 from hvd_gqsgd.auto.prediction import predict
 from hvd_gqsgd.auto.seen import Seen
 from hvd_gqsgd.auto.stopwatch import StoppedWatch, Stopwatch
-from hvd_gqsgd.checks import check_int, check_step
 from hvd_gqsgd.errors import AgreementError
 from hvd_gqsgd.nodes import Nodes, host_number, nodes_of_hosts
 from hvd_gqsgd.option_differences import DIGESTS, apart, digests, message
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.plan import SETTING_NAMES as NAMES
-from hvd_gqsgd.plan import Plan, check_plan
+from hvd_gqsgd.plan import Plan
 from hvd_gqsgd.stats import Stats
 from hvd_gqsgd.tools.cost_model import Gradients
 from hvd_gqsgd.tools.node_model import Cluster
@@ -68,6 +68,8 @@ class Conductor:
         self._plan = Plan()
         self._words: list[int] = []  # a loaded state, until the ranks are known
         self._ranks = self._known_for = 0  # of the session, and of the state
+        self.catch_up: Callable[[], None] = _nothing
+        """Calls ``go_on`` for the steps that a front end has begun in the meantime."""
         self.label = "gqsgd-auto"
         """Begins the names of messages; of its own where several compressors share a transport."""
         self._start()
@@ -76,8 +78,8 @@ class Conductor:
         self.session: object = None
         """The session of the transport that the latest step was begun in."""
         self._watch = Stopwatch() if self._pinned is None else StoppedWatch()
-        self.go_on = self._watch.go_on
-        """One more gradient of a step without compression is handed in, on the host."""
+        self.passed = self._watch.passed
+        """Gradients of a step without compression were handed in, on the host."""
         self.leave = self._watch.leave
         """The front end gives control back to the backward pass."""
         self.result = self._watch.result
@@ -114,21 +116,12 @@ class Conductor:
             ValueError: the plan has a setting that is not possible with so many ranks.
             Exception: an error of the transport.
         """
-        times = self._watch.begin_step()
-        goes_on = (  # as nearly all steps: they must not take longer
-            self.coming < self._due
-            and self._message is None
-            and not self._on_gpu
-            and transport.session is self.session
-            and transport.absences == self._absences
-        )
-        if goes_on and times is not None:
-            self._times.append(times)
-            self._stats.setting = self.arm.name  # counts may have been set to zero
-            self._stats.steps += self.arm.options is None
-            self.coming += 1
-            self._new_load()
+        self.catch_up()
+        here = transport.session, transport.absences
+        if self.free and here == (self.session, self._absences):
+            self.go_on()
             return self.arm
+        times = self._watch.begin_step()
         if times is not None:
             # The host only enqueues the work of a GPU.
             self._times.append((times[2],) * 3 if self._on_gpu else times)
@@ -156,6 +149,32 @@ class Conductor:
         return self.arm
 
     @property
+    def free(self) -> int:
+        """How many steps may begin by ``go_on``, while no rank comes or goes."""
+        if self._message is not None or self._on_gpu or self._pinned is not None:
+            return 0
+        return max(self._due - self.coming, 0)
+
+    def go_on(self, began: float | None = None) -> None:
+        """Begins a step as the one before.
+
+        Args:
+            began: when it began, as ``time.perf_counter``; None: now.
+        """
+        times = self._watch.begin_step(began)
+        if times is not None:
+            self._times.append(times)
+        self._stats.setting = self.arm.name  # counts may have been set to zero
+        self._stats.steps += self.arm.options is None
+        self.coming += 1
+        self._new_load()
+
+    @property
+    def timed(self) -> bool:
+        """Whether clocks are read."""
+        return self._pinned is None
+
+    @property
     def chosen(self) -> str:
         """The setting that was measured to be the fastest; another one may be tried."""
         return self.arm.name if self._chooser is None else NAMES[self._chooser.best]
@@ -169,6 +188,7 @@ class Conductor:
 
     def leave_out(self, seconds: float) -> None:
         """Leaves a pause since the last mean out of the time from step to step."""
+        self.catch_up()
         self._watch.leave_out(seconds)
 
     @property
@@ -194,6 +214,7 @@ class Conductor:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the coming step, the measured times, and the plan so far."""
+        self.catch_up()
         return {
             "step": self.coming,
             "schedule": {"ranks": self._ranks, "words": self._state(), "plan": self._plan.pairs()},
@@ -205,40 +226,24 @@ class Conductor:
         Raises:
             TypeError, ValueError: it is not a result of ``state_dict``.
         """
-        if not isinstance(state, dict):
-            raise TypeError(f"a state must be a dict, got {state!r}")
-        schedule = state.get("schedule")
-        if (
-            state.keys() != {"step", "schedule"}
-            or not isinstance(schedule, dict)
-            or schedule.keys() != {"ranks", "words", "plan"}
-        ):
-            raise ValueError(
-                'the state of bits="auto" must have the keys step and schedule, and the schedule '
-                f"ranks, words and plan; give bits as when the state was saved; got {state!r}"
-            )
-        check_step(state["step"])
-        check_int("ranks", schedule["ranks"], 0, 2**31 - 1)
-        Chooser(len(NAMES), _unused).adopt(schedule["words"])
-        plan = schedule["plan"]
-        self._plan = Plan(check_plan(plan) if plan != [] else ())  # empty before the first step
-        self.coming, self._ranks = state["step"], schedule["ranks"]
-        self._words = list(schedule["words"])
+        self.coming, self._ranks, self._words, self._plan = checked_state(state)
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the state, and none of what is in flight."""
+        self.catch_up()
         kept = ("_options", "_stats", "_patience", "coming", "_pinned", "_plan", "_ranks", "label")
         return {name: getattr(self, name) for name in kept} | {"_words": self._state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
+        self.catch_up = _nothing
         self._start()
 
     def _state(self) -> list[int]:
         if self._chooser is not None:
             return self._chooser.state()
-        return list(self._words) or Chooser(len(NAMES), _unused).state()
+        return list(self._words) or no_state()
 
     def _enter(self, transport: Transport, ranks: int) -> None:
         """Begins a session: other ranks may have a state, and this one may have none."""
@@ -389,5 +394,5 @@ def _ms(micros: int) -> str:
     return f"{micros / 1e3:.{0 if micros >= 10_000 else 1}f} ms"
 
 
-def _unused(arm: int, seen: Seen) -> list[int]:
-    raise AssertionError("a state alone predicts nothing")
+def _nothing() -> None:
+    """No front end begins steps."""

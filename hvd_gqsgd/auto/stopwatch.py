@@ -27,15 +27,18 @@ class Stopwatch:
         self._last_in = self._last_out = self._entered = now
         self._inside = self._left_out = 0.0
 
-    def begin_step(self) -> tuple[int, int, int] | None:
+    def begin_step(self, began: float | None = None) -> tuple[int, int, int] | None:
         """Begins a step, and returns the times of the one before; None if there was none.
+
+        Args:
+            began: when it began, as the clock says; None: now.
 
         Returns:
             The time from the first gradient to the last mean; the part of it that the backward
             pass does not explain, which is the compressor's own time in the backward pass, and the
             time after the last gradient; and the time from step to step.
         """
-        now = self._clock()
+        now = self._clock() if began is None else began
         began, self._began = self._began, now
         times = None
         if began is not None:
@@ -52,9 +55,15 @@ class Stopwatch:
         """The front end begins to work on a gradient."""
         self._entered = self._clock()
 
-    def go_on(self) -> None:
-        """The front end had no work with a gradient."""
-        self._last_in = self._clock()
+    def passed(self, last_in: float, last_out: float) -> None:
+        """Gradients have passed on which the front end had no work.
+
+        Args:
+            last_in: when the last one was handed in, as the clock says; or 0.
+            last_out: when the last mean was ready; or 0.
+        """
+        self._last_in = max(self._last_in, last_in)
+        self._last_out = max(self._last_out, last_out)
 
     def leave(self) -> None:
         """The front end gives control back to the backward pass."""
@@ -73,10 +82,13 @@ class Stopwatch:
 class StoppedWatch(Stopwatch):
     """Measures nothing, and reads no clock."""
 
-    def begin_step(self) -> None:
+    def begin_step(self, began: float | None = None) -> None:
         """Returns None."""
 
     def enter(self) -> None:
         """Does nothing."""
 
-    go_on = leave = result = enter
+    leave = result = enter
+
+    def passed(self, last_in: float, last_out: float) -> None:
+        """Does nothing."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from hvd_gqsgd._native.passage import Passage
 from hvd_gqsgd.auto.arms import Arm, widest
 from hvd_gqsgd.auto.conductor import Conductor
 from hvd_gqsgd.engine.steps import Steps
-from hvd_gqsgd.frontends.compiling import called, opaque, tracer
+from hvd_gqsgd.frontends.compiling import opaque
 from hvd_gqsgd.frontends.horovod_exchange import HorovodExchange
 from hvd_gqsgd.options import Options
 from hvd_gqsgd.stats import Stats
+
+if TYPE_CHECKING:
+    from hvd_gqsgd.transports.horovod import HorovodTransport
 
 __all__ = ["AutoCompressor"]
 
@@ -52,49 +56,39 @@ class AutoCompressor:
         self._stats = stats
         self._make = make
         self._widest = widest(options)
-        self._min_numel = options.min_numel
         self._exchanges: dict[str, HorovodExchange] = {}
-        self._handed_out = True
-        # Of gradients that pass as those before them; None: there are none.
-        self._taken: torch.dtype | None = None
-        self._passed: list[int] = []  # elements of those that are not counted yet
-        self._counted: list[int] = []  # the last such list, and its sums
-        self._sums = (0, 0, 0, 0)
-        self._transport: Any = None
+        self._dtype: torch.dtype | None = None  # of gradients that pass
+        conductor.catch_up = self.count_passed
+        # A step without compression must not take longer than plain Horovod's.
+        self._passage = Passage(
+            self._begin, self._compress, self._decompress, _PASSED, options.min_numel,
+            conductor.timed,
+        )  # fmt: skip
+        self.compress = self._passage.compress
+        """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
+        self.decompress = self._passage.decompress
+        """See ``GlobalQSGD.decompress``."""
 
     @property
     def described(self) -> str:
         """The setting of the last step; empty before the first one."""
         return self._conductor.arm.name
 
-    @called
-    def compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        """See ``GlobalQSGD.compress``. Returns the gradient itself if it goes uncompressed."""
-        passes = (  # as one before it: a step may have hundreds, and must not take longer
-            tensor.dtype is self._taken
-            and not tensor.is_cuda
-            and not tensor.requires_grad
-            and tensor.layout is torch.strided
-            and tensor.is_contiguous()
-            and self._transport.session is self._conductor.session
-            and tracer() is None
-        )
+    @opaque
+    def _begin(self) -> bool:
+        """Begins a step; returns whether its gradients go uncompressed."""
+        transport = self._of(self._widest).transport
+        self._passage.handed_out = False
+        passes = self._conductor.begin(transport).options is None
         if passes:
-            numel = tensor.numel()
-            if numel < self._min_numel:
-                self._passed.append(numel)
-                return tensor, None
-            if not self._handed_out:
-                self._passed.append(numel)
-                self._conductor.go_on()
-                return tensor, _PASSED
-            arm = self._conductor.begin(self._transport)
-            self._handed_out = False
-            if arm.options is None:
-                self._passed.append(numel)
-                self._conductor.leave()
-                return tensor, _PASSED
-        return self._compress(tensor)
+            self._open(transport)
+        self._conductor.leave()
+        return passes
+
+    def _open(self, transport: HorovodTransport) -> None:
+        """Lets the next gradients pass."""
+        assert self._dtype is not None
+        self._passage.open(self._dtype, self._conductor.free, transport.session_variables)
 
     @opaque
     def _compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
@@ -107,17 +101,18 @@ class AutoCompressor:
         new_session = transport.session is not conductor.session
         if new_session:
             conductor.label = widest.label("gqsgd-auto", transport.session)
-        if self._handed_out or new_session:
+        if self._passage.handed_out or new_session:
             conductor.begin(transport)
-            self._handed_out = False
+            self._passage.handed_out = False
         conductor.enter(tensor.numel(), on_gpu=tensor.is_cuda)
         arm = conductor.arm
         if arm.options is not None:
-            self._taken = None
+            self._passage.close()
         result: tuple[Tensor, Any]
         if arm.options is None and transport.takes(tensor):
             result = widest.bypass(tensor, "auto"), _PASSED
-            self._taken, self._transport = tensor.dtype, transport
+            self._dtype = tensor.dtype
+            self._open(transport)
         else:  # Horovod takes no bfloat16, for one
             exchange = widest if arm.options is None else self._of(arm)
             exchange.steps.resume_at(conductor.current)
@@ -129,50 +124,35 @@ class AutoCompressor:
         conductor.leave()
         return result
 
-    def count_passed(self) -> None:
-        """Counts the gradients of a step that passed as those before them."""
-        if not self._passed:
-            return
-        assert self._taken is not None
-        if self._passed != self._counted:
-            self._counted = self._passed.copy()
-            small = [each for each in self._passed if each < self._min_numel]
-            self._sums = (sum(self._passed), len(self._passed), sum(small), len(small))
-        self._passed.clear()
-        numel, tensors, small_numel, small_tensors = self._sums
-        stats = self._stats
-        stats.tensors += tensors
-        stats.tensors_bypassed += tensors
-        stats.tensors_small += small_tensors
-        stats.tensors_auto += tensors - small_tensors
-        stats.bypassed_bytes += numel * self._taken.itemsize
-        self._conductor.count_small(small_numel, small_tensors)
-        self._conductor.count(numel - small_numel, tensors - small_tensors)
-
-    @called
-    def decompress(self, tensor: Tensor, ctx: Any) -> Tensor:
-        """See ``GlobalQSGD.decompress``."""
-        if ctx is None:
-            if self._passed and self._handed_out:  # all are small: no mean is handed out after it
-                self.count_passed()
-            return tensor
-        if ctx is not _PASSED or tracer() is not None:
-            return self._decompress(tensor, ctx)
-        if not self._handed_out:
-            self._handed_out = True
-            self.count_passed()
-        self._conductor.result()
-        return tensor
-
     @opaque
-    def _decompress(self, tensor: Tensor, ctx: _Context) -> Tensor:
-        if not self._handed_out:
-            self._handed_out = True
-            self.count_passed()
+    def _decompress(self, tensor: Tensor, ctx: _Context | None) -> Tensor:
+        if ctx is None:
+            return tensor
+        self._passage.handed_out = True
         if ctx.exchange is not None:
             tensor = ctx.exchange.decompress(tensor, ctx.inner)
         self._conductor.result()
         return tensor
+
+    def count_passed(self) -> None:
+        """Counts the gradients and the steps that passed as those before them."""
+        counts, of_step, steps = self._passage.take()
+        (_, *last), *more = steps
+        self._conductor.passed(*last)
+        for began, *last in more:
+            self._conductor.go_on(began)
+            self._conductor.passed(*last)
+        numel, tensors, small_numel, small_tensors = counts
+        if tensors or small_tensors:
+            assert self._dtype is not None
+            self._stats.bypassed_bytes += self._dtype.itemsize * (numel + small_numel)
+            self._stats.tensors += tensors + small_tensors
+            self._stats.tensors_bypassed += tensors + small_tensors
+            self._stats.tensors_small += small_tensors
+            self._stats.tensors_auto += tensors
+        numel, tensors, small_numel, small_tensors = of_step
+        self._conductor.count(numel, tensors)
+        self._conductor.count_small(small_numel, small_tensors)
 
     def restart(self) -> None:
         """Prepares for the loading of a checkpoint.
@@ -185,7 +165,8 @@ class AutoCompressor:
             exchange.steps.check_idle()
         self._exchanges.clear()
         self.count_passed()  # here, as they are no load of the first step to come
-        self._handed_out, self._taken = True, None
+        self._passage.close()
+        self._passage.handed_out = True
 
     def _of(self, arm: Arm) -> HorovodExchange:
         if arm.name not in self._exchanges:

@@ -10,12 +10,12 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch._C._dynamo import eval_frame
 
-__all__ = ["called", "opaque", "tracer"]
+__all__ = ["opaque"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-tracer: Callable[[], object] = getattr(
+_tracer: Callable[[], object] = getattr(
     eval_frame, "get_eval_frame_callback", functools.partial(sys.modules.get, "torch._dynamo")
 )
 """Returns what traces now, or None; of an older PyTorch: what may."""
@@ -36,18 +36,9 @@ def opaque(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if tracer() is None:
+        if _tracer() is None:
             return function(*args, **kwargs)
         return disabled()(*args, **kwargs)
 
-    return called(call)
-
-
-def called(function: Callable[P, R]) -> Callable[P, R]:
-    """Excludes a function from the tracing of its callers, and not from that of itself.
-
-    The function hands over to ``opaque`` ones unless ``tracer`` returns None, and so takes less
-    time than one of these.
-    """
-    function._torchdynamo_disable = True  # type: ignore[attr-defined]  # read by Dynamo
-    return function
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]  # read by Dynamo
+    return call

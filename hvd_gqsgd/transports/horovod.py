@@ -168,6 +168,12 @@ class HorovodTransport:
         return mpi_ops._handle_map
 
     @property
+    def session_variables(self) -> tuple[tuple[dict[str, Any], str], ...]:
+        """Where ``session`` and ``absences`` are: a ``__dict__`` and a name for each."""
+        joins = of_horovod("joins", _Joins)
+        return (vars(mpi_ops), "_handle_map"), (vars(joins), "count")
+
+    @property
     def included(self) -> bool:
         """Whether this process belongs to the process set, which may have been removed."""
         return self.process_set.process_set_id is not None and bool(self.process_set.included())

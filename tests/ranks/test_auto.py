@@ -37,7 +37,7 @@ def take(monkeypatch, rank):
     ranks."""
 
     def scripted(compressor, times=TIMES):
-        def begin_step(self):
+        def begin_step(self, began=None):
             setting = compressor.stats().setting
             if not setting:
                 return None
@@ -52,10 +52,10 @@ def take(monkeypatch, rank):
 def forbid_clocks(monkeypatch):
     """Makes reading a clock an error."""
 
-    def read(self):
+    def read(self, *args):
         raise AssertionError("the clock was read")
 
-    for name in ("begin_step", "enter", "leave", "result"):
+    for name in ("begin_step", "enter", "leave", "passed", "result"):
         monkeypatch.setattr(Stopwatch, name, read)
 
 
