@@ -107,9 +107,12 @@ def _train(
     settled: list[bool] = []
     chosen: list[str] = []
 
+    def prepare(name: str) -> None:
+        if name == AUTO:
+            conductor.leave_out(time.perf_counter() - paused)
+
     def step() -> None:
         nonlocal paused
-        conductor.leave_out(time.perf_counter() - paused)
         auto.step()
         paused = time.perf_counter()
 
@@ -127,8 +130,9 @@ def _train(
 
         calls: dict[str, Callable[[], object]] = {name: arm.step for name, arm in arms.items()}
         timings = interleaved(
-            calls | {AUTO: step}, steps, progress=after_round, warm_up=0, most_load=math.inf
-        )
+            calls | {AUTO: step}, steps, prepare=prepare, progress=after_round, warm_up=0,
+            most_load=math.inf,
+        )  # fmt: skip
     if hvd.rank() != 0:
         return None
     tensors = shapes_of(model)
