@@ -10,7 +10,7 @@ integers: ranks that have seen the same steps take the same setting in the same 
   comes in bursts. A trial that is too close to call is prolonged, at most to the last of
   ``TRIALS``.
 - What steps of a trial take longer than the base is charged, and trials end when the budget is used
-  up: a hundredth of the run's time, with an advance of ``ADVANCE`` steps.
+  up: a hundredth of the run's time, with an advance; with a compressed arm, that comes on top.
 - After that, windows of steps are compared with the base, and the base with its first value. A
   difference beyond the noise that lasts says that the link or the model's step has changed: then
   all arms are predicted and tried anew, unless the base is as it was before the last change.
@@ -34,14 +34,18 @@ WARM = 1
 """Steps after a change of the arm that are not measured: they open connections and take memory."""
 LAG = 1
 """Steps with an arm after the last one that is measured, as messages take a step."""
-WINDOW = 5
-"""Steps of which the median is compared with the base."""
+WINDOW, LONGEST = 5, 12
+"""The fewest and the most steps of which the median is compared with the base."""
+LENGTH = 75_000
+"""Microseconds of such a window, as each has a message; in ``LONGEST`` steps at most."""
 START = 3
 """Steps of the first window."""
-MOST = WARM + WINDOW
+MOST = WARM + LONGEST
 """Steps that ``needs`` is at most."""
-TRIALS = (3, 8, 20)
+TRIALS = (1, 3, 8, 20)
 """Steps after which a trial is judged; all but the last time it may be too close to call."""
+HOPELESS = 4
+"""The first step of a trial is enough if it is slower by one part in so many, beyond the noise."""
 SURE = 4
 """A difference of medians of n and m steps is more than noise if it is larger than this many times
 the noise of a step times sqrt(1/n + 1/m): with normal times, 2.1 standard deviations."""
@@ -60,7 +64,7 @@ DRIFT = 2
 """A base that differs from its first value by one part in ``CHANGE``, and by more than this many
 times the noise of a step, shows a slow change."""
 ADVANCE = 2
-"""Steps that trials may lose before a hundredth of the run is as long."""
+"""Steps of the advance."""
 RETRY = 25
 """Steps until arms are tried again, after a change."""
 CLEAR = 4
@@ -133,9 +137,18 @@ class Chooser:
         the same wherever the same steps were learned."""
         if self._claim.busy:
             return 1
-        goals = TRIALS if self._queue else (WINDOW if self._base.busy else START,)
+        goals = TRIALS if self._queue else (self._goal,)
         steps = len(self._window)
         return min(self._skip + min(goal for goal in goals if goal > steps) - steps, MOST)
+
+    @property
+    def _goal(self) -> int:
+        """Steps of the window."""
+        if not self._base.busy:
+            return START
+        if self._deviates:
+            return WINDOW
+        return min(max(LENGTH // max(self._base.period, 1), WINDOW), LONGEST)
 
     def learn(self, seen: Seen) -> Decision | None:
         """Takes in the times of a step with the current arm.
@@ -157,7 +170,7 @@ class Chooser:
         if self._queue:
             self._try()
             return None
-        if len(self._window) == (WINDOW if self._base.busy else START):
+        if len(self._window) >= self._goal:
             self._watch()
         return None
 
@@ -243,14 +256,15 @@ class Chooser:
             return
         self._retry_at = self._elapsed + self._wait
         self._wait += self._wait // 2
-        left = self._elapsed // 100 + ADVANCE * now.period - self._spent
+        budget, advance = self._elapsed // 100, ADVANCE * now.period
+        left = (budget + advance if self._best else max(budget, advance)) - self._spent
         if changed:
             # A change in the middle of a trial is no loss by the trial. Where a link has become
             # faster, trials may lose the difference of as many steps.
-            left = max(left, ADVANCE * now.period) + ADVANCE * max(then - self._base.busy, 0)
-            self._spent = min(self._spent, self._elapsed // 100)
+            left = max(left, advance) + ADVANCE * max(then - self._base.busy, 0)
+            self._spent = min(self._spent, budget)
         self._limit = self._spent + left
-        loss = left // (WARM + TRIALS[0] + LAG)
+        loss = left // (WARM + TRIALS[1] + LAG)
         if left > 0:
             self._queue = self._unknown(loss) if first or changed else self._again(loss)
         if self._queue:
@@ -340,11 +354,14 @@ class Chooser:
         gain = self._base.busy - now.busy
         squared = (SURE * self._noise) ** 2 * (steps + BASE) // (steps * BASE)
         least = max(self._base.busy // MARGIN, math.isqrt(squared))
-        close = -least * (steps < TRIALS[1]) <= gain <= least
+        close = 0 <= gain <= least
+        if steps == TRIALS[0] and -gain <= max(self._base.busy // HOPELESS, least):
+            return
         if close and steps < TRIALS[-1] and self._spent < self._limit:
             return
         self._spent += max(-gain, 0) * LAG
-        self._known[self.arm] = now
+        # One step may have been slow by chance: the arm is as predicted, and what that missed.
+        self._known[self.arm] = now if steps > TRIALS[0] else UNKNOWN
         self._tried[self.arm] = self._elapsed
         if self.arm:
             guess = self._predict(self._best, self._base)[self.arm]
@@ -360,7 +377,7 @@ class Chooser:
         """Takes an arm that seems to be the fastest, if half of its gain is found again."""
         steps, claim = len(self._window), self._claim
         now = median(self._window)
-        if steps < TRIALS[0] and now.busy < CLEAR * claim.busy:
+        if steps < TRIALS[1] and now.busy < CLEAR * claim.busy:
             return None
         gain, before, decision = now.busy - claim.busy, self._base.busy, None
         self._claim = UNKNOWN

@@ -29,9 +29,10 @@ def median(steps: Sequence[Seen]) -> Seen:
 
 
 def spread_of(steps: Sequence[Seen]) -> int:
-    """About 0.7 standard deviations of ``busy``: between the second largest and smallest of four
-    steps and more, or half of that between the largest and the smallest."""
+    """About 0.7 standard deviations of ``busy``: three quarters of the distance between the
+    quartiles of four steps and more, or half of that between the largest and the smallest."""
     times = sorted(seen.busy for seen in steps)
     if len(times) > 3:
-        return (times[-2] - times[1]) * 3 // 4
+        quarter = len(times) // 4
+        return (times[-1 - quarter] - times[quarter]) * 3 // 4
     return (times[-1] - times[0]) // 2
