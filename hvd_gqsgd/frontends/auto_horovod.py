@@ -57,7 +57,8 @@ class AutoCompressor:
         self._make = make
         self._widest = widest(options)
         self._exchanges: dict[str, HorovodExchange] = {}
-        self._dtype: torch.dtype | None = None  # of gradients that pass
+        self._is_open = False  # whether gradients may pass
+        self._dtype: torch.dtype | None = None  # theirs
         conductor.catch_up = self.count_passed
         # A step without compression must not take longer than plain Horovod's.
         self._passage = Passage(
@@ -88,11 +89,18 @@ class AutoCompressor:
     def _open(self, transport: HorovodTransport) -> None:
         """Lets the next gradients pass."""
         assert self._dtype is not None
+        self._is_open = True
         self._passage.open(self._dtype, self._conductor.free, transport.session_variables)
+
+    def _close(self) -> None:
+        """Lets no more gradients pass."""
+        if self._is_open:
+            self.count_passed()
+            self._passage.close()
+            self._is_open = False
 
     @opaque
     def _compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
-        self.count_passed()
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
@@ -107,11 +115,13 @@ class AutoCompressor:
         conductor.enter(tensor.numel(), on_gpu=tensor.is_cuda)
         arm = conductor.arm
         if arm.options is not None:
-            self._passage.close()
+            self._close()
         result: tuple[Tensor, Any]
         if arm.options is None and transport.takes(tensor):
             result = widest.bypass(tensor, "auto"), _PASSED
-            self._dtype = tensor.dtype
+            if self._dtype is not tensor.dtype:
+                self.count_passed()  # by the bytes of their own dtype
+                self._dtype = tensor.dtype
             self._open(transport)
         else:  # Horovod takes no bfloat16, for one
             exchange = widest if arm.options is None else self._of(arm)
@@ -136,6 +146,8 @@ class AutoCompressor:
 
     def count_passed(self) -> None:
         """Counts the gradients and the steps that passed as those before them."""
+        if not self._is_open:
+            return
         counts, of_step, steps = self._passage.take()
         (_, *last), *more = steps
         self._conductor.passed(*last)
@@ -164,8 +176,7 @@ class AutoCompressor:
             exchange.restart()
             exchange.steps.check_idle()
         self._exchanges.clear()
-        self.count_passed()  # here, as they are no load of the first step to come
-        self._passage.close()
+        self._close()  # what passed is no load of the first step to come
         self._passage.handed_out = True
 
     def _of(self, arm: Arm) -> HorovodExchange:
