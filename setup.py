@@ -194,7 +194,7 @@ CXXFLAGS = [
 
 
 def library(name: str, sources: list[str], flags: list[str] | None = None) -> CppExtension:
-    """Not a Python module: a library of PyTorch operators, for torch.ops.load_library."""
+    """A library of PyTorch operators, for torch.ops.load_library; _C is a Python module too."""
     return CppExtension(
         f"hvd_gqsgd._native.{name}",
         sources=sources,

@@ -79,8 +79,8 @@ class AutoCompressor:
     def _begin(self) -> bool:
         """Begins a step; returns whether its gradients go uncompressed."""
         transport = self._of(self._widest).transport
-        self._passage.handed_out = False
         passes = self._conductor.begin(transport).options is None
+        self._passage.handed_out = False
         if passes:
             self._open(transport)
         self._conductor.leave()
@@ -101,6 +101,7 @@ class AutoCompressor:
 
     @opaque
     def _compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
+        self.count_passed()  # also for the number of this step
         conductor, widest = self._conductor, self._of(self._widest)
         if not widest.compresses(tensor):
             conductor.count_small(tensor.numel())
@@ -119,9 +120,7 @@ class AutoCompressor:
         result: tuple[Tensor, Any]
         if arm.options is None and transport.takes(tensor):
             result = widest.bypass(tensor, "auto"), _PASSED
-            if self._dtype is not tensor.dtype:
-                self.count_passed()  # by the bytes of their own dtype
-                self._dtype = tensor.dtype
+            self._dtype = tensor.dtype
             self._open(transport)
         else:  # Horovod takes no bfloat16, for one
             exchange = widest if arm.options is None else self._of(arm)

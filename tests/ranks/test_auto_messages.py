@@ -142,6 +142,34 @@ def test_counts_are_exact_after_each_gradient(rank, size, take):  # noqa: F811
             assert compressor.stats().tensors == 0
 
 
+def test_steps_are_counted_alike(rank, size, several, take, messages):  # noqa: F811
+    """Where one rank looks at its counts at each gradient, and some gradients do not pass as those
+    before them: each rank is in the same step, with the same bits, and sends the same messages."""
+    compressor = GlobalQSGD(bits="auto", min_numel=100)
+    take(compressor, SLOW)
+    for number in range(40):
+        large = gradients(size, 5000, seed=number)[rank]
+        kinds = [
+            large.clone(), large.double(), large.clone().requires_grad_(number % 3 == 0),
+            large[::2], large.bfloat16(), large[:50].clone(), large.clone(),
+        ]  # fmt: skip
+        sent = []
+        for place, gradient in enumerate(kinds):
+            sent.append(compressor.compress(gradient))
+            if rank == 0:
+                compressor.stats()
+            if rank == size - 1 and place == number % 7:
+                compressor.state_dict()
+        for place, (gradient, context) in enumerate(sent):
+            mean = hvd.allreduce(gradient.detach(), name=f"x{place}")
+            mean = compressor.decompress(mean, context)
+            assert_same_on_all_ranks(mean)
+    assert compressor.state_dict()["step"] == 40
+    assert len(plan_of(compressor)) > 1
+    assert_same_plan(compressor)
+    assert_same_on_all_ranks(torch.tensor(len(messages)))
+
+
 def test_a_call_of_join_that_is_refused(rank, size, several, take):  # noqa: F811
     """It keeps the rank nowhere, and the other ranks know nothing of it."""
     compressor = GlobalQSGD(bits="auto", min_numel=0, patience=5.0)
