@@ -143,9 +143,7 @@ class Conductor:
         self._plan.add(self.coming, name)
         self.arm = self._arms[name]
         self._taken = NAMES.index(name)
-        self._stats.setting = name
-        self._stats.steps += self.arm.options is None  # else its exchange counts
-        self.coming += 1
+        self._count_step()
         return self.arm
 
     @property
@@ -164,10 +162,13 @@ class Conductor:
         times = self._watch.begin_step(began)
         if times is not None:
             self._times.append(times)
-        self._stats.setting = self.arm.name  # counts may have been set to zero
-        self._stats.steps += self.arm.options is None
-        self.coming += 1
         self._new_load()
+        self._count_step()
+
+    def _count_step(self) -> None:
+        self._stats.setting = self.arm.name  # each time, as counts may have been set to zero
+        self._stats.steps += self.arm.options is None  # else its exchange counts
+        self.coming += 1
 
     @property
     def timed(self) -> bool:
