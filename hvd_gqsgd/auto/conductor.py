@@ -117,8 +117,8 @@ class Conductor:
             Exception: an error of the transport.
         """
         self.catch_up()
-        here = transport.session, transport.absences
-        if self.free and here == (self.session, self._absences):
+        same = transport.session is self.session and transport.absences == self._absences
+        if same and self.free:
             self.go_on()
             return self.arm
         times = self._watch.begin_step()

@@ -170,6 +170,31 @@ def test_steps_are_counted_alike(rank, size, several, take, messages):  # noqa: 
     assert_same_on_all_ranks(torch.tensor(len(messages)))
 
 
+def test_each_session_begins_with_a_message(rank, size, several, take, messages, restart):  # noqa: F811
+    """Whichever step it begins after, and with nothing in flight, when the tables of handles of
+    both sessions are equal."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor)
+
+    def exchange(steps):
+        settings = []
+        for number in range(steps):
+            x = gradients(size, 5000, seed=number)[rank].clone()
+            hvd.allreduce(x, compression=compressor, name="x")
+            settings.append(compressor.stats().setting)
+        return settings
+
+    restart()
+    exchange(30)
+    for more in range(1, 7):
+        restart()
+        messages.clear()
+        assert exchange(1) == ["fp32"]
+        assert len(messages) == 1
+        assert set(exchange(more)) == {"8 bits"}
+    assert_same_plan(compressor)
+
+
 def test_a_call_of_join_that_is_refused(rank, size, several, take):  # noqa: F811
     """It keeps the rank nowhere, and the other ranks know nothing of it."""
     compressor = GlobalQSGD(bits="auto", min_numel=0, patience=5.0)
