@@ -91,8 +91,39 @@ def test_what_is_no_tensor():
     front = Front().open()
     with pytest.raises(AttributeError, match="clone"):
         front.passage.compress(3)
-    with pytest.raises(TypeError, match="a tensor and a context, got 1"):
+    with pytest.raises(TypeError, match="missing 1 required"):
+        front.passage.compress()
+    with pytest.raises(TypeError, match="missing 1 required"):
         front.passage.decompress(torch.ones(10))
+
+
+def test_keywords():
+    front = Front().open()
+    sent, context = front.passage.compress(tensor=torch.ones(10))
+    assert front.passage.decompress(tensor=sent, context=context) is sent
+    assert front.calls == ["compress", "decompress compressed"]
+
+
+class Wrapper(torch.Tensor):
+    """Asks Python for its strides, which raises an error."""
+
+    @staticmethod
+    def __new__(cls):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, (10,), dtype=torch.float32, dispatch_sizes_strides_policy="strides"
+        )
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise ArithmeticError(f"no {function}")
+
+
+def test_an_error_of_a_tensor():
+    """That of the long way."""
+    front = Front().open()
+    with pytest.raises(ArithmeticError, match=r"no aten\.clone"):
+        front.passage.compress(Wrapper())
+    assert front.calls == ["compress"]
 
 
 def test_a_subclass_of_tensor_passes():

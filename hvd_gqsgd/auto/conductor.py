@@ -68,8 +68,8 @@ class Conductor:
         self._plan = Plan()
         self._words: list[int] = []  # a loaded state, until the ranks are known
         self._ranks = self._known_for = 0  # of the session, and of the state
-        self.catch_up: Callable[[], None] = _nothing
-        """Calls ``go_on`` for the steps that a front end has begun in the meantime."""
+        self.catch_up: Callable[[bool], None] = _nothing
+        """Calls ``go_on`` for steps that a front end has begun; with True, it begins no more."""
         self.label = "gqsgd-auto"
         """Begins the names of messages; of its own where several compressors share a transport."""
         self._start()
@@ -116,7 +116,7 @@ class Conductor:
             ValueError: the plan has a setting that is not possible with so many ranks.
             Exception: an error of the transport.
         """
-        self.catch_up()
+        self.catch_up(True)
         same = transport.session is self.session and transport.absences == self._absences
         if same and self.free:
             self.go_on()
@@ -189,7 +189,7 @@ class Conductor:
 
     def leave_out(self, seconds: float) -> None:
         """Leaves a pause since the last mean out of the time from step to step."""
-        self.catch_up()
+        self.catch_up(False)
         self._watch.leave_out(seconds)
 
     @property
@@ -215,7 +215,7 @@ class Conductor:
 
     def state_dict(self) -> dict[str, Any]:
         """The number of the coming step, the measured times, and the plan so far."""
-        self.catch_up()
+        self.catch_up(False)
         return {
             "step": self.coming,
             "schedule": {"ranks": self._ranks, "words": self._state(), "plan": self._plan.pairs()},
@@ -227,12 +227,13 @@ class Conductor:
         Raises:
             TypeError, ValueError: it is not a result of ``state_dict``.
         """
+        self.catch_up(True)
         self.coming, self._ranks, self._words, self._plan = checked_state(state)
         self._start()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles have the state, and none of what is in flight."""
-        self.catch_up()
+        self.catch_up(False)
         kept = ("_options", "_stats", "_patience", "coming", "_pinned", "_plan", "_ranks", "label")
         return {name: getattr(self, name) for name in kept} | {"_words": self._state()}
 
@@ -395,5 +396,5 @@ def _ms(micros: int) -> str:
     return f"{micros / 1e3:.{0 if micros >= 10_000 else 1}f} ms"
 
 
-def _nothing() -> None:
+def _nothing(last: bool) -> None:
     """No front end begins steps."""

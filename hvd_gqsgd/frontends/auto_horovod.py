@@ -59,7 +59,6 @@ class AutoCompressor:
         self._exchanges: dict[str, HorovodExchange] = {}
         self._is_open = False  # whether gradients may pass
         self._dtype: torch.dtype | None = None  # theirs
-        conductor.catch_up = self.count_passed
         # A step without compression must not take longer than plain Horovod's.
         self._passage = Passage(
             self._begin, self._compress, self._decompress, _PASSED, options.min_numel,
@@ -88,16 +87,13 @@ class AutoCompressor:
 
     def _open(self, transport: HorovodTransport) -> None:
         """Lets the next gradients pass."""
+        conductor = self._conductor
+        if conductor.catch_up != self.count_passed:  # that of another front end
+            conductor.catch_up(True)
+            conductor.catch_up = self.count_passed
         assert self._dtype is not None
         self._is_open = True
-        self._passage.open(self._dtype, self._conductor.free, transport.session_variables)
-
-    def _close(self) -> None:
-        """Lets no more gradients pass."""
-        if self._is_open:
-            self.count_passed()
-            self._passage.close()
-            self._is_open = False
+        self._passage.open(self._dtype, conductor.free, transport.session_variables)
 
     @opaque
     def _compress(self, tensor: Tensor) -> tuple[Tensor, Any]:
@@ -115,8 +111,6 @@ class AutoCompressor:
             self._passage.handed_out = False
         conductor.enter(tensor.numel(), on_gpu=tensor.is_cuda)
         arm = conductor.arm
-        if arm.options is not None:
-            self._close()
         result: tuple[Tensor, Any]
         if arm.options is None and transport.takes(tensor):
             result = widest.bypass(tensor, "auto"), _PASSED
@@ -143,16 +137,23 @@ class AutoCompressor:
         self._conductor.result()
         return tensor
 
-    def count_passed(self) -> None:
-        """Counts the gradients and the steps that passed as those before them."""
+    def count_passed(self, last: bool = False) -> None:
+        """Counts the gradients and the steps that passed as those before them.
+
+        Args:
+            last: whether no more of them may pass.
+        """
         if not self._is_open:
             return
+        if last:
+            self._passage.close()
+            self._is_open = False
         counts, of_step, steps = self._passage.take()
-        (_, *last), *more = steps
-        self._conductor.passed(*last)
-        for began, *last in more:
+        (_, *times), *more = steps
+        self._conductor.passed(*times)
+        for began, *times in more:
             self._conductor.go_on(began)
-            self._conductor.passed(*last)
+            self._conductor.passed(*times)
         numel, tensors, small_numel, small_tensors = counts
         if tensors or small_tensors:
             assert self._dtype is not None
@@ -175,7 +176,7 @@ class AutoCompressor:
             exchange.restart()
             exchange.steps.check_idle()
         self._exchanges.clear()
-        self._close()  # what passed is no load of the first step to come
+        self.count_passed(last=True)  # which is no load of the first step to come
         self._passage.handed_out = True
 
     def _of(self, arm: Arm) -> HorovodExchange:

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <new>
 #include <vector>
 
@@ -72,16 +73,25 @@ struct State {
   Counts of_step{};              // since a step began here
   std::vector<Times> steps{{}};  // the first one began elsewhere
 
-  // Whether a tensor passes; -1: an exception.
-  int passes(PyObject* object) const {
+  // Whether a tensor passes, and its elements; -1: an exception.
+  int passes(PyObject* object, int64_t& numel) const {
     if (!open || !THPVariable_Check(object)) return 0;
     for (const Variable& variable : variables) {
       const int unchanged = variable.unchanged();
       if (unchanged != 1) return unchanged;
     }
     const at::Tensor& tensor = THPVariable_Unpack(object);
-    return tensor.layout() == at::kStrided && tensor.is_cpu() && tensor.scalar_type() == dtype &&
-           tensor.is_contiguous() && !tensor.requires_grad();
+    try {
+      if (tensor.layout() != at::kStrided || !tensor.is_cpu() || tensor.scalar_type() != dtype ||
+          !tensor.is_contiguous() || tensor.requires_grad()) {
+        return 0;
+      }
+      numel = tensor.numel();
+      return 1;
+    } catch (const std::exception&) {  // of a subclass, or of sizes that are symbols
+      PyErr_Clear();
+      return 0;
+    }
   }
 
   void count(int64_t numel, bool small) {
@@ -102,12 +112,16 @@ double now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
-PyObject* compress(PyObject* object, PyObject* tensor) {
+PyObject* compress(PyObject* object, PyObject* const* args, Py_ssize_t count, PyObject* names) {
   State& state = state_of(object);
-  const int passes = state.passes(tensor);
+  if (count != 1 || names != nullptr) {
+    return PyObject_Vectorcall(state.compress.get(), args, count, names);
+  }
+  PyObject* tensor = args[0];
+  int64_t numel = 0;
+  const int passes = state.passes(tensor, numel);
   if (passes < 0) return nullptr;
   if (passes == 0) return PyObject_CallOneArg(state.compress.get(), tensor);
-  const int64_t numel = THPVariable_Unpack(tensor).numel();
   if (numel < state.min_numel) {
     state.count(numel, true);
     return PyTuple_Pack(2, tensor, Py_None);
@@ -130,11 +144,10 @@ PyObject* compress(PyObject* object, PyObject* tensor) {
   return PyTuple_Pack(2, tensor, state.context.get());
 }
 
-PyObject* decompress(PyObject* object, PyObject* const* args, Py_ssize_t count) {
+PyObject* decompress(PyObject* object, PyObject* const* args, Py_ssize_t count, PyObject* names) {
   State& state = state_of(object);
-  if (count != 2) {
-    return PyErr_Format(PyExc_TypeError,
-                        "decompress() takes a tensor and a context, got %zd values", count);
+  if (count != 2 || names != nullptr) {
+    return PyObject_Vectorcall(state.decompress.get(), args, count, names);
   }
   if (args[1] == state.context.get()) {
     reinterpret_cast<Passage*>(object)->handed_out = 1;
@@ -251,8 +264,8 @@ PyCFunction method(Function function) {
 }
 
 PyMethodDef methods[] = {
-    {"compress", compress, METH_O, nullptr},
-    {"decompress", method(decompress), METH_FASTCALL, nullptr},
+    {"compress", method(compress), METH_FASTCALL | METH_KEYWORDS, nullptr},
+    {"decompress", method(decompress), METH_FASTCALL | METH_KEYWORDS, nullptr},
     {"open", open, METH_VARARGS, nullptr},
     {"close", close, METH_NOARGS, nullptr},
     {"take", take, METH_NOARGS, nullptr},

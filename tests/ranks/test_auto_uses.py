@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import os
 
 import horovod.torch as hvd
@@ -13,7 +15,9 @@ from hooked import Given, wrap
 from test_auto import TIMES, assert_same_plan, plan_of, take, trainer  # noqa: F401
 
 from hvd_gqsgd import GlobalQSGD
+from hvd_gqsgd.transports.horovod import HorovodTransport
 
+SLOW = {name: 100_000 if name == "fp32" else 130_000 for name in TIMES}
 under_mpi = pytest.mark.skipif(
     "OMPI_COMM_WORLD_SIZE" not in os.environ, reason="the same as under mpirun"
 )
@@ -32,6 +36,88 @@ def test_two_compressors_in_turn(rank, size, several, take):  # noqa: F811
     for compressor in both:
         assert_same_plan(compressor)
     assert both[0].stats().setting == "8 bits"
+
+
+def exchange(compressor, **tensors):
+    """One step."""
+    sent = {name: compressor.compress(tensor) for name, tensor in tensors.items()}
+    for name, (each, context) in sorted(sent.items()):
+        compressor.decompress(hvd.allreduce(each.clone(), name=name), context)
+
+
+def test_a_copy_on_one_rank(rank, size, several, take):  # noqa: F811
+    """A shallow one has the same state."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0, patience=10.0)
+    take(compressor, SLOW)
+    for number in range(40):
+        x = gradients(size, 5000, seed=number)[rank].clone()
+        exchange(compressor, x=x)
+        if rank == 0 and number == 12:
+            copied = copy.copy(compressor)
+    assert compressor.state_dict()["step"] == 40
+    if rank == 0:
+        assert copied.state_dict() == compressor.state_dict()
+    assert_same_plan(compressor)
+
+
+def test_another_order_on_one_rank(rank, size, several, take):  # noqa: F811
+    """In some steps, where the first gradient is one that Horovod does not take."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0, patience=10.0)
+    take(compressor, {"fp32": 20_001})  # nothing to gain
+    for number in range(25):
+        x = gradients(size, 5000, seed=number)[rank].clone()
+        tensors = {"x": x, "y": x.bfloat16()}
+        if rank == 0 and number % 20 > 2:
+            tensors = dict(reversed(tensors.items()))
+        exchange(compressor, **tensors)
+    assert compressor.stats().tensors_auto == compressor.state_dict()["step"] == 25
+
+
+def test_an_interrupted_step(rank, size, several, take, monkeypatch):  # noqa: F811
+    """Its first gradient comes again, and begins it."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor, SLOW)
+    tell, told = HorovodTransport.max_async, itertools.count()
+
+    def interrupted(self, tensor, name):
+        if "auto" in name and next(told) == 2:
+            raise KeyboardInterrupt
+        return tell(self, tensor, name)
+
+    monkeypatch.setattr(HorovodTransport, "max_async", interrupted)
+    interrupts = 0
+    for number in range(20):
+        x = gradients(size, 5000, seed=number)[rank].clone()
+        try:
+            exchange(compressor, x=x)
+        except KeyboardInterrupt:
+            interrupts += 1
+            exchange(compressor, x=x)
+    assert interrupts == 1
+    assert compressor.state_dict()["step"] == 20
+    assert_same_plan(compressor)
+
+
+@under_mpi
+def test_horovod_and_ddp_in_turn(rank, size, several, take):  # noqa: F811
+    """Each begins a session of its own, whatever the other one has measured."""
+    compressor = GlobalQSGD(bits="auto", min_numel=0)
+    take(compressor, SLOW)
+    state = compressor.ddp_state(process_group())
+    wrapped = wrap(Given(5000), state)
+    for turn in range(3):
+        for number in range(11):
+            exchange(compressor, x=gradients(size, 5000, seed=number)[rank].clone())
+        assert compressor.stats().steps == turn * 22 + 11
+        for number in range(11):
+            wrapped(gradients(size, 5000, seed=number)[rank]).backward()
+        assert state.state_dict()["step"] == turn * 22 + 22
+    earlier = compressor.state_dict()
+    for _ in range(4):
+        exchange(compressor, x=torch.ones(5000))
+    state.load_state_dict(earlier)
+    assert compressor.state_dict()["step"] == 66
+    state.close()
 
 
 @under_mpi
