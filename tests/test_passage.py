@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import time
 import weakref
 from typing import Any
@@ -102,6 +103,8 @@ def test_keywords():
     sent, context = front.passage.compress(tensor=torch.ones(10))
     assert front.passage.decompress(tensor=sent, context=context) is sent
     assert front.calls == ["compress", "decompress compressed"]
+    assert [*inspect.signature(front.passage.compress).parameters] == ["tensor"]
+    assert [*inspect.signature(front.passage.decompress).parameters] == ["tensor", "ctx"]
 
 
 class Wrapper(torch.Tensor):

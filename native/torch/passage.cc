@@ -264,8 +264,10 @@ PyCFunction method(Function function) {
 }
 
 PyMethodDef methods[] = {
-    {"compress", method(compress), METH_FASTCALL | METH_KEYWORDS, nullptr},
-    {"decompress", method(decompress), METH_FASTCALL | METH_KEYWORDS, nullptr},
+    {"compress", method(compress), METH_FASTCALL | METH_KEYWORDS,
+     "compress($self, tensor)\n--\n\nSee GlobalQSGD.compress."},
+    {"decompress", method(decompress), METH_FASTCALL | METH_KEYWORDS,
+     "decompress($self, tensor, ctx)\n--\n\nSee GlobalQSGD.decompress."},
     {"open", open, METH_VARARGS, nullptr},
     {"close", close, METH_NOARGS, nullptr},
     {"take", take, METH_NOARGS, nullptr},
