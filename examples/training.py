@@ -130,6 +130,9 @@ class Run:
             stats = self.compression.stats()
             self._writer.add_scalar("bits", 32 if stats.setting == "fp32" else stats.bits, step)
             self._writer.add_scalar("bytes on the wire", counts["bytes_on_wire"], step)
+            if stats.setting:  # of bits="auto"
+                self._writer.add_text("setting", stats.setting, step)
+                self._writer.add_scalar("decisions", stats.decisions, step)
 
     def count_sparse(self, parameters: Sequence[Tensor]) -> None:
         """Counts the sparse gradients that Horovod gathers: before ``optimizer.step()``, while they

@@ -17,9 +17,10 @@ import pytest
 from launch import run
 
 import hvd_gqsgd
-from hvd_gqsgd.bench import allreduce, hosts, memory
+from hvd_gqsgd.bench import allreduce, hosts, memory, step
 from hvd_gqsgd.bench.measured import against
 from hvd_gqsgd.bench.networks import Network
+from hvd_gqsgd.bench.operators import FLAT, KEPT
 from hvd_gqsgd.bench.table import show_table
 from hvd_gqsgd.tools import cli, doctor
 from hvd_gqsgd.tools.cost_model import PRESETS, Machine
@@ -284,6 +285,16 @@ def test_bench_allreduce() -> None:
     assert {row["bytes"] for row in result["rows"]} == {4096, 16384, 65536}
     with pytest.raises(SystemExit, match="2"):
         allreduce.main(["--smallest", "2000", "--largest", "1"])
+
+
+@pytest.mark.parametrize(
+    ("words", "number", "kept"),
+    [("", 21, 0), ("Horovod", 2, 0), ("1/64", 4, 4), ("Horovod fp32, leader", 2, 1)],
+)
+def test_arms_of_bench_step(words: str, number: int, kept: int) -> None:
+    """Those of a part of the elements take part where they are asked for."""
+    arms = step.without(KEPT, step.without(FLAT, step.chosen(words), words), words)
+    assert (len(arms), len({*KEPT}.intersection(arms))) == (number, kept)
 
 
 def test_bench_step(tmp_path: Path) -> None:

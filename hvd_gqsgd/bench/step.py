@@ -10,7 +10,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(given)
     arms = chosen(options.arms)
     if options.hosts is None:  # else the default goes by node
-        arms = [name for name in arms if name not in FLAT or name in options.arms]
-    arms = [name for name in arms if name not in KEPT or name in options.arms]
+        arms = without(FLAT, arms, options.arms)
+    arms = without(KEPT, arms, options.arms)
     if options.exchange:
         arms = [name for name in arms if name not in (*DDP_ARMS, *FSDP_ARMS)]
     if not arms or options.repeats < 1:
@@ -94,6 +94,13 @@ def chosen(words: str) -> list[str]:
     split = [word.strip() for word in words.split(",")]
     parts = [word for word in split if word not in ARMS]
     return [name for name in ARMS if name in split or any(part in name for part in parts)]
+
+
+def without(special: Collection[str], arms: list[str], words: str) -> list[str]:
+    """The arms but for special ones, unless a name or a word selects special ones alone."""
+    alone = [word for word in words.split(",") if {*chosen(word)} <= {*special}]
+    asked = chosen(",".join(alone)) if alone else []
+    return [name for name in arms if name not in special or name in asked]
 
 
 def _plot(result: dict[str, Any], file: Path) -> None:
