@@ -176,7 +176,7 @@ class AutoCompressor:
             exchange.restart()
             exchange.steps.check_idle()
         self._exchanges.clear()
-        self.count_passed(last=True)  # which is no load of the first step to come
+        self.count_passed(last=True)  # here, as they are no load of the first step to come
         self._passage.handed_out = True
 
     def _of(self, arm: Arm) -> HorovodExchange:

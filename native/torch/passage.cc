@@ -6,7 +6,6 @@
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/autograd/python_variable.h>
 
-#include <algorithm>
 #include <chrono>
 #include <exception>
 #include <new>
